@@ -1,0 +1,61 @@
+"""Knowledge distillation: the student learns the teacher's softened prediction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ._base import Distiller, Losses, register
+
+
+def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+    """KL divergence from the teacher's softened prediction to the student's.
+
+        loss = T^2 * mean_B[ sum_C p_t * (log p_t - log p_s) ],   p = softmax(z / T)
+
+    Args:
+        logits_student: (B, C), before softmax.
+        logits_teacher: (B, C); not detached here.
+        temperature: T > 0; the factor T^2 keeps the gradient's scale as T grows.
+
+    Returns:
+        () in nats, >= 0, the student's dtype.
+
+    Raises:
+        ValueError: the shapes differ, or T <= 0.
+
+    Reference: Hinton et al. 2015, arXiv 1503.02531, section 2.1.
+    """
+    if logits_student.shape != logits_teacher.shape:
+        raise ValueError(
+            f"student logits {tuple(logits_student.shape)} and teacher logits {tuple(logits_teacher.shape)} "
+            "differ in shape; both networks must know the same classes"
+        )
+    if temperature <= 0:
+        raise ValueError(f"the temperature must be positive, it is {temperature}")
+    log_student = F.log_softmax(logits_student / temperature, dim=1)
+    log_teacher = F.log_softmax(logits_teacher / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+@register("KD", CN({"TEMPERATURE": 4, "LOSS": CN({"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9})}))
+class KD(Distiller):
+    """Cross-entropy with the labels and `kd_loss` with the teacher."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+        super().__init__(student, teacher)
+        self.temperature = cfg.KD.TEMPERATURE
+        self.ce_loss_weight = cfg.KD.LOSS.CE_WEIGHT
+        self.kd_loss_weight = cfg.KD.LOSS.KD_WEIGHT
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
+        logits_student, _ = self.student(image)
+        logits_teacher, _ = self.teacher_forward(image)
+        return logits_student, {
+            "loss_ce": self.ce_loss_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.kd_loss_weight * kd_loss(logits_student, logits_teacher, self.temperature),
+        }

@@ -1,0 +1,13 @@
+"""Every distillation method by its name.
+
+A new method is one file beside these: either decorated with `@register(NAME, defaults)` and imported here, or
+entered into `distiller_dict` at the end of this file, with its hyper-parameters in `engine/cfg.py`.
+"""
+
+from ._base import Distiller, Vanilla, declare_defaults, distiller_dict, method_defaults, register
+from .KD import KD
+
+__all__ = ["KD", "Distiller", "Vanilla", "declare_defaults", "distiller_dict", "method_defaults", "register"]
+
+# A method that registers itself by no decorator goes here: "MYKD": MyKD.
+distiller_dict.update({})

@@ -1,0 +1,139 @@
+"""What every distillation method is: a `Distiller`; and where it is known by name: `distiller_dict`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ..registry import Registry
+
+Features = dict[str, Any]
+Losses = dict[str, Tensor]
+
+distiller_dict = Registry("distiller")
+# Each method's default hyper-parameters by their section of the config tree; `engine/cfg.py` reads it.
+method_defaults: dict[str, CN] = {}
+
+
+def register(name: str, defaults: CN | None = None, section: str | None = None) -> Callable[[type], type]:
+    """Class decorator: enter a method in `distiller_dict` and its hyper-parameters in the config tree.
+
+    Args:
+        name: what `DISTILLER.TYPE` calls the method.
+        defaults: its hyper-parameters; None when another file declares them.
+        section: their place in the config tree; `name` unless told.
+
+    Raises:
+        ValueError: the name or the section is taken.
+    """
+
+    def enter(cls: type) -> type:
+        if defaults is not None:
+            declare_defaults(section or name, defaults)
+        return distiller_dict.register(name)(cls)
+
+    return enter
+
+
+def declare_defaults(section: str, defaults: CN) -> None:
+    """Put `defaults` into the config tree under `section`; for hyper-parameters that several methods share."""
+    if section in method_defaults:
+        raise ValueError(f"config section {section!r} is declared already")
+    method_defaults[section] = defaults
+
+
+class Distiller(nn.Module):
+    """A student, a frozen teacher and the loss between them.
+
+    A subclass defines `forward_train(image, target, **kwargs)`, which returns the student's logits (B, C) and a
+    dict of named scalar losses; the trainer minimises their sum. `kwargs` holds `index` (B,) int64, each image's
+    place in the training set, `epoch` (int, from 1), and whatever `needs_batch` asks for.
+
+    A method with layers of its own adds their parameters to `get_learnable_parameters()` and counts what the user
+    pays for them in `get_extra_parameters()`.
+    """
+
+    # Facts of the run that the constructor takes beside (student, teacher, cfg), by keyword: {"num_data"}.
+    needs_run: ClassVar[tuple[str, ...]] = ()
+    # Fields of the batch beside image, target and index: {"contrastive_index"}.
+    needs_batch: ClassVar[tuple[str, ...]] = ()
+    # OFD trains with its teacher in training mode, as its paper's code does; everybody else's teacher is in eval mode.
+    teacher_in_train_mode: ClassVar[bool] = False
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.teacher.requires_grad_(False)
+        self._output_checked = False
+
+    def train(self, mode: bool = True) -> Distiller:
+        """Training mode for everything but the teacher."""
+        super().train(mode)
+        if not self.teacher_in_train_mode:
+            self.teacher.eval()
+        return self
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer updates: the student's parameters, and those of the method's own layers."""
+        return list(self.student.parameters())
+
+    def get_extra_parameters(self) -> int:
+        """How many parameters the method adds to the student while training."""
+        return 0
+
+    def teacher_forward(self, image: Tensor) -> tuple[Tensor, Features]:
+        """The teacher's logits (B, C) and features for `image` (B, 3, H, W), without gradients."""
+        with torch.no_grad():
+            return self.teacher(image)
+
+    def forward_train(self, **kwargs: Any) -> tuple[Tensor, Losses]:
+        """One training step's logits and losses; see the class."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward_train(image, target, **kwargs)")
+
+    def forward_test(self, image: Tensor) -> Tensor:
+        """The logits (B, C) that validation scores."""
+        return self.student(image)[0]
+
+    def forward(self, **kwargs: Any) -> Any:
+        """`forward_train` in training mode, else `forward_test` of `image`."""
+        if not self.training:
+            return self.forward_test(kwargs["image"])
+        output = self.forward_train(**kwargs)
+        if not self._output_checked:
+            _check_output(type(self).__name__, output, kwargs["target"])
+            self._output_checked = True
+        return output
+
+
+def _check_output(name: str, output: Any, target: Tensor) -> None:
+    """Once, on the first step: say clearly what a new method got wrong."""
+    if not (isinstance(output, tuple) and len(output) == 2):
+        raise TypeError(f"{name}.forward_train must return (logits, losses), it returned {type(output).__name__}")
+    logits, losses = output
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(target):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"{name}.forward_train must return logits of shape ({len(target)}, classes), not {shape}")
+    if not isinstance(losses, Mapping) or not losses:
+        raise TypeError(f"{name}.forward_train must return a dict of named losses, not {losses!r}")
+    for key, value in losses.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: loss {key!r} must be a tensor, it is {type(value).__name__}")
+
+
+@register("NONE")
+class Vanilla(Distiller):
+    """The student alone, trained by cross-entropy: the baseline of every table."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None = None, cfg: CN | None = None) -> None:
+        super().__init__(student, teacher if teacher is not None else nn.Identity())
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
+        logits_student, _ = self.student(image)
+        return logits_student, {"ce": F.cross_entropy(logits_student, target)}
