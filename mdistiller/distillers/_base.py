@@ -93,7 +93,7 @@ class Distiller(nn.Module):
         with torch.no_grad():
             return self.teacher(image)
 
-    def forward_train(self, **kwargs: Any) -> tuple[Tensor, Losses]:
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         """One training step's logits and losses; see the class."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward_train(image, target, **kwargs)")
 
