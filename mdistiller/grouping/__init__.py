@@ -1,0 +1,18 @@
+"""Which classes belong together: DCGD's grouping of the classes that a teacher confuses."""
+
+from .algorithm import count_confusions, expand, group_by_confusion, merge_classes, similarity
+from .files import check_groups, load_groups, published_groups, save_groups
+from .picture import draw_confusion
+
+__all__ = [
+    "check_groups",
+    "count_confusions",
+    "draw_confusion",
+    "expand",
+    "group_by_confusion",
+    "load_groups",
+    "merge_classes",
+    "published_groups",
+    "save_groups",
+    "similarity",
+]

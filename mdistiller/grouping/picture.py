@@ -1,0 +1,45 @@
+"""The confusion matrix as a picture, its classes ordered by group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+def draw_confusion(
+    path: Path, confusion: np.ndarray, groups: Sequence[Sequence[int]], names: Sequence[str], title: str = ""
+) -> None:
+    """Write a PNG of each class's errors by where they went, in percent, with a frame around each group.
+
+    Args:
+        confusion: (S, S) counts, row true, column predicted; the diagonal is left out.
+        groups: lists of indices in [0, S), drawn from the upper left.
+        names: (S,) labels of the axes; from 50 classes on they are left out.
+    """
+    # A figure without pyplot: no display, no global state.
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    order = [i for group in groups for i in group]
+    errors = confusion[np.ix_(order, order)].astype(np.float64)
+    np.fill_diagonal(errors, 0)
+    share = 100 * errors / np.maximum(errors.sum(axis=1, keepdims=True), 1)
+
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap="Greys")
+    figure.colorbar(image, label="share of the class's errors (%)")
+    start = 0
+    for k, group in enumerate(groups):
+        corner = (start - 0.5, start - 0.5)
+        axes.add_patch(Rectangle(corner, len(group), len(group), fill=False, edgecolor=f"C{k % 10}", linewidth=2))
+        start += len(group)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    if len(order) < 50:
+        labels = [names[i] for i in order]
+        axes.set_xticks(range(len(order)), labels, rotation=90)
+        axes.set_yticks(range(len(order)), labels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
