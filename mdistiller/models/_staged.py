@@ -1,0 +1,107 @@
+"""A network in three parts, trunk -> last stage -> classifier, so that DCGD can grow branches on the trunk.
+
+    feats, preacts = net.forward_trunk(image)                                  # stem and every stage but the last
+    last_feats, last_preacts, pooled = net.forward_last(net, feats[-1])        # the network's own last stage
+    logits = net.get_classifier()(pooled)
+
+A branch is another last stage on the same trunk, with its own classifier:
+
+    branch = net.new_last_stage()                                              # state: layer3.* (or block3.*, bn1.*)
+    _, _, pooled = net.forward_last(branch, feats[-1])
+
+`forward_last` reads its layers from its first argument, so the network and its branches share one forward.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+Maps = list[Tensor]
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draw a convolution's weights from N(0, 2 / (k * k * out_channels)); BatchNorm and biases start as the identity.
+
+    Linear layers keep PyTorch's own start. Use: `net.apply(init_weights)`.
+
+    Reference: He et al. 2015, arXiv 1502.01852, section 2.2.
+    """
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def global_pool(x: Tensor) -> Tensor:
+    """Mean over height and width: (B, C, H, W) -> (B, C)."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+class StagedNet(nn.Module):
+    """A classifier of images whose last stage can be split off; see the module's docstring.
+
+    A family defines `forward_trunk`, `forward_last`, the two names below, and what distillers ask of every network:
+    `get_feat_modules`, `get_bn_before_relu`, `get_stage_channels`.
+    """
+
+    # The submodules that `forward_last` reads.
+    last_stage: ClassVar[tuple[str, ...]]
+    # The linear layer from the pooled feature to the logits.
+    classifier_name: ClassVar[str] = "fc"
+    # How one module's weights start; for `apply`.
+    init_weights = staticmethod(init_weights)
+
+    def forward_trunk(self, image: Tensor) -> tuple[Maps, Maps]:
+        """Feature maps after and before the activation, of the stem and of every stage but the last.
+
+        A map before the activation that only the next stage's BatchNorm yields (WRN) comes from `forward_last`.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def forward_last(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
+        """The last stage's maps after and before the activation, and the pooled feature (B, D).
+
+        Args:
+            stage: the network, or a branch made by `new_last_stage`.
+            x: (B, C, H, W), the last of the trunk's `feats`.
+        """
+        raise NotImplementedError
+
+    def get_classifier(self) -> nn.Linear:
+        """The layer from the pooled feature to the logits."""
+        return getattr(self, self.classifier_name)
+
+    def new_last_stage(self) -> nn.Module:
+        """A last stage of the same form and names with freshly drawn weights."""
+        branch = nn.Module()
+        for name in self.last_stage:
+            branch.add_module(name, copy.deepcopy(getattr(self, name)))
+        return branch.apply(self.init_weights)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """(B, 3, H, W) -> logits (B, C) and {"feats", "preact_feats": maps by stage, "pooled_feat": (B, D)}."""
+        feats, preacts = self.forward_trunk(image)
+        last_feats, last_preacts, pooled = self.forward_last(self, feats[-1])
+        features = {"feats": feats + last_feats, "preact_feats": preacts + last_preacts, "pooled_feat": pooled}
+        return self.get_classifier()(pooled), features
+
+    def get_feat_modules(self) -> nn.ModuleList:
+        """The modules from the image to the last feature map, in order."""
+        raise NotImplementedError
+
+    def get_bn_before_relu(self) -> list[nn.Module]:
+        """Of each stage, the BatchNorm that ends it: where OFD takes its margins from."""
+        raise NotImplementedError
+
+    def get_stage_channels(self) -> list[int]:
+        """Channels of the feature maps, by stage."""
+        raise NotImplementedError
