@@ -1,15 +1,52 @@
-"""What two or more methods share: the feature-shape probe, the convolutional regressor, spatial alignment."""
+"""What two or more methods share: probing and pairing of feature maps, the regressor, alignment, precision."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ._base import Distiller, Features, Losses
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Decorator of a loss: it runs outside autocast, and its half-precision tensors come as float32."""
+
+    def raised(x: Any) -> Any:
+        return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+
+    @functools.wraps(loss)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return loss(*map(raised, args), **{k: raised(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
+
+    return run
+
+
+def check_logits(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> None:
+    """Refuse logits of different shapes and a temperature that is not positive.
+
+    Raises:
+        ValueError: either; the message names the shapes or the temperature.
+    """
+    if logits_student.shape != logits_teacher.shape:
+        raise ValueError(
+            f"student logits {tuple(logits_student.shape)} and teacher logits {tuple(logits_teacher.shape)} "
+            "differ in shape; both networks must know the same classes"
+        )
+    if temperature <= 0:
+        raise ValueError(f"the temperature must be positive, it is {temperature}")
 
 
 @contextmanager
@@ -45,6 +82,91 @@ def get_feat_shapes(
         input_size: (height, width) of the images.
     """
     return tuple([f.shape for f in probe(m, input_size)[1]["feats"]] for m in (student, teacher))  # type: ignore[return-value]
+
+
+def get_stage_shapes(student: nn.Module, teacher: nn.Module) -> tuple[list[torch.Size], list[torch.Size]]:
+    """`get_feat_shapes` for a method whose config names no image size: the smallest usual one that both nets take."""
+    for size in (32, 64):
+        try:
+            return get_feat_shapes(student, teacher, (size, size))
+        except RuntimeError:  # an ImageNet network may pool a 32x32 image away
+            continue
+    return get_feat_shapes(student, teacher, (224, 224))
+
+
+def pair_stages(feats_s: Sequence[T], feats_t: Sequence[T]) -> list[tuple[T, T]]:
+    """(student's, teacher's) entry for each stage after the stem, shallow to deep.
+
+    `feats[0]` is the stem's map. A network that lists none (ImageNet's MobileNetV1) has one entry less than its
+    partner; its stages are then paired from the deepest up.
+    """
+    stages = max(len(feats_s), len(feats_t)) - 1
+    return list(zip(feats_s[-stages:], feats_t[-stages:]))
+
+
+def require_maps(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], method: str, same_channels: bool = False
+) -> None:
+    """Refuse (student's, teacher's) shapes that are not both (B, C, H, W), with equal C if `same_channels`.
+
+    Raises:
+        ValueError: names the method and both shapes.
+    """
+    for shape_s, shape_t in pairs:
+        shapes = f"the student's {tuple(shape_s)}, the teacher's {tuple(shape_t)}"
+        if len(shape_s) != 4 or len(shape_t) != 4:
+            raise ValueError(f"{method} compares feature maps (B, C, H, W), these are not both maps: {shapes}")
+        if same_channels and shape_s[1] != shape_t[1]:
+            raise ValueError(f"{method} needs as many channels in the student as in the teacher: {shapes}")
+
+
+def require_paired_maps(
+    shapes_s: Sequence[Sequence[int]], shapes_t: Sequence[Sequence[int]], method: str, same_channels: bool = False
+) -> None:
+    """Refuse networks whose feature maps cannot be compared stage by stage, as `pair_stages` pairs them.
+
+    Args:
+        shapes_s: of every entry of the student's `feats`, the stem included.
+        shapes_t: the teacher's.
+        method: for the message.
+        same_channels: the maps of a pair must have equally many channels.
+
+    Raises:
+        ValueError: different numbers of stages, or `require_maps`; names the method and both networks' shapes.
+    """
+    pairs = pair_stages(shapes_s, shapes_t)
+    # One entry less is a missing stem only if all the stages have the sizes of the partner's.
+    stemless = abs(len(shapes_s) - len(shapes_t)) == 1 and all(s[2:] == t[2:] for s, t in pairs)
+    if len(shapes_s) != len(shapes_t) and not stemless:
+        listed = [", ".join(str(tuple(s)) for s in shapes) for shapes in (shapes_s, shapes_t)]
+        raise ValueError(f"{method} pairs networks of equally many stages; student: {listed[0]}; teacher: {listed[1]}")
+    require_maps(pairs, method, same_channels)
+
+
+class FeatureDistiller(Distiller):
+    """Cross-entropy with the labels and a loss between the features of the two networks.
+
+    A subclass defines `feature_loss(feature_student, feature_teacher) -> ()`.
+
+    Args:
+        cfg: the method's own section, with LOSS.CE_WEIGHT and LOSS.FEAT_WEIGHT.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+        super().__init__(student, teacher)
+        self.ce_loss_weight = cfg.LOSS.CE_WEIGHT
+        self.feat_loss_weight = cfg.LOSS.FEAT_WEIGHT
+
+    def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} defines no feature_loss(feature_student, feature_teacher)")
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
+        logits_student, feature_student = self.student(image)
+        _, feature_teacher = self.teacher_forward(image)
+        return logits_student, {
+            "loss_ce": self.ce_loss_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_loss_weight * self.feature_loss(feature_student, feature_teacher),
+        }
 
 
 class ConvReg(nn.Module):

@@ -1,0 +1,88 @@
+"""Attention transfer: the student looks where the teacher looks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ._base import Features, register
+from ._common import FeatureDistiller, align, full_precision, get_stage_shapes, pair_stages, require_paired_maps
+
+
+@full_precision
+def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:
+    """Mean squared difference of the two networks' normalised attention maps at one stage.
+
+        loss = mean_(B, HW)[ (a_s - a_t)^2 ],   a = A / |A|_2 over HW,   A = mean_C |f|^p
+
+    A map without any activation has a = 0. The gradient is 0 wherever f is.
+
+    Args:
+        f_s: the student's (B, C_s, H_s, W_s).
+        f_t: the teacher's (B, C_t, H_t, W_t); of two sizes, the larger map is average-pooled to the smaller.
+        p: exponent > 0; the larger, the more the strongest channels count.
+
+    Returns:
+        () in [0, 4 / HW], the student's dtype; float32 for half precision.
+
+    Raises:
+        ValueError: p <= 0.
+
+    Cost: keeps nothing of the maps' size for the backward pass but the maps.
+
+    Reference: Zagoruyko and Komodakis 2017, arXiv 1612.03928, equation 2.
+    """
+    if p <= 0:
+        raise ValueError(f"AT's exponent must be positive, it is {p}")
+    f_s, f_t = align(f_s, f_t)
+    return F.mse_loss(attention(f_s, p), attention(f_t, p))
+
+
+def attention(f: Tensor, p: float) -> Tensor:
+    """The normalised attention map (B, HW) of `f` (B, C, H, W)."""
+    return F.normalize(_MeanPower.apply(f, p).flatten(1), dim=1)
+
+
+class _MeanPower(torch.autograd.Function):
+    """mean over dim 1 of |f|^p: (B, C, H, W) -> (B, H, W). Autograd's own form would store |f|^p and its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, p: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(f)
+        ctx.p = p
+        return (f * f if p == 2 else f.abs().pow(p)).sum(dim=1) / f.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (f,) = ctx.saved_tensors
+        slope = f if ctx.p == 2 else f.sgn() * f.abs().pow(ctx.p - 1).masked_fill(f == 0, 0)
+        return slope * (grad * (ctx.p / f.shape[1])).unsqueeze(1), None
+
+
+def at_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], p: float) -> Tensor:
+    """Sum of `single_stage_at_loss` over the stages: `g_s` and `g_t` hold one map each."""
+    return torch.stack([single_stage_at_loss(f_s, f_t, p) for f_s, f_t in zip(g_s, g_t)]).sum()
+
+
+@register("AT", CN({"P": 2, "LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1000.0})}))
+class AT(FeatureDistiller):
+    """Cross-entropy with the labels and `at_loss` over the stages after the stem.
+
+    Raises:
+        ValueError: the networks differ in their number of stages, or have vectors where maps are due.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+        super().__init__(student, teacher, cfg.AT)
+        self.p = cfg.AT.P
+        require_paired_maps(*get_stage_shapes(student, teacher), "AT")
+
+    def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
+        g_s, g_t = zip(*pair_stages(feature_student["feats"], feature_teacher["feats"]))
+        return at_loss(g_s, g_t, self.p)

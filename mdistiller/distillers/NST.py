@@ -1,0 +1,72 @@
+"""Neuron selectivity transfer: the student's channels are to be distributed as the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ._base import Features, register
+from ._common import FeatureDistiller, align, full_precision, get_stage_shapes, pair_stages, require_paired_maps
+
+
+@full_precision
+def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
+    """Squared maximum mean discrepancy between the channels of two maps, with the kernel k(a, b) = (a . b)^2.
+
+        loss = mean_B[ mean_(C_s, C_s) k(s, s') - 2 mean_(C_s, C_t) k(s, t) + mean_(C_t, C_t) k(t, t') ]
+
+    where s and t are channels (HW vectors) divided by their L2 norm; a channel without any activation stays 0.
+
+    A sum of k over all pairs is the squared norm of a matrix product, and with the Gram matrices over positions
+    G = F^T F / C (HW x HW) the whole loss is mean_B |G_s - G_t|^2. The cheaper form is taken, over channels or over
+    positions: no pair of channels ever holds HW numbers.
+
+    Args:
+        f_s: the student's (B, C_s, H_s, W_s).
+        f_t: the teacher's (B, C_t, H_t, W_t); of two sizes, the larger map is average-pooled to the smaller.
+
+    Returns:
+        () >= 0 up to rounding, the student's dtype; float32 for half precision.
+
+    Cost: B HW C min(3 C, 2 HW) products, B min(C, HW)^2 numbers of memory.
+
+    Reference: Huang and Wang 2017, arXiv 1707.01219, equations 3 and 6.
+    """
+    f_s, f_t = align(f_s, f_t)
+    f_s, f_t = (F.normalize(f.flatten(2), dim=2) for f in (f_s, f_t))
+    (batch, c_s, positions), c_t = f_s.shape, f_t.shape[1]
+    if positions * (c_s + c_t) < c_s**2 + c_s * c_t + c_t**2:
+        return (f_s.mT @ f_s / c_s - f_t.mT @ f_t / c_t).square().sum() / batch
+    return _mean_kernel(f_s, f_s) - 2 * _mean_kernel(f_s, f_t) + _mean_kernel(f_t, f_t)
+
+
+def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """mean over the batch and all pairs of channels of (a . b)^2: (B, C_a, HW), (B, C_b, HW) -> ()."""
+    return (a @ b.mT).square().mean()
+
+
+def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
+    """Sum of `single_stage_nst_loss` over the stages: `g_s` and `g_t` hold one map each."""
+    return torch.stack([single_stage_nst_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t)]).sum()
+
+
+@register("NST", CN({"LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 50.0})}))
+class NST(FeatureDistiller):
+    """Cross-entropy with the labels and `nst_loss` over the stages after the stem.
+
+    Raises:
+        ValueError: the networks differ in their number of stages, or have vectors where maps are due.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+        super().__init__(student, teacher, cfg.NST)
+        require_paired_maps(*get_stage_shapes(student, teacher), "NST")
+
+    def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
+        g_s, g_t = zip(*pair_stages(feature_student["feats"], feature_teacher["feats"]))
+        return nst_loss(g_s, g_t)
