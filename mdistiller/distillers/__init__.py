@@ -5,9 +5,27 @@ entered into `distiller_dict` at the end of this file, with its hyper-parameters
 """
 
 from ._base import Distiller, Vanilla, declare_defaults, distiller_dict, method_defaults, register
+from .AT import AT
+from .DKD import DKD
+from .FitNet import FitNet
 from .KD import KD
+from .NST import NST
+from .PKT import PKT
 
-__all__ = ["KD", "Distiller", "Vanilla", "declare_defaults", "distiller_dict", "method_defaults", "register"]
+__all__ = [
+    "AT",
+    "DKD",
+    "KD",
+    "NST",
+    "PKT",
+    "Distiller",
+    "FitNet",
+    "Vanilla",
+    "declare_defaults",
+    "distiller_dict",
+    "method_defaults",
+    "register",
+]
 
 # A method that registers itself by no decorator goes here: "MYKD": MyKD.
 distiller_dict.update({})
