@@ -63,6 +63,8 @@ class Distiller(nn.Module):
     needs_run: ClassVar[tuple[str, ...]] = ()
     # Fields of the batch beside image, target and index: {"contrastive_index"}.
     needs_batch: ClassVar[tuple[str, ...]] = ()
+    # Vanilla has none: no teacher is built, no checkpoint is asked for.
+    needs_teacher: ClassVar[bool] = True
     # OFD trains with its teacher in training mode, as its paper's code does; everybody else's teacher is in eval mode.
     teacher_in_train_mode: ClassVar[bool] = False
 
@@ -101,6 +103,14 @@ class Distiller(nn.Module):
         """The logits (B, C) that validation scores."""
         return self.student(image)[0]
 
+    def forward_heads(self, image: Tensor) -> dict[str, Tensor]:
+        """Every head's logits (B, C) by name. The first is the one that validation scores and `best` follows."""
+        return {"": self.forward_test(image)}
+
+    def deployments(self) -> dict[str, nn.Module]:
+        """What may be deployed after training, by name: modules that take an image. For counting their cost."""
+        return {"student": self.student}
+
     def forward(self, **kwargs: Any) -> Any:
         """`forward_train` in training mode, else `forward_test` of `image`."""
         if not self.training:
@@ -130,6 +140,8 @@ def _check_output(name: str, output: Any, target: Tensor) -> None:
 @register("NONE")
 class Vanilla(Distiller):
     """The student alone, trained by cross-entropy: the baseline of every table."""
+
+    needs_teacher = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None, cfg: CN | None = None) -> None:
         super().__init__(student, teacher if teacher is not None else nn.Identity())

@@ -1,0 +1,35 @@
+# make quickstart   set up, train and distil on the embedded data, print a table, draw the curves (output/quickstart)
+# make test         set up and run the tests
+# make lint         ruff and mypy
+
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.installed
+	$(RUN) tools/quickstart.py
+
+# Two processes of one thread each: on small networks this is quicker than one process of two threads.
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -q
+
+lint: $(VENV)/.installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+# Each mark is newer than what it was made from, so a second run installs nothing.
+$(VENV)/.installed: requirements.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,83 @@
+"""The machine and the moment of a run: its device, its random seeds, and the record of both."""
+
+from __future__ import annotations
+
+import platform
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+from .. import __version__
+from ..errors import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The torch device that `name` means: "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} is not to be had here ({reason}); try EXPERIMENT.DEVICE cpu") from None
+    return device
+
+
+def seed_everything(seed: int, epoch: int = 0) -> None:
+    """Seed Python's, NumPy's and torch's generators from (seed, epoch).
+
+    Called before the networks are built (epoch 0) and at the start of every epoch, so that a resumed run draws what
+    an uninterrupted one does.
+    """
+    words = np.random.SeedSequence((seed, epoch)).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+def describe_run(command: list[str] | None = None) -> dict[str, Any]:
+    """What one needs to know to repeat a run: command, versions, hardware and the code's commit."""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": " ".join(command if command is not None else sys.argv),
+        "mdistiller": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

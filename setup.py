@@ -1,0 +1,32 @@
+"""pip install -e .            the library and its tools
+pip install -e .[dev]       and what `make test` and `make lint` need
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+REQUIREMENTS = [
+    line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")
+]
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mdistiller" / "__init__.py").read_text())
+assert VERSION is not None
+
+setup(
+    name="mdistiller",
+    version=VERSION[1],
+    description="Knowledge distillation in PyTorch: MDistiller's methods and DCGD",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["mdistiller", "mdistiller.*"]),
+    package_data={"mdistiller": ["py.typed", "**/*.json"]},
+    python_requires=">=3.10",
+    install_requires=REQUIREMENTS,
+    extras_require={
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.6", "mypy>=1.11",
+                "types-PyYAML", "types-tqdm"],
+    },
+)  # fmt: skip
