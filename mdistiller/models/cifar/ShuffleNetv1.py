@@ -68,7 +68,7 @@ def _run(stage: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
 class ShuffleNet(nn.Module):
     """ShuffleNet for 32x32 images (or larger), with four features: the stem and the three stages.
 
-    The stem's pre-activation is its feature, after the ReLU: the published ReviewKD figures were made with it.
+    The stem's pre-activation is its feature, after the ReLU, as the pinned figures have it.
 
     Args:
         num_classes: C.

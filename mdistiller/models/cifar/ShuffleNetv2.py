@@ -130,8 +130,8 @@ class ShuffleNetV2(nn.Module):
     """ShuffleNetV2 for 32x32 images (or larger), with four features: the stem and the three stages.
 
     A stage's pre-activation holds the half that passed (made by earlier blocks, after their ReLU) and the half that
-    the last block made, in this order, not shuffled: the order that published ReviewKD students were trained with.
-    The stem's pre-activation is its feature, after the ReLU.
+    the last block made, in this order, not shuffled (the pinned sums and norms hold for either order).
+    The stem's pre-activation is its feature, after the ReLU, as the pinned figures have it.
 
     Args:
         num_classes: C.
