@@ -6,6 +6,8 @@ entered into `distiller_dict` at the end of this file, with its hyper-parameters
 
 from ._base import Distiller, Vanilla, declare_defaults, distiller_dict, method_defaults, register
 from .AT import AT
+from .CRD import CRD
+from .DCGD import DCGD, DCGD_CE, DCGD_DKD, DCGD_KD
 from .DKD import DKD
 from .FitNet import FitNet
 from .KD import KD
@@ -14,6 +16,11 @@ from .PKT import PKT
 
 __all__ = [
     "AT",
+    "CRD",
+    "DCGD",
+    "DCGD_CE",
+    "DCGD_DKD",
+    "DCGD_KD",
     "DKD",
     "KD",
     "NST",

@@ -1,0 +1,80 @@
+"""Positives and negatives for contrastive distillation, on any data set whose labels are known."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..registry import unknown_name
+
+MODES = ("exact", "relax")
+
+
+class ContrastiveSampler:
+    """Draws, for each image of a batch, one positive and K negatives among the training images.
+
+    The positive is the image itself (mode "exact") or a uniform draw from the images of its class, itself included
+    ("relax"). The negatives are drawn uniformly from the images of the other classes, without replacement; with
+    replacement where there are fewer than K of them. Their order within a row carries no meaning.
+
+    Every row is drawn from its own generator, seeded by (seed, epoch, index): rows are independent, a row does not
+    hang on the batch it is in, and a resumed run draws what an uninterrupted one does without any state to keep (with
+    one release of NumPy: its streams may change between releases).
+
+    Args:
+        targets: (N,) integers, the class of each training image; a tensor, an array or a list.
+        k: K >= 1.
+        mode: "exact" or "relax".
+        seed: of all the draws, >= 0.
+
+    Raises:
+        UserError: an unknown mode, K < 1, or targets of fewer than two classes.
+
+    Cost: O(N) memory. A batch of 64 at K = 16384 takes 7 ms at N = 50,000 on two threads, 11 ms at N = 1,280,000.
+    """
+
+    def __init__(self, targets: Tensor | np.ndarray | list[int], k: int, mode: str = "exact", seed: int = 0) -> None:
+        if mode not in MODES:
+            raise unknown_name("CRD.MODE", mode, MODES)
+        if k < 1:
+            raise UserError(f"CRD.NCE.K must be a whole number >= 1, not {k!r}")
+        classes, labels, sizes = np.unique(np.asarray(targets), return_inverse=True, return_counts=True)
+        if len(classes) < 2:
+            raise UserError(f"CRD draws negatives from other classes, but the training set has {len(classes)}")
+        self.k, self.mode, self.seed = k, mode, seed
+        self.device = torch.device("cpu")
+        self._labels = labels
+        self._sizes = sizes
+        # Images sorted by class: those of class c are order[starts[c] : starts[c] + sizes[c]].
+        self._order = np.argsort(labels, kind="stable")
+        self._starts = np.cumsum(sizes) - sizes
+
+    def to(self, device: torch.device | str) -> ContrastiveSampler:
+        """Give the draws to `device` from now on; they are made by the processor all the same. Returns itself."""
+        self.device = torch.device(device)
+        return self
+
+    def __call__(self, index: Tensor, epoch: int) -> Tensor:
+        """contrastive_index (B, K + 1) int64 of the images `index` (B,): the positive, then the negatives."""
+        images = index.tolist()
+        drawn = np.empty((len(images), self.k + 1), dtype=np.int64)
+        # NumPy lets go of the interpreter's lock while it draws, so threads do run side by side.
+        threads = max(1, min(torch.get_num_threads(), len(images)))
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda t: self._fill(drawn[t::threads], images[t::threads], epoch), range(threads)))
+        return torch.from_numpy(drawn).to(self.device)
+
+    def _fill(self, rows: np.ndarray, images: list[int], epoch: int) -> None:
+        for row, image in zip(rows, images):
+            rng = np.random.Generator(np.random.PCG64((self.seed, epoch, image)))
+            label = self._labels[image]
+            start, size = self._starts[label], self._sizes[label]
+            row[0] = image if self.mode == "exact" else self._order[start + rng.integers(size)]
+            others = len(self._order) - size
+            place = rng.choice(others, self.k, replace=self.k > others, shuffle=False)
+            place += (place >= start) * size  # step over the own class
+            np.take(self._order, place, out=row[1:], mode="clip")  # never clips; "raise" would go through a buffer

@@ -1,0 +1,284 @@
+"""Contrastive representation distillation: tell the teacher's view of an image from its view of other images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from yacs.config import CfgNode as CN
+
+from ..errors import UserError
+from ._base import Distiller, Losses, register
+from ._common import count_parameters, full_precision, probe
+
+_EPS = 1e-7
+# Elements of the largest temporary tensor: 16 MiB in float32, about what a processor's cache holds.
+_CHUNK = 2**22
+
+
+@full_precision
+def nce_loss(embed: Tensor, bank: Tensor, contrastive_index: Tensor, temperature: Tensor, z: Tensor) -> Tensor:
+    """Noise-contrastive loss of embeddings against their positive and K negatives from a memory bank.
+
+        loss = -mean_B[ log h_0 + sum_(k=1..K) log(1 - h_k) ],
+        h_k = p_k / (p_k + K/N),   p_k = exp(<embed_b, bank_i(b,k)> / temperature) / z
+
+    the chance that entry i(b, k) is the positive and not one of K draws from N. K/N carries 1e-7 as the original does.
+
+    Args:
+        embed: (B, D).
+        bank: (N, D) of `embed`'s dtype (float32 where `embed` is half precision); takes no gradient.
+        contrastive_index: (B, K + 1) int64 rows of `bank`: the positive in column 0, the negatives after it.
+        temperature: () > 0.
+        z: () > 0, the constant that stands for the sum over all N entries.
+
+    Returns:
+        () in nats, >= 0. Finite for any finite score: h is a logistic function, taken in the logarithm.
+
+    Cost: the scores come from one product with the bank, the gradient from another, O(BND) time and O(BN) memory
+    (at most 16 MiB at a time, from one row of the batch up). A bank of more than 32 (K + 1) entries is gathered row by
+    row instead, O(BKD). Nothing of B x K x D, and all that waits for the backward pass is (B, D).
+
+    Reference: Tian et al. 2020, arXiv 1910.10699, section 3.1.
+    """
+    noise = (contrastive_index.shape[1] - 1) / len(bank)
+    shift = torch.log(z * (noise + _EPS))
+    loss = _LogisticNCE.apply(embed, bank, contrastive_index, temperature, shift)
+    return loss + (contrastive_index.shape[1] - 1) * math.log1p(_EPS / noise)
+
+
+class _LogisticNCE(torch.autograd.Function):
+    """mean_B[ softplus(-u_0) + sum_k softplus(u_k) ],  u = score / temperature - shift.
+
+    With shift = log(z K/N), h = sigmoid(u), so the slope is sigmoid(u_k), and for the positive -sigmoid(-u_0). It is
+    worked out together with the loss, while the scores are at hand.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, embed: Tensor, bank: Tensor, index: Tensor, temperature: Tensor, shift: Tensor
+    ) -> Tensor:
+        loss, slopes = embed.new_zeros(()), []
+        for scores, pull_back in _scores(embed, bank, index):
+            u = scores.div_(temperature).sub_(shift)
+            u[:, 0].neg_()
+            loss += F.softplus(u).sum()
+            slope = u.sigmoid_()
+            slope[:, 0].neg_()
+            slopes.append(pull_back(slope))
+        ctx.save_for_backward(torch.cat(slopes).div_(temperature * len(embed)))
+        return loss / len(embed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        return grad * ctx.saved_tensors[0], None, None, None, None
+
+
+def _scores(embed: Tensor, bank: Tensor, index: Tensor) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """<embed_b, bank[index[b, k]]> as (rows, K + 1), some rows of the batch at a time.
+
+    Beside them the map from the loss's slopes in those scores, (rows, K + 1), to those in the embeddings, (rows, D).
+    """
+    many = len(bank) > 32 * index.shape[1]
+    score, width = (_gathered_scores, index.shape[1] * bank.shape[1]) if many else (_dense_scores, len(bank))
+    rows = max(1, _CHUNK // width)
+    for part, part_index in zip(embed.split(rows), index.split(rows)):
+        yield score(part, bank, part_index)
+
+
+def _dense_scores(embed: Tensor, bank: Tensor, index: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    everything = embed @ bank.T
+    # An entry that a row names twice counts twice: the slopes of one cell add up.
+    return everything.gather(1, index), lambda slope: everything.zero_().scatter_add_(1, index, slope) @ bank
+
+
+def _gathered_scores(embed: Tensor, bank: Tensor, index: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    near = bank[index]
+    return (near @ embed.unsqueeze(2)).squeeze(2), lambda slope: (slope.unsqueeze(1) @ near).squeeze(1)
+
+
+class Embed(nn.Module):
+    """A linear map onto the unit sphere: (B, D_in, ...) -> (B, D_out), in float32 at least."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim_in, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x.flatten(1))
+        return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
+
+
+class ContrastMemory(nn.Module):
+    """One running embedding of every training image by the student (memory_v1) and by the teacher (memory_v2).
+
+    Args:
+        dim: D, width of the embeddings.
+        num_data: N, size of the training set.
+        num_negatives: K.
+        temperature: of the scores.
+        momentum: share of an image's old entry in its new one.
+
+    The buffer `params` holds [K, temperature, Z_v1, Z_v2, momentum], as the original's checkpoints do; Z < 0 until
+    the first batch, which sets them.
+    """
+
+    def __init__(self, dim: int, num_data: int, num_negatives: int, temperature: float, momentum: float) -> None:
+        super().__init__()
+        self.register_buffer("params", torch.tensor([num_negatives, temperature, -1, -1, momentum]))
+        bound = math.sqrt(3 / dim)  # rows of about unit length
+        self.register_buffer("memory_v1", torch.empty(num_data, dim).uniform_(-bound, bound))
+        self.register_buffer("memory_v2", torch.empty(num_data, dim).uniform_(-bound, bound))
+        self._z_known = False
+
+    params: Tensor
+    memory_v1: Tensor
+    memory_v2: Tensor
+
+    def forward(self, v_student: Tensor, v_teacher: Tensor, index: Tensor, contrastive_index: Tensor) -> Tensor:
+        """`nce_loss` of student against teacher's bank and of teacher against student's; then updates both banks.
+
+        Args:
+            v_student: (B, D) of unit length.
+            v_teacher: (B, D) of unit length.
+            index: (B,) int64, each image's row in the banks. Of an image that is there twice, the last one counts.
+            contrastive_index: (B, K + 1) int64, rows of the banks, the positive first.
+        """
+        if not self._z_known:
+            self._set_z(v_student, v_teacher, contrastive_index)
+        _, temperature, z_student, z_teacher, _ = self.params.unbind()
+        loss_student = nce_loss(v_student, self.memory_v2, contrastive_index, temperature, z_student)
+        loss_teacher = nce_loss(v_teacher, self.memory_v1, contrastive_index, temperature, z_teacher)
+        self._update(self.memory_v1, v_student, index)
+        self._update(self.memory_v2, v_teacher, index)
+        return loss_student + loss_teacher
+
+    @torch.no_grad()
+    def _set_z(self, v_student: Tensor, v_teacher: Tensor, contrastive_index: Tensor) -> None:
+        """Z = N times the mean of exp(score / temperature) over the first batch, where no checkpoint set it."""
+        for place, embed, bank in ((2, v_student, self.memory_v2), (3, v_teacher, self.memory_v1)):
+            if self.params[place] < 0:
+                parts = _scores(embed, bank, contrastive_index)
+                total = sum(scores.div_(self.params[1]).exp_().sum() for scores, _ in parts)
+                self.params[place] = total / contrastive_index.numel() * len(bank)
+        # Asked once and not at every step: reading `params` would make the host wait for the device.
+        self._z_known = True
+
+    @torch.no_grad()
+    def _update(self, bank: Tensor, embed: Tensor, index: Tensor) -> None:
+        momentum = self.params[4]
+        entry = F.normalize(momentum * bank[index] + (1 - momentum) * embed, dim=1)
+        # Rows written twice get the same values twice, so that the order of writing does not matter on any device.
+        last = torch.where(index == index.unsqueeze(1), torch.arange(len(index), device=index.device), -1).amax(1)
+        bank.index_copy_(0, index, entry[last])
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._z_known = False
+
+
+@register(
+    "CRD",
+    CN(
+        {
+            "MODE": "exact",  # the positive is the image itself; "relax": any image of its class
+            "FEAT": CN({"DIM": 128, "STUDENT_DIM": 256, "TEACHER_DIM": 256}),
+            "LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8}),
+            "NCE": CN({"K": 16384, "MOMENTUM": 0.5, "TEMPERATURE": 0.07}),
+        }
+    ),
+)
+class CRD(Distiller):
+    """Cross-entropy with the labels and the contrastive loss between the two networks' `pooled_feat`.
+
+    The embeddings' input widths are the networks' own. CRD.FEAT.STUDENT_DIM and TEACHER_DIM need not be set: 256, the
+    original's default, says nothing, any other value must agree with the network.
+
+    Args:
+        num_data: N, size of the training set.
+
+    Raises:
+        UserError: a width that contradicts the network; K, temperature or momentum out of range.
+
+    Cost: two banks of N x DIM floats on the device (51 MB for 50,000 images, 1.3 GB for ImageNet).
+
+    Reference: Tian et al. 2020, arXiv 1910.10699.
+    """
+
+    needs_run = ("num_data",)
+    needs_batch = ("contrastive_index",)
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, num_data: int) -> None:
+        super().__init__(student, teacher)
+        feat, nce = cfg.CRD.FEAT, cfg.CRD.NCE
+        _check_nce(nce)
+        self.ce_loss_weight = cfg.CRD.LOSS.CE_WEIGHT
+        self.feat_loss_weight = cfg.CRD.LOSS.FEAT_WEIGHT
+        self.embed_s = Embed(_width(student, "STUDENT_DIM", feat.STUDENT_DIM), feat.DIM)
+        self.embed_t = Embed(_width(teacher, "TEACHER_DIM", feat.TEACHER_DIM), feat.DIM)
+        self.contrast = ContrastMemory(feat.DIM, num_data, nce.K, nce.TEMPERATURE, nce.MOMENTUM)
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        return [*super().get_learnable_parameters(), *self.embed_s.parameters(), *self.embed_t.parameters()]
+
+    def get_extra_parameters(self) -> int:
+        """The two embeddings and, as in the original's count, all that the memory holds."""
+        memory = sum(buffer.numel() for buffer in self.contrast.buffers())
+        return count_parameters(self.embed_s) + count_parameters(self.embed_t) + memory
+
+    def forward_train(
+        self, image: Tensor, target: Tensor, index: Tensor, contrastive_index: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Losses]:
+        logits_student, feature_student = self.student(image)
+        _, feature_teacher = self.teacher_forward(image)
+        loss_crd = self.contrast(
+            self.embed_s(feature_student["pooled_feat"]),
+            self.embed_t(feature_teacher["pooled_feat"]),
+            index,
+            contrastive_index,
+        )
+        return logits_student, {
+            "loss_ce": self.ce_loss_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_loss_weight * loss_crd,
+        }
+
+
+def _width(model: nn.Module, key: str, configured: int) -> int:
+    """Width of the model's `pooled_feat`; a `configured` width other than the default must agree with it."""
+    own = _pooled_width(model)
+    if configured not in (own, _DEFAULT_WIDTH):
+        raise UserError(
+            f"CRD.FEAT.{key} is {configured}, but the pooled_feat of {type(model).__name__} has {own} channels; "
+            "leave the key out, the width is taken from the network"
+        )
+    return own
+
+
+_DEFAULT_WIDTH = 256
+
+
+def _pooled_width(model: nn.Module) -> int:
+    """Probed with the smallest usual image that the network takes; its classifier refuses one that does not fit."""
+    for size in (32, 64):
+        try:
+            return probe(model, (size, size))[1]["pooled_feat"].flatten(1).shape[1]
+        except RuntimeError:  # an ImageNet network may pool a 32x32 image away
+            continue
+    return probe(model, (224, 224))[1]["pooled_feat"].flatten(1).shape[1]
+
+
+def _check_nce(nce: CN) -> None:
+    for key, due, holds in (
+        ("K", "a whole number >= 1", isinstance(nce.K, int) and nce.K >= 1),
+        ("TEMPERATURE", "positive and finite", 0 < nce.TEMPERATURE < math.inf),
+        ("MOMENTUM", "in [0, 1)", 0 <= nce.MOMENTUM < 1),
+    ):
+        if not holds:
+            raise UserError(f"CRD.NCE.{key} must be {due}, not {nce[key]!r}")
