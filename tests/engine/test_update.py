@@ -1,0 +1,96 @@
+"""The two update rules against loops written out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from yacs.config import CfgNode as CN
+
+from mdistiller.engine.dot import DistillationOrientedTrainer
+from mdistiller.engine.update import DotUpdate, SumUpdate
+from mdistiller.errors import UnknownNameError, UserError
+
+
+def config(**solver: object) -> CN:
+    defaults = {"TYPE": "SGD", "LR": 0.1, "MOMENTUM": 0.9, "WEIGHT_DECAY": 0.01, "DOT": CN({"DELTA": 0.075})}
+    return CN({"SOLVER": CN(defaults | solver)})
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+
+
+def losses(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
+    """A task loss and two parts of distillation on one graph; one of them has the shape (1,)."""
+    g = torch.Generator().manual_seed(step)
+    logits = model(torch.randn(8, 5, generator=g))
+    return {
+        "loss_ce": F.cross_entropy(logits, torch.randint(0, 3, (8,), generator=g)),
+        "loss_kd": logits.pow(2).mean().reshape(1),
+        "loss_feat": 0.1 * logits.abs().mean(),
+    }
+
+
+def test_sum_is_sgd_bitwise():
+    ours, theirs = network(), network()
+    update = SumUpdate(ours.parameters(), config())
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    for step in range(4):
+        total = update(losses(ours, step))
+        parts = losses(theirs, step)
+        expected = parts["loss_ce"] + parts["loss_kd"].squeeze() + parts["loss_feat"]
+        sgd.zero_grad()
+        expected.backward()
+        sgd.step()
+        assert total.shape == () and not total.requires_grad
+        torch.testing.assert_close(total, expected.detach(), rtol=1e-6, atol=0)
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters()))
+
+
+def test_dot_is_two_passes():
+    """The loop as the paper writes it, with buffers of its own and a forward pass for each loss."""
+    ours, theirs = network(), network()
+    update = DotUpdate(ours.parameters(), config())
+    assert isinstance(update.optimizer, DistillationOrientedTrainer)
+    v_task: list = [0.0] * 4
+    v_kd: list = [0.0] * 4
+    for step in range(4):
+        update(losses(ours, step))
+        params = list(theirs.parameters())
+        kd = losses(theirs, step)
+        g_kd = torch.autograd.grad(kd["loss_kd"].sum() + kd["loss_feat"], params)
+        g_task = torch.autograd.grad(losses(theirs, step)["loss_ce"], params)
+        with torch.no_grad():
+            for i, p in enumerate(params):
+                v_task[i] = (0.9 - 0.075) * v_task[i] + g_task[i] + 0.01 * p
+                v_kd[i] = (0.9 + 0.075) * v_kd[i] + g_kd[i]
+                p -= 0.1 * (v_task[i] + v_kd[i])
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [("loss_ce",), ("ce",), ("loss_kd", "loss_feat")])
+def test_dot_needs_both_parts(parts):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    value = model(torch.ones(1, 5)).sum()
+    with pytest.raises(UserError, match=f"only {', '.join(parts)}; use SOLVER.TRAINER base"):
+        DotUpdate(model.parameters(), config())(dict.fromkeys(parts, value))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("rule", [SumUpdate, DotUpdate])
+def test_unknown_optimizer_is_refused(rule):
+    with pytest.raises(UnknownNameError, match=r"SOLVER.TYPE.*'Lion'; known: SGD"):
+        rule(network().parameters(), config(TYPE="Lion"))
+
+
+@pytest.mark.parametrize("delta", [0.1, 0.95, -0.2])
+def test_dot_momenta_must_stay_below_one(delta):
+    with pytest.raises(UserError, match="take a smaller DELTA"):
+        DotUpdate(network().parameters(), config(DOT=CN({"DELTA": delta})))
