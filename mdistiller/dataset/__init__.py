@@ -1,0 +1,69 @@
+"""Data sets by name, and the loaders of their batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from yacs.config import CfgNode as CN
+
+from . import digits  # noqa: F401  (it registers itself)
+from ._base import DatasetInfo, Loader, Split, dataset_dict, get_dataloaders, stratified_split
+from .cifar100 import get_cifar100_dataloaders
+from .imagenet import get_imagenet_dataloaders, get_imagenet_val_loader
+from .in_memory import ImageArray, InMemoryLoader
+from .tiny_imagenet import get_tinyimagenet_dataloader
+
+# The same registry, by what its entries tell: num_classes, image_size, model_family.
+dataset_info = dataset_dict
+
+
+def get_dataset(cfg: CN) -> tuple[Loader, Loader, int, int]:
+    """Training loader, validation loader, number of training images and of classes; see `get_dataloaders`.
+
+    Args:
+        cfg: the config tree; DATASET, SOLVER.BATCH_SIZE and EXPERIMENT.SEED are read.
+
+    Raises:
+        UserError: no such data set, or its data is missing or unreadable.
+    """
+    loaders = get_dataloaders(
+        cfg.DATASET.TYPE,
+        batch_size=cfg.SOLVER.BATCH_SIZE,
+        val_batch_size=cfg.DATASET.TEST.BATCH_SIZE,
+        num_workers=cfg.DATASET.NUM_WORKERS,
+        root=cfg.DATASET.ROOT,
+        seed=cfg.EXPERIMENT.SEED,
+        train_fraction=cfg.DATASET.TRAIN_FRACTION,
+        val_fraction=cfg.DATASET.VAL_FRACTION,
+    )
+    return *loaders, dataset_dict[cfg.DATASET.TYPE].num_classes
+
+
+def get_val_loader(
+    name: str, root: str = "./data", batch_size: int = 64, num_workers: int = 2, train: bool = False
+) -> Loader:
+    """The test images of data set `name` alone, or its training images as if they were: in order, not augmented.
+
+    Raises:
+        UserError: no such data set, or its data is missing or unreadable.
+    """
+    return dataset_dict[name].read(Path(root).expanduser(), train).loader(batch_size, num_workers, train=False)
+
+
+__all__ = [
+    "DatasetInfo",
+    "ImageArray",
+    "InMemoryLoader",
+    "Loader",
+    "Split",
+    "dataset_dict",
+    "dataset_info",
+    "get_cifar100_dataloaders",
+    "get_dataloaders",
+    "get_dataset",
+    "get_imagenet_dataloaders",
+    "get_imagenet_val_loader",
+    "get_tinyimagenet_dataloader",
+    "get_val_loader",
+    "stratified_split",
+]

@@ -1,0 +1,177 @@
+"""What every data set is: an entry of `dataset_dict` that reads `Split`s, and the `Loader`s of their batches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..registry import Registry
+
+Batch = tuple[Tensor, ...]
+Read = Callable[[Path, bool], "Split"]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The facts of a data set that others need, and how to read it.
+
+    Attributes:
+        num_classes: C; labels are 0..C-1.
+        image_size: height and width of the images that a network sees, in pixels.
+        model_family: which model dictionary serves it: "cifar", "tiny_imagenet" or "imagenet".
+        read: (root, train) -> the training or the test part.
+    """
+
+    num_classes: int
+    image_size: int
+    model_family: str
+    read: Read
+
+
+dataset_dict = Registry("data set")
+
+
+def register(name: str, num_classes: int, image_size: int, model_family: str) -> Callable[[Read], Read]:
+    """Decorator: enter a data set in `dataset_dict`; the decorated function is its `DatasetInfo.read`."""
+
+    def enter(read: Read) -> Read:
+        dataset_dict.register(name)(DatasetInfo(num_classes, image_size, model_family, read))
+        return read
+
+    return enter
+
+
+class Split(Protocol):
+    """One part of a data set, not yet batched: `in_memory.ImageArray` or `folders.ImageFiles`."""
+
+    @property
+    def targets(self) -> Tensor:
+        """(N,) int64 labels."""
+
+    def select(self, keep: Tensor) -> Split:
+        """The images at the places `keep` (K,) int64, in that order."""
+
+    def loader(self, batch_size: int, num_workers: int, train: bool, seed: int = 0) -> Loader:
+        """Batches of this split; see `Loader`."""
+
+
+class Loader(ABC):
+    """Batches of a split, on `device`.
+
+    A training loader shuffles, augments and yields (image, target, index); the others go through the images in
+    order, without chance, and yield (image, target). The last batch may be short.
+
+        image   (B, 3, H, W) float32, normalised
+        target  (B,) int64
+        index   (B,) int64, the image's place in `targets`
+
+    All randomness comes from (seed, epoch, index): an epoch is the same on every device, with any number of
+    workers, and from whatever batch it is taken up. Without `set_epoch` every pass is the same pass.
+
+    Attributes:
+        targets: (N,) int64 labels of all images, on the CPU.
+        batch_size: B.
+    """
+
+    def __init__(self, targets: Tensor, batch_size: int, train: bool, seed: int) -> None:
+        if batch_size < 1:
+            raise UserError(f"the batch size must be at least 1, it is {batch_size}")
+        self.targets = targets
+        self.batch_size = batch_size
+        self.train = train
+        self.seed = seed
+        self.epoch = 1
+        self.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.targets) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.iter_from(0)
+
+    @abstractmethod
+    def iter_from(self, batch: int) -> Iterator[Batch]:
+        """The epoch's batches from number `batch` (from 0) on: the rest of an interrupted epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of the next pass."""
+        self.epoch = epoch
+
+    def to(self, device: torch.device | str) -> Loader:
+        """Yield the batches on `device` from now on; returns self."""
+        self.device = torch.device(device)
+        return self
+
+
+def mix_seed(*key: int) -> int:
+    """One 64-bit seed from several numbers >= 0, such that neighbours give unrelated streams."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def stratified_split(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Places of a fixed `fraction` of every class, and places of the rest; both ascending.
+
+    Chosen by chance once and for all, so that every run has the same; a smaller fraction is part of a larger one.
+    Each class is rounded on its own and gives at least one image.
+    """
+    # RandomState, because its stream never changes.
+    shuffled = torch.from_numpy(np.random.RandomState(0).permutation(len(targets)))
+    by_class = shuffled[targets[shuffled].argsort(stable=True)]
+    chosen = torch.zeros(len(targets), dtype=torch.bool)
+    for members in by_class.split(targets.bincount().tolist()):
+        chosen[members[: max(1, round(fraction * len(members)))]] = True
+    return chosen.nonzero()[:, 0], chosen.logical_not().nonzero()[:, 0]
+
+
+def missing(what: str, folder: Path | str, how: str) -> UserError:
+    """The error for data that is not in its `folder`, with `how` to bring it there."""
+    hint = "DATASET.TYPE digits (configs/digits) runs without any download"
+    return UserError(f"{what} belongs in {folder}: {how}; {hint}")
+
+
+def get_dataloaders(
+    name: str,
+    batch_size: int,
+    val_batch_size: int,
+    num_workers: int,
+    root: str = "./data",
+    seed: int = 0,
+    train_fraction: float = 1.0,
+    val_fraction: float = 0.0,
+) -> tuple[Loader, Loader, int]:
+    """Training loader, validation loader and number of training images of data set `name`.
+
+    Args:
+        num_workers: processes that read images; 0 for none. Data sets held in memory need none.
+        root: the folder of the data sets' folders.
+        seed: of the order and the augmentation, >= 0.
+        train_fraction: train on this fixed share of every class, in (0, 1].
+        val_fraction: when > 0, this fixed share of every class of the training set, in [0, 1), is held out first and
+            validated on in place of the test set.
+
+    Raises:
+        UserError: no such data set, data missing or unreadable, or nothing to hold out.
+    """
+    info: DatasetInfo = dataset_dict[name]
+    folder = Path(root).expanduser()
+    train = info.read(folder, True)
+    if val_fraction > 0:
+        kept, held_out = stratified_split(train.targets, 1 - val_fraction)
+        if len(held_out) == 0:
+            raise UserError(f"DATASET.VAL_FRACTION {val_fraction} holds out no image of {name}; take a larger one")
+        train, val = train.select(kept), train.select(held_out)
+    else:
+        val = info.read(folder, False)
+    if train_fraction < 1:
+        train = train.select(stratified_split(train.targets, train_fraction)[0])
+    train_loader = train.loader(batch_size, num_workers, train=True, seed=seed)
+    return train_loader, val.loader(val_batch_size, num_workers, train=False), len(train.targets)

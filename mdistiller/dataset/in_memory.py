@@ -1,0 +1,133 @@
+"""Small images as uint8 tensors on the training device, cropped, flipped and normalised a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._base import Batch, Loader, mix_seed
+
+
+def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor, padding: int) -> Tensor:
+    """Pad with zeros, cut every image back to its size at its own place, mirror some left to right.
+
+    Args:
+        images: (B, H, W, C).
+        top: (B,) int64 in [0, 2 * padding], the first row of the padded image to keep.
+        left: (B,) int64, likewise the first column.
+        mirrored: (B,) bool.
+
+    Returns:
+        (B, H, W, C), as torchvision's RandomCrop(H, padding) and RandomHorizontalFlip give for these draws.
+    """
+    count, height, width, channels = images.shape
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    steps = torch.arange(width, device=images.device)
+    columns = left[:, None] + torch.where(mirrored[:, None], width - 1 - steps, steps)
+    image = torch.arange(count, device=images.device)[:, None, None]
+    # All pixels in one row, each picked by its number: the fastest gather on CPU and GPU alike.
+    pixel = (image * padded.shape[1] + rows[:, :, None]) * padded.shape[2] + columns[:, None, :]
+    return padded.view(-1, channels).index_select(0, pixel.view(-1)).view(images.shape)
+
+
+class Normalize:
+    """uint8 (B, H, W, C) -> float32 (B, C, H, W), channels last in memory: (x / 255 - mean) / std.
+
+    The operations and their order are those of torchvision's ToTensor and Normalize, so the result has the same bits.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], pixels: int) -> None:
+        # Repeated for every pixel: three numbers at the end of the shape would keep the CPU from vectorising.
+        self.mean = torch.tensor(mean, dtype=torch.float32).repeat(pixels)
+        self.std = torch.tensor(std, dtype=torch.float32).repeat(pixels)
+        # A tensor, because CUDA multiplies by 1 / 255 when the divisor is a number, which rounds differently.
+        self.full = torch.tensor(255.0)
+
+    def to(self, device: torch.device | str) -> Normalize:
+        """Work on `device` from now on; returns self."""
+        self.mean, self.std, self.full = (t.to(device) for t in (self.mean, self.std, self.full))
+        return self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        flat = images.reshape(len(images), -1).float()
+        return flat.div_(self.full).sub_(self.mean).div_(self.std).view(images.shape).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class ImageArray:
+    """A split held in memory.
+
+    Attributes:
+        images: (N, H, W, 3) uint8.
+        targets: (N,) int64.
+        mean, std: per channel, of values in [0, 1].
+        flip: whether a mirrored image is still an image of its class.
+    """
+
+    images: Tensor
+    targets: Tensor
+    mean: Sequence[float]
+    std: Sequence[float]
+    flip: bool = True
+
+    def select(self, keep: Tensor) -> ImageArray:
+        """The images at the places `keep`."""
+        return replace(self, images=self.images[keep], targets=self.targets[keep])
+
+    def loader(self, batch_size: int, num_workers: int, train: bool, seed: int = 0) -> InMemoryLoader:
+        """Batches; `num_workers` is not needed here."""
+        return InMemoryLoader(self, batch_size, train, seed)
+
+
+class InMemoryLoader(Loader):
+    """Batches of an `ImageArray`; in training cropped at random from `padding` zeros around, and mirrored at random.
+
+    The chances are those of torchvision's RandomCrop(size, padding) and RandomHorizontalFlip(). An epoch's draws are
+    made at its start, on the CPU for every device: 25 bytes an image.
+    """
+
+    def __init__(self, data: ImageArray, batch_size: int, train: bool, seed: int = 0, padding: int = 4) -> None:
+        super().__init__(data.targets, batch_size, train, seed)
+        self.flip = data.flip
+        self.padding = padding
+        self._images = data.images.contiguous()
+        self._labels = data.targets
+        self._normalize = Normalize(data.mean, data.std, pixels=data.images[0, :, :, 0].numel())
+
+    def to(self, device: torch.device | str) -> InMemoryLoader:
+        """Move the images to `device` and work there from now on; returns self."""
+        super().to(device)
+        self._images, self._labels = self._images.to(device), self._labels.to(device)
+        self._normalize.to(device)
+        return self
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This epoch's order, and for every image the first row and column of its crop and whether it is mirrored."""
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        count = len(self.targets)
+        order = torch.randperm(count, generator=generator)
+        top, left = torch.randint(2 * self.padding + 1, (2, count), generator=generator)
+        mirrored = torch.rand(count, generator=generator) < (0.5 if self.flip else 0.0)
+        return order, top, left, mirrored
+
+    def iter_from(self, batch: int) -> Iterator[Batch]:
+        """The epoch's batches from number `batch` (from 0) on."""
+        starts = range(batch * self.batch_size, len(self.targets), self.batch_size)
+        return self._train_batches(starts) if self.train else self._val_batches(starts)
+
+    def _train_batches(self, starts: range) -> Iterator[Batch]:
+        order, top, left, mirrored = (t.to(self.device) for t in self.draw())
+        for start in starts:
+            index = order[start : start + self.batch_size]
+            images = crop_and_flip(self._images[index], top[index], left[index], mirrored[index], self.padding)
+            yield self._normalize(images), self._labels[index], index
+
+    def _val_batches(self, starts: range) -> Iterator[Batch]:
+        for start in starts:
+            part = slice(start, start + self.batch_size)
+            yield self._normalize(self._images[part]), self._labels[part]

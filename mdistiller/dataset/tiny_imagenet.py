@@ -1,0 +1,61 @@
+"""Tiny-ImageNet-200: 100,000 training and 10,000 validation images of 64x64 pixels, in the layout of its own zip."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from torchvision import transforms as T
+
+from ..errors import UserError
+from ._base import get_dataloaders, missing, register
+from .folders import ImageFiles, class_folders, labelled_files
+
+NUM_CLASSES = 200
+TO_INPUT = (T.ToTensor(), T.Normalize((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)))
+TRAIN = T.Compose([T.RandomRotation(20), T.RandomHorizontalFlip(), *TO_INPUT])
+VAL = T.Compose(TO_INPUT)
+
+
+@register("tiny_imagenet", num_classes=NUM_CLASSES, image_size=64, model_family="tiny_imagenet")
+def read(root: Path, train: bool) -> ImageFiles:
+    """`root`/tiny-imagenet-200: `train`/<wnid>/..., and `val` with val_annotations.txt or with <wnid>/... as well."""
+    home = root / "tiny-imagenet-200"
+    part = home / ("train" if train else "val")
+    if not part.is_dir():
+        raise missing("Tiny-ImageNet", part, "unpack tiny-imagenet-200.zip so that it is there")
+    classes = _classes(home, part)
+    in_class_folders = train or any((part / wnid).is_dir() for wnid in classes)
+    files = labelled_files(part, classes) if in_class_folders else annotated_files(part, classes)
+    return ImageFiles.of(files, TRAIN, VAL)
+
+
+def _classes(home: Path, part: Path) -> list[str]:
+    """The sorted wnids: of wnids.txt, or where that is missing the names of the class folders."""
+    listed = home / "wnids.txt"
+    if not listed.is_file():
+        return class_folders(home / "train" if (home / "train").is_dir() else part, NUM_CLASSES)
+    wnids = sorted(set(listed.read_text().split()))
+    if len(wnids) != NUM_CLASSES:
+        raise UserError(f"{listed} names {len(wnids)} classes, {NUM_CLASSES} are due; unpack the zip anew")
+    return wnids
+
+
+def annotated_files(part: Path, classes: list[str]) -> list[tuple[str, int]]:
+    """(path, label) of the images that `part`/val_annotations.txt names: a line holds file, wnid and a box."""
+    annotations = part / "val_annotations.txt"
+    if not annotations.is_file():
+        raise missing("Tiny-ImageNet's val_annotations.txt", annotations, "unpack tiny-imagenet-200.zip anew")
+    label = {wnid: i for i, wnid in enumerate(classes)}
+    files = []
+    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in label:
+            raise UserError(f"{annotations}, line {number}: {wnid!r} is no class; a line is file, wnid, box")
+        files.append((str(part / "images" / name), label[wnid]))
+    return files
+
+
+# The original's name.
+get_tinyimagenet_dataloader = partial(get_dataloaders, "tiny_imagenet")

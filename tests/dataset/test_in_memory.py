@@ -1,0 +1,166 @@
+"""Batches of images in memory: the same bits as torchvision's, the same chances, and resumable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as TF
+
+from mdistiller.dataset.in_memory import ImageArray, InMemoryLoader, Normalize, crop_and_flip
+
+MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+def random_array(count: int, size: int = 32, flip: bool = True) -> ImageArray:
+    g = torch.Generator().manual_seed(count)
+    images = torch.randint(0, 256, (count, size, size, 3), generator=g, dtype=torch.uint8)
+    return ImageArray(images, torch.randint(0, 10, (count,), generator=g), MEAN, STD, flip)
+
+
+def by_torchvision(image: torch.Tensor, top: int, left: int, mirrored: bool, padding: int) -> torch.Tensor:
+    """One image through PIL, step by step as RandomCrop, RandomHorizontalFlip, ToTensor and Normalize do."""
+    pil = TF.pad(Image.fromarray(image.numpy()), [padding])
+    pil = TF.crop(pil, top, left, image.shape[0], image.shape[1])
+    pil = TF.hflip(pil) if mirrored else pil
+    return TF.normalize(TF.to_tensor(pil), MEAN, STD)
+
+
+@pytest.mark.parametrize("padding", [4, 1])
+def test_every_crop_and_flip_has_the_bits_of_torchvision(padding: int) -> None:
+    places = 2 * padding + 1
+    top, left, mirrored = torch.meshgrid(torch.arange(places), torch.arange(places), torch.arange(2), indexing="ij")
+    top, left, mirrored = top.flatten(), left.flatten(), mirrored.flatten().bool()
+    images = random_array(len(top)).images
+    ours = Normalize(MEAN, STD, 32 * 32)(crop_and_flip(images, top, left, mirrored, padding))
+    for i in range(len(top)):
+        draw = int(top[i]), int(left[i]), bool(mirrored[i])
+        assert torch.equal(ours[i], by_torchvision(images[i], *draw, padding)), draw
+
+
+def test_crop_by_hand() -> None:
+    image = torch.tensor([[[1], [2]], [[3], [4]]], dtype=torch.uint8)[None]
+    # Padded by 1:  0 0 0 0 / 0 1 2 0 / 0 3 4 0 / 0 0 0 0; rows 0-1, columns 1-2 are 0 0 / 1 2, mirrored 0 0 / 2 1.
+    out = crop_and_flip(image, torch.tensor([0]), torch.tensor([1]), torch.tensor([True]), padding=1)
+    assert out[0, :, :, 0].tolist() == [[0, 0], [2, 1]]
+
+
+def test_training_batches_are_the_drawn_crops_of_the_indexed_images() -> None:
+    data = random_array(50)
+    loader = data.loader(16, 0, train=True, seed=3)
+    loader.set_epoch(7)
+    _, top, left, mirrored = loader.draw()
+    for image, target, index in loader:
+        assert (image.dtype, target.dtype, index.dtype) == (torch.float32, torch.int64, torch.int64)
+        assert torch.equal(target, data.targets[index])
+        for row, i in enumerate(index.tolist()):
+            draw = int(top[i]), int(left[i]), bool(mirrored[i])
+            assert torch.equal(image[row], by_torchvision(data.images[i], *draw, 4))
+
+
+def test_images_are_channels_last() -> None:
+    image, *_ = next(iter(random_array(4).loader(4, 0, train=True)))
+    assert image.shape == (4, 3, 32, 32) and image.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_validation_goes_in_order_unaugmented_and_keeps_the_short_batch() -> None:
+    data = random_array(21)
+    loader = data.loader(8, 0, train=False)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 3 and [len(t) for _, t in batches] == [8, 8, 5]
+    expected = torch.stack([by_torchvision(x, 4, 4, False, 4) for x in data.images])  # (4, 4): the middle
+    assert torch.equal(torch.cat([x for x, _ in batches]), expected)
+    assert torch.equal(torch.cat([t for _, t in batches]), data.targets)
+
+
+def chi_square(counts: torch.Tensor) -> float:
+    expected = counts.sum() / counts.numel()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def test_all_offsets_and_flips_are_equally_likely() -> None:
+    _, top, left, mirrored = random_array(81 * 2 * 200, size=1).loader(1, 0, train=True).draw()
+    cell = (top * 9 + left) * 2 + mirrored
+    assert cell.min() == 0 and cell.max() == 161
+    # 161 degrees of freedom: 99.9 % of all draws lie below 222.
+    assert chi_square(cell.bincount(minlength=162).double()) < 222
+
+
+def test_every_image_is_equally_likely_at_every_place() -> None:
+    loader = random_array(10, size=1).loader(10, 0, train=True)
+    seen = torch.zeros(10, 10, dtype=torch.double)
+    for epoch in range(2000):
+        loader.set_epoch(epoch)
+        seen[torch.arange(10), loader.draw()[0]] += 1
+    # Rows and columns sum to 2000 each: 81 degrees of freedom, 99.9 % below 126.
+    assert chi_square(seen) < 126
+
+
+def test_without_flip_nothing_is_mirrored() -> None:
+    assert not random_array(1000, size=1, flip=False).loader(1, 0, train=True).draw()[3].any()
+
+
+def same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for one, two in zip(a, b) for x, y in zip(one, two))
+
+
+def batches_of(loader: InMemoryLoader, epoch: int, start: int = 0) -> list:
+    loader.set_epoch(epoch)
+    return list(loader.iter_from(start))
+
+
+def test_seed_and_epoch_decide_and_nothing_else() -> None:
+    data = random_array(40)
+    first = batches_of(data.loader(16, 0, train=True, seed=1), 1)
+    torch.manual_seed(99)
+    other = data.loader(16, 0, train=True, seed=1)
+    assert not same(first, batches_of(other, 2))
+    assert same(first, batches_of(other, 1))
+    assert not same(first, batches_of(data.loader(16, 0, train=True, seed=2), 1))
+
+
+def test_the_loader_leaves_the_global_random_numbers_alone() -> None:
+    state = torch.get_rng_state()
+    list(random_array(8).loader(4, 0, train=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_an_epoch_can_be_taken_up_at_any_batch(start: int) -> None:
+    loader = random_array(40).loader(16, 0, train=True, seed=5)
+    assert same(batches_of(loader, 4)[start:], batches_of(loader, 4, start))
+
+
+def test_every_index_comes_once_an_epoch() -> None:
+    loader = random_array(37).loader(8, 0, train=True)
+    index = torch.cat([i for *_, i in loader])
+    assert torch.equal(index.sort().values, torch.arange(37))
+    assert len(loader) == 5
+
+
+def test_to_keeps_the_batches() -> None:
+    loader = random_array(8).loader(4, 0, train=True)
+    before = list(loader)
+    assert loader.to("cpu") is loader
+    assert same(before, list(loader))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_gives_the_same_bits() -> None:
+    data = random_array(40)
+    on_cpu = list(data.loader(16, 0, train=True))
+    on_gpu = list(data.loader(16, 0, train=True).to("cuda"))
+    assert on_gpu[0][0].is_cuda
+    assert same(on_cpu, [[x.cpu() for x in batch] for batch in on_gpu])
+
+
+def test_select_takes_images_and_labels_together() -> None:
+    data = random_array(10)
+    keep = torch.tensor([7, 2])
+    assert torch.equal(data.select(keep).images, data.images[keep])
+    assert torch.equal(data.select(keep).targets, data.targets[keep])
+
+
+def test_batch_size_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="batch size must be at least 1, it is 0"):
+        random_array(4).loader(0, 0, train=True)
