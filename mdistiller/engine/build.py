@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch.nn as nn
 from yacs.config import CfgNode as CN
 
 from ..dataset import dataset_info, get_dataset
 from ..distillers import Distiller, distiller_dict
-from ..models import build_model, teacher_checkpoint
+from ..models import build_model, cifar_model_dict, imagenet_model_dict, teacher_checkpoint, tiny_imagenet_model_dict
+from ..registry import Registry
 from .cfg import override_pairs
 from .checkpoint import load_model_weights
 from .runtime import seed_everything
@@ -33,24 +33,28 @@ def _path_part(name: str) -> str:
     return re.sub(r"^\.+|[/\\*?\"<>|\s\x00-\x1f]", "_", name) or "_"
 
 
-def build_teacher(cfg: CN, num_classes: int) -> nn.Module:
-    """The teacher with its weights: `DISTILLER.TEACHER_CKPT`, or the published ones where that is empty.
+def model_dict(dataset: str) -> Registry:
+    """The networks of a data set, by name."""
+    families = {"cifar": cifar_model_dict, "tiny_imagenet": tiny_imagenet_model_dict, "imagenet": imagenet_model_dict}
+    return families[dataset_info[dataset].model_family]
+
+
+def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "") -> nn.Module:
+    """The network `name` with trained weights.
+
+    Args:
+        path: of its checkpoint; empty: the published one, under download_ckpts or (ImageNet) torchvision's.
 
     Raises:
-        UserError: no such network, or no weights for it.
+        UserError: no such network, no checkpoint, or one of another network.
     """
-    family = dataset_info[cfg.DATASET.TYPE].model_family
-    name = cfg.DISTILLER.TEACHER
-    path = cfg.DISTILLER.TEACHER_CKPT or teacher_checkpoint(family, name)
-    model = build_model(family, name, num_classes, pretrained=path is None)
-    if path is not None:
-        load_model_weights(model, path)
+    models = model_dict(dataset)
+    entry = models[name]
+    if not path and not isinstance(entry, tuple):
+        return build_model(models, name, num_classes, pretrained=True)
+    model = build_model(models, name, num_classes)
+    load_model_weights(model, teacher_checkpoint(path or entry[1], name))
     return model
-
-
-def build_student(cfg: CN, num_classes: int) -> nn.Module:
-    """The student, freshly initialised."""
-    return build_model(dataset_info[cfg.DATASET.TYPE].model_family, cfg.DISTILLER.STUDENT, num_classes)
 
 
 def build_distiller(cfg: CN, num_data: int, num_classes: int) -> Distiller:
@@ -61,8 +65,10 @@ def build_distiller(cfg: CN, num_data: int, num_classes: int) -> Distiller:
     """
     method = distiller_dict[cfg.DISTILLER.TYPE]
     # The student comes first: with the same seed it starts from the same weights under every method.
-    student = build_student(cfg, num_classes)
-    teacher = build_teacher(cfg, num_classes) if method.needs_teacher else None
+    student = build_model(model_dict(cfg.DATASET.TYPE), cfg.DISTILLER.STUDENT, num_classes)
+    teacher = None
+    if method.needs_teacher:
+        teacher = build_pretrained(cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, num_classes, cfg.DISTILLER.TEACHER_CKPT)
     facts = {"num_data": num_data}
     return method(student, teacher, cfg, **{fact: facts[fact] for fact in method.needs_run})
 
@@ -81,7 +87,3 @@ def build_trainer(cfg: CN, overrides: Sequence[str] = ()) -> BaseTrainer:
     distiller = build_distiller(cfg, num_data, num_classes)
     return trainer_class(experiment_name(cfg, overrides), distiller, train_loader, val_loader, cfg)
 
-
-def run_folder(cfg: CN, name: str) -> Path:
-    """Where the run called `name` keeps its files."""
-    return Path(cfg.LOG.PREFIX) / name

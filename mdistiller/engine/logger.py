@@ -34,6 +34,8 @@ class Worklog:
 
     def __init__(self, folder: Path, start_epoch: int) -> None:
         self.path = folder / "worklog.txt"
+        if start_epoch == 1:
+            self.path.unlink(missing_ok=True)
 
     def epoch(self, epoch: int, metrics: Metrics) -> None:
         # The original prints the learning rate with two decimals: 0.00 at 0.0005.
@@ -47,7 +49,7 @@ class Worklog:
         pass
 
     def finish(self, summary: Metrics) -> None:
-        self._append("".join(f"{name}\t{value:.2f}\n" for name, value in summary.items() if name.endswith("_acc")))
+        self._append("".join(f"{name}\t{value:.2f}\n" for name, value in summary.items()))
 
     def _append(self, text: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:

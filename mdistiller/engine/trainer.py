@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,14 +98,15 @@ class BaseTrainer:
         Raises:
             NonFiniteLossError: a loss became NaN or infinite.
         """
+        if first > self.cfg.SOLVER.EPOCHS:
+            print(f"{self.log_path} is trained already, to epoch {first - 1} of {self.cfg.SOLVER.EPOCHS}")
+            return
         self.log_path.mkdir(parents=True, exist_ok=True)
         self._record()
         self.logger = build_logger(self.log_path, self.name, self.cfg, first)
         for epoch in range(first, self.cfg.SOLVER.EPOCHS + 1):
             self.train_epoch(epoch)
-        summary = {f"best_acc{_suffix(name)}": value for name, value in self.best_acc.items()}
-        summary |= {f"last_acc{_suffix(name)}": value for name, value in self.last_acc.items()}
-        self.logger.finish(summary)
+        self.logger.finish(_by_head("best_acc", self.best_acc) | _by_head("last_acc", self.last_acc))
         for name, best in self.best_acc.items():
             label = f" ({name} head)" if name else ""
             print(f"Best accuracy{label}: {best:.2f}, last epoch: {self.last_acc[name]:.2f}  -> {self.log_path}")
@@ -129,7 +130,7 @@ class BaseTrainer:
                 if step % self.cfg.LOG.TENSORBOARD_FREQ == 0:
                     self.logger.step((epoch - 1) * steps + step, {"lr": lr, **meters.means()})
         means = meters.means()  # waits for the device: the clock stops after it
-        clock.stop()
+        clock.stop_training()
         _require_finite(means, epoch)
 
         scores = evaluate_distiller(self.val_loader, self.distiller)
@@ -239,10 +240,10 @@ trainer_dict = Registry("trainer", {"base": BaseTrainer, "crd": CRDTrainer, "dot
 
 
 class _Clock:
-    """Seconds waited for data, and seconds in all, of one epoch."""
+    """Seconds of one epoch: waiting for data, training, and in all."""
 
     def __init__(self) -> None:
-        self.data = self.total = 0.0
+        self.data = self.training = 0.0
         self.start = time.perf_counter()
 
     def around(self, loader: Iterable[Any]) -> Iterator[Any]:
@@ -256,16 +257,16 @@ class _Clock:
                 return
             yield batch
 
-    def stop(self) -> None:
-        self.total = time.perf_counter() - self.start
+    def stop_training(self) -> None:
+        self.training = time.perf_counter() - self.start
 
     def metrics(self, steps: int, images: int) -> dict[str, float]:
-        """Per step in seconds, per second in images, for the training part of the epoch."""
+        """Seconds a step (of them, for data), images a second while training, seconds of the epoch up to now."""
         return {
             "data_time": self.data / steps,
-            "step_time": self.total / steps,
-            "images_per_second": images / self.total,
-            "epoch_seconds": self.total,
+            "step_time": self.training / steps,
+            "images_per_second": images / self.training,
+            "epoch_seconds": time.perf_counter() - self.start,
         }
 
 
@@ -274,22 +275,24 @@ def _on_device(loader: Any, device: torch.device) -> Any:
     return loader.to(device) if hasattr(loader, "to") else loader
 
 
-def _suffix(head: str) -> str:
-    return f"_head_{head}" if head else ""
+def _by_head(name: str, values: Mapping[str, float]) -> dict[str, float]:
+    """A figure of the first head under `name`, and where there are several that of each under `name_head_<head>`."""
+    named = {name: next(iter(values.values()))}
+    if len(values) > 1:
+        named |= {f"{name}_head_{head}": value for head, value in values.items()}
+    return named
 
 
 def _epoch_metrics(means: dict[str, float], scores: dict[str, Score]) -> dict[str, float]:
-    """Training means and validation scores under the original's names; heads after the first get a suffix."""
+    """Training means and validation scores under the original's names."""
     first = next(iter(scores.values()))
     metrics = {
         "train_acc": means["train_acc"],
         "train_loss": means["train_loss"],
-        "test_acc": first.top1,
+        **_by_head("test_acc", {name: score.top1 for name, score in scores.items()}),
         "test_acc_top5": first.top5,
         "test_loss": first.loss,
     }
-    if len(scores) > 1:
-        metrics |= {f"test_acc_head_{name}": score.top1 for name, score in scores.items()}
     return metrics | {name: mean for name, mean in means.items() if name not in metrics}
 
 

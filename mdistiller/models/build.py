@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..registry import Registry
 
 FOLDER = "download_ckpts"
+_OWN_FILE = "DISTILLER.TEACHER_CKPT (tools/eval.py: -c)"
 REPOSITORY_FOLDER = Path(__file__).resolve().parents[2] / FOLDER
 
 
@@ -49,7 +50,7 @@ def teacher_checkpoint(path: str | Path | None, name: str = "the teacher") -> Pa
         UserError: no file is there, or `path` is None.
     """
     if not path:
-        raise UserError(f"{name} has no published checkpoint; name a file by DISTILLER.TEACHER_CKPT")
+        raise UserError(f"{name} has no published checkpoint; name a file by {_OWN_FILE}")
     wanted = Path(path)
     places = [wanted]
     if wanted.is_relative_to(REPOSITORY_FOLDER):
@@ -60,4 +61,4 @@ def teacher_checkpoint(path: str | Path | None, name: str = "the teacher") -> Pa
         if place.is_file():
             return place
     tried = " or ".join(map(str, dict.fromkeys(places)))
-    raise UserError(f"no checkpoint of {name} at {tried}; put it there or name another file by DISTILLER.TEACHER_CKPT")
+    raise UserError(f"no checkpoint of {name} at {tried}; put it there or name another file by {_OWN_FILE}")

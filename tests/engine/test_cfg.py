@@ -1,0 +1,149 @@
+"""The configuration tree: the original's defaults and values, what is taken, what is refused."""
+
+import math
+
+import pytest
+
+from mdistiller.engine.cfg import CFG, load_cfg, override_pairs, show_cfg
+from mdistiller.errors import UserError
+from tests import _golden
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text):
+        path = tmp_path / "experiment.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def differing(expected, ours, above=()):
+    """The keys of `expected` whose value in `ours` is missing or another; ours may have more."""
+    for key, value in expected.items():
+        name = (*above, key)
+        if key not in ours:
+            yield ".".join(name)
+        elif isinstance(value, dict):
+            yield from differing(value, ours[key], name)
+        elif list(value) != list(ours[key]) if isinstance(value, list) else value != ours[key]:
+            yield ".".join(name)
+
+
+def test_the_defaults_are_the_originals():
+    assert list(differing(_golden.load("configs")["defaults"], CFG)) == []
+
+
+@pytest.mark.parametrize("path", _golden.load("configs")["experiments"])
+def test_an_original_experiment_resolves_to_the_originals_values(path):
+    expected = _golden.load("configs")["experiments"][path]
+    assert list(differing(expected, load_cfg(path))) == []
+
+
+def test_the_users_readme_calls_res56_res20_by_a_second_name():
+    assert load_cfg("configs/cifar100/dkd/resn56_res20.yaml") == load_cfg("configs/cifar100/dkd/res56_res20.yaml")
+
+
+def test_overrides_go_over_the_file_and_the_file_over_the_defaults(yaml_file):
+    cfg = load_cfg(yaml_file("SOLVER: {LR: 0.2, EPOCHS: 3}"), ["SOLVER.LR", "0.4"])
+    assert (cfg.SOLVER.LR, cfg.SOLVER.EPOCHS, cfg.SOLVER.MOMENTUM) == (0.4, 3, 0.9)
+    assert CFG.SOLVER.LR == 0.05, "the shared tree is untouched"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("SOLVER.LR", "1", 1.0),  # an int where a float is due
+        ("KD.TEMPERATURE", "4.5", 4.5),  # a float where the default happens to be an int
+        ("SOLVER.WEIGHT_DECAY", "1e-4", 1e-4),
+        ("SOLVER.LR_DECAY_STAGES", "[1, 2]", [1, 2]),
+        ("SOLVER.LR_DECAY_STAGES", "(1, 2)", [1, 2]),
+        ("SOLVER.LR_DECAY_STAGES", "[]", []),
+        ("LOG.WANDB", "False", False),
+        ("LOG.WANDB", "false", False),
+        ("EXPERIMENT.NAME", "123", "123"),
+        ("DISTILLER.TEACHER_CKPT", "a/b c", "a/b c"),
+    ],
+)
+def test_an_override_is_read_in_the_type_of_its_default(yaml_file, key, text, value):
+    cfg = load_cfg(yaml_file(""), [key, text])
+    for part in key.split("."):
+        cfg = cfg[part]
+    assert cfg == value and type(cfg) is type(value)
+
+
+def test_yamls_bare_exponent_is_a_number(yaml_file):
+    assert load_cfg(yaml_file("SOLVER: {LR: 1e-2}")).SOLVER.LR == 0.01
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["SOLVER.LEARNING", "1"], r"unknown config key 'SOLVER.LEARNING'; .*"),
+        (["SOLVR.LR", "1"], r"unknown config key 'SOLVR'; did you mean SOLVER\?"),
+        (["KD.TEMPERATUR", "1"], r"unknown config key 'KD.TEMPERATUR'; did you mean KD.TEMPERATURE\?"),
+        (["SOLVER", "1"], "SOLVER is a section with keys TRAINER, .*"),
+        (["SOLVER.LR.X", "1"], "SOLVER.LR must be a number such as 0.05, not {'X': '1'}"),
+        (["SOLVER.LR", "fast"], "SOLVER.LR must be a number such as 0.05, not 'fast'"),
+        (["SOLVER.LR", "True"], "SOLVER.LR must be a number such as 0.05, not True"),
+        (["SOLVER.LR", "-0.1"], "SOLVER.LR must be positive and finite, not -0.1"),
+        (["SOLVER.LR", "1e999"], "SOLVER.LR must be positive and finite, not inf"),
+        (["SOLVER.BATCH_SIZE", "0"], "SOLVER.BATCH_SIZE must be a whole number >= 1, not 0"),
+        (["SOLVER.BATCH_SIZE", "6.5"], "SOLVER.BATCH_SIZE must be a whole number >= 1, not 6.5"),
+        (["SOLVER.LR_DECAY_STAGES", "3"], r"SOLVER.LR_DECAY_STAGES must be a list such as \[150, 180, 210\], not 3"),
+        (["SOLVER.LR_DECAY_STAGES", "['a']"], "SOLVER.LR_DECAY_STAGES must be a list of numbers .*"),
+        (["LOG.WANDB", "1"], "LOG.WANDB must be True or False, not 1"),
+        (["DATASET.VAL_FRACTION", "1"], r"DATASET.VAL_FRACTION must be in \[0, 1\), not 1.0"),
+        (["EXPERIMENT.SEED", "-1"], "EXPERIMENT.SEED must be a whole number from 0 .*, not -1"),
+        (["SOLVER.LR"], "override 'SOLVER.LR' has no value; .*"),
+    ],
+)
+def test_a_bad_override_gets_one_line_that_names_it(yaml_file, overrides, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        load_cfg(yaml_file(""), overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SOLVER: [", "is not valid YAML"),
+        ("- a\n- b", "holds a list, not sections"),
+        ("SOLVER: !!python/object/apply:os.system ['true']", "is not valid YAML"),
+        ("SOLVER: {LR: .nan}", "SOLVER.LR must be positive and finite, not nan"),
+        ("SOLVER: {LR: }", "SOLVER.LR must be a number such as 0.05, not None"),
+        ("1: 2", "unknown config key '1'"),
+    ],
+)
+def test_a_bad_file_gets_one_line_that_names_it(yaml_file, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_cfg(yaml_file(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match=r"cannot read config configs/none.yaml: No such file"):
+        load_cfg("configs/none.yaml")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not a text file"):
+        load_cfg(path)
+
+
+def test_what_is_shown_leaves_out_the_other_methods(yaml_file):
+    shown = show_cfg(load_cfg(yaml_file("DISTILLER: {TYPE: KD}")))
+    assert "KD:" in shown and "SOLVER:" in shown and "CRD:" not in shown
+
+
+def test_the_dump_of_a_config_reads_back_as_itself(tmp_path):
+    cfg = load_cfg("configs/imagenet/r50_mv1/reviewkd.yaml")
+    (tmp_path / "again.yaml").write_text(cfg.dump())
+    assert load_cfg(tmp_path / "again.yaml") == cfg
+
+
+def test_override_pairs():
+    assert override_pairs(["A.B", "1", "C", "x"]) == [("A.B", "1"), ("C", "x")]
+    assert math.isclose(CFG.DATASET.TRAIN_FRACTION, 1.0)

@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Score a network on a data set's validation images: top-1, top-5, loss, speed and cost.
+
+    python tools/eval.py -m resnet32x4                                    # the published teacher, on CIFAR-100
+    python tools/eval.py -m resnet8 -d digits -c output/digits/kd,wrn_16_2,resnet8/student_best
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mdistiller.engine.cli import one_line_errors  # noqa: E402
+from mdistiller.engine.report import evaluate_checkpoint  # noqa: E402
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", required=True, help="the network's name, such as resnet20")
+    parser.add_argument("-c", "--ckpt", default="pretrain", help="checkpoint; `pretrain` (default) is the published one")
+    parser.add_argument("-d", "--dataset", default="cifar100", help="cifar100, tiny_imagenet, imagenet or digits")
+    parser.add_argument("-bs", "--batch-size", type=int, default=64)
+    parser.add_argument("--head", help="of a network with several heads: which one is scored (default: all)")
+    parser.add_argument("--data-root", default="./data", help="the folder that holds the data sets")
+    parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    return parser.parse_args()
+
+
+def main() -> None:
+    with one_line_errors():
+        print(evaluate_checkpoint(**vars(parse_args())))
+
+
+if __name__ == "__main__":
+    main()
