@@ -84,14 +84,19 @@ def get_feat_shapes(
     return tuple([f.shape for f in probe(m, input_size)[1]["feats"]] for m in (student, teacher))  # type: ignore[return-value]
 
 
-def get_stage_shapes(student: nn.Module, teacher: nn.Module) -> tuple[list[torch.Size], list[torch.Size]]:
-    """`get_feat_shapes` for a method whose config names no image size: the smallest usual one that both nets take."""
+def probe_pair(student: nn.Module, teacher: nn.Module) -> tuple[Features, Features]:
+    """Features of both networks for one zero image of the smallest usual size that both take: 32, 64 or 224."""
     for size in (32, 64):
         try:
-            return get_feat_shapes(student, teacher, (size, size))
+            return probe(student, (size, size))[1], probe(teacher, (size, size))[1]
         except RuntimeError:  # an ImageNet network may pool a 32x32 image away
             continue
-    return get_feat_shapes(student, teacher, (224, 224))
+    return probe(student, (224, 224))[1], probe(teacher, (224, 224))[1]
+
+
+def get_stage_shapes(student: nn.Module, teacher: nn.Module) -> tuple[list[torch.Size], list[torch.Size]]:
+    """`get_feat_shapes` for a method whose config names no image size, by `probe_pair`."""
+    return tuple([f.shape for f in features["feats"]] for features in probe_pair(student, teacher))  # type: ignore[return-value]
 
 
 def pair_stages(feats_s: Sequence[T], feats_t: Sequence[T]) -> list[tuple[T, T]]:
@@ -105,9 +110,9 @@ def pair_stages(feats_s: Sequence[T], feats_t: Sequence[T]) -> list[tuple[T, T]]
 
 
 def require_maps(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], method: str, same_channels: bool = False
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], method: str, same_size: bool = False
 ) -> None:
-    """Refuse (student's, teacher's) shapes that are not both (B, C, H, W), with equal C if `same_channels`.
+    """Refuse (student's, teacher's) shapes that are not both (B, C, H, W), with equal (H, W) if `same_size`.
 
     Raises:
         ValueError: names the method and both shapes.
@@ -116,12 +121,12 @@ def require_maps(
         shapes = f"the student's {tuple(shape_s)}, the teacher's {tuple(shape_t)}"
         if len(shape_s) != 4 or len(shape_t) != 4:
             raise ValueError(f"{method} compares feature maps (B, C, H, W), these are not both maps: {shapes}")
-        if same_channels and shape_s[1] != shape_t[1]:
-            raise ValueError(f"{method} needs as many channels in the student as in the teacher: {shapes}")
+        if same_size and shape_s[2:] != shape_t[2:]:
+            raise ValueError(f"{method} needs maps of the same height and width: {shapes}")
 
 
 def require_paired_maps(
-    shapes_s: Sequence[Sequence[int]], shapes_t: Sequence[Sequence[int]], method: str, same_channels: bool = False
+    shapes_s: Sequence[Sequence[int]], shapes_t: Sequence[Sequence[int]], method: str, same_size: bool = False
 ) -> None:
     """Refuse networks whose feature maps cannot be compared stage by stage, as `pair_stages` pairs them.
 
@@ -129,7 +134,7 @@ def require_paired_maps(
         shapes_s: of every entry of the student's `feats`, the stem included.
         shapes_t: the teacher's.
         method: for the message.
-        same_channels: the maps of a pair must have equally many channels.
+        same_size: the maps of a pair must have the same height and width; for a method that does not `align` them.
 
     Raises:
         ValueError: different numbers of stages, or `require_maps`; names the method and both networks' shapes.
@@ -140,7 +145,7 @@ def require_paired_maps(
     if len(shapes_s) != len(shapes_t) and not stemless:
         listed = [", ".join(str(tuple(s)) for s in shapes) for shapes in (shapes_s, shapes_t)]
         raise ValueError(f"{method} pairs networks of equally many stages; student: {listed[0]}; teacher: {listed[1]}")
-    require_maps(pairs, method, same_channels)
+    require_maps(pairs, method, same_size)
 
 
 class FeatureDistiller(Distiller):
