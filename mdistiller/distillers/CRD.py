@@ -20,6 +20,8 @@ from ._common import count_parameters, full_precision, probe
 _EPS = 1e-7
 # Elements of the largest temporary tensor: 16 MiB in float32, about what a processor's cache holds.
 _CHUNK = 2**22
+# Of CRD.FEAT.STUDENT_DIM and TEACHER_DIM.
+_DEFAULT_WIDTH = 256
 
 
 @full_precision
@@ -189,7 +191,7 @@ class ContrastMemory(nn.Module):
     CN(
         {
             "MODE": "exact",  # the positive is the image itself; "relax": any image of its class
-            "FEAT": CN({"DIM": 128, "STUDENT_DIM": 256, "TEACHER_DIM": 256}),
+            "FEAT": CN({"DIM": 128, "STUDENT_DIM": _DEFAULT_WIDTH, "TEACHER_DIM": _DEFAULT_WIDTH}),
             "LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8}),
             "NCE": CN({"K": 16384, "MOMENTUM": 0.5, "TEMPERATURE": 0.07}),
         }
@@ -259,9 +261,6 @@ def _width(model: nn.Module, key: str, configured: int) -> int:
             "leave the key out, the width is taken from the network"
         )
     return own
-
-
-_DEFAULT_WIDTH = 256
 
 
 def _pooled_width(model: nn.Module) -> int:
