@@ -12,7 +12,12 @@ from .DKD import DKD
 from .FitNet import FitNet
 from .KD import KD
 from .NST import NST
+from .OFD import OFD
 from .PKT import PKT
+from .ReviewKD import ReviewKD
+from .RKD import RKD
+from .SP import SP
+from .VID import VID
 
 __all__ = [
     "AT",
@@ -24,9 +29,14 @@ __all__ = [
     "DKD",
     "KD",
     "NST",
+    "OFD",
     "PKT",
+    "RKD",
+    "SP",
+    "VID",
     "Distiller",
     "FitNet",
+    "ReviewKD",
     "Vanilla",
     "declare_defaults",
     "distiller_dict",

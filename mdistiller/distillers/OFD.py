@@ -1,0 +1,166 @@
+"""Overhaul of feature distillation: the teacher's maps before the ReLU, of whose negative part little is asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from yacs.config import CfgNode as CN
+
+from ._base import Features, register
+from ._common import FeatureDistiller, count_parameters, full_precision
+
+
+@full_precision
+def feat_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
+    """Partial L2 distance: where the margin-ReLU of the teacher is negative, the student need only be below it.
+
+        loss = 1/B * sum[ 0 if s <= g <= 0 else (s - g)^2 ],   g = max(t, margin)
+
+    Args:
+        source: the student's s (B, C, H, W).
+        target: the teacher's t (B, C, H, W), before its ReLU; takes no gradient.
+        margin: (1, C, 1, 1), negative; see `feature_margin`.
+
+    Returns:
+        () >= 0, a sum over C, H and W; the student's dtype, float32 for half precision.
+
+    Raises:
+        ValueError: student and teacher differ in shape.
+
+    Cost: one tensor of the maps' size waits for the backward pass.
+
+    Reference: Heo et al. 2019, arXiv 1904.01866, equations 2 to 4.
+    """
+    if source.shape != target.shape:
+        shapes = f"the student's {tuple(source.shape)}, the teacher's {tuple(target.shape)}"
+        raise ValueError(f"OFD compares maps of one shape: {shapes}")
+    return _PartialL2.apply(source, target, margin.to(source))
+
+
+class _PartialL2(torch.autograd.Function):
+    """The gradient is twice the difference that the loss squares, so that difference is all there is to keep."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, target: Tensor, margin: Tensor) -> Tensor:  # type: ignore[override]
+        goal = torch.maximum(target, margin)
+        diff = source - goal
+        # 1 where the student is above the goal or the goal above 0, else 0; as floats, which is twice as fast as bools.
+        diff *= torch.maximum(goal, diff, out=goal).sign_().clamp_(min=0)
+        ctx.save_for_backward(diff)
+        return torch.linalg.vector_norm(diff.flatten(1), dim=1).square().sum() / len(diff)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (diff,) = ctx.saved_tensors
+        return diff * (grad * 2 / len(diff)), None, None
+
+
+def feature_margin(bn: nn.BatchNorm2d) -> Tensor:
+    """The mean of the negative outputs of a BatchNorm, taken as Gaussian: each channel's margin.
+
+        margin = E[x | x < 0] = m - s * phi(m/s) / Phi(-m/s),   x ~ N(m, s^2),   m = bias, s = |weight|
+
+    Args:
+        bn: with C channels, as `teacher.get_bn_before_relu()` gives it.
+
+    Returns:
+        (1, C, 1, 1), <= 0, the dtype of `bn`. A channel that is never negative has -s^2/m, the limit; where s is 0,
+        min(m, 0).
+
+    Reference: Heo et al. 2019, arXiv 1904.01866, equation 5.
+    """
+    mean = bn.bias.detach().double()
+    std = bn.weight.detach().double().abs().clamp(min=torch.finfo(torch.float64).tiny)
+    ratio = mean / std
+    # phi / Phi through the scaled complementary error function, which takes the common factor exp(-x^2/2) out.
+    margin = mean - std * math.sqrt(2 / math.pi) / torch.special.erfcx(ratio / math.sqrt(2))
+    # Far out the two terms cancel; their difference is this series.
+    far = -std * (1 / ratio - 2 / ratio**3)
+    return torch.where(ratio > 1e3, far, margin).to(bn.weight.dtype).view(1, -1, 1, 1)
+
+
+class ConnectorConvBN(nn.Module):
+    """One convolution and BatchNorm for each stage, from the student's number of channels to the teacher's."""
+
+    def __init__(self, s_channels: Sequence[int], t_channels: Sequence[int], kernel_size: int = 1) -> None:
+        super().__init__()
+        self.connectors = nn.ModuleList(_connector(s, t, kernel_size) for s, t in zip(s_channels, t_channels))
+
+    def forward(self, g_s: Sequence[Tensor]) -> list[Tensor]:
+        return [connector(f_s) for connector, f_s in zip(self.connectors, g_s)]
+
+
+def _connector(s_channels: int, t_channels: int, kernel_size: int) -> nn.Sequential:
+    conv = nn.Conv2d(s_channels, t_channels, kernel_size, padding=(kernel_size - 1) // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(t_channels))
+
+
+DEFAULTS = CN({"CONNECTOR": CN({"KERNEL_SIZE": 1}), "LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.001})})
+
+
+@register("OFD", DEFAULTS)
+class OFD(FeatureDistiller):
+    """Cross-entropy with the labels and `feat_loss` over the last stages, each with half the weight of the next.
+
+    The stages are paired from the deepest up, as many as both networks have after the stem and as the teacher gives
+    BatchNorms for; the teacher's maps are average-pooled to the student's size.
+
+    Raises:
+        ValueError: the teacher's BatchNorms do not fit its stages, or there is no stage to pair.
+    """
+
+    # As in the paper's code: the targets are normalised by the statistics of the batch.
+    teacher_in_train_mode = True
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+        super().__init__(student, teacher, cfg.OFD)
+        channels_s, channels_t = student.get_stage_channels()[1:], teacher.get_stage_channels()[1:]  # type: ignore[operator]
+        bns = teacher.get_bn_before_relu()  # type: ignore[operator]
+        count = min(len(channels_s), len(channels_t), len(bns))
+        self.stages = slice(-count, None)
+        channels_t, bns = channels_t[self.stages], bns[self.stages]
+        if not count or [len(bn.weight) for bn in bns] != list(channels_t):
+            raise ValueError(
+                f"OFD pairs stages of {list(channels_s)} channels in the student with {list(channels_t)} in the "
+                f"teacher, whose BatchNorms before the ReLU have {[len(bn.weight) for bn in bns]}"
+            )
+        self.connectors = ConnectorConvBN(channels_s[self.stages], channels_t, cfg.OFD.CONNECTOR.KERNEL_SIZE)
+        for i, bn in enumerate(bns):
+            # Buffers, to move with the module; out of the state dict, as they follow from the teacher.
+            self.register_buffer(f"margin{i}", feature_margin(bn), persistent=False)
+
+    @property
+    def margins(self) -> list[Tensor]:
+        """(1, C, 1, 1) for each paired stage."""
+        return [self.get_buffer(f"margin{i}") for i in range(len(self.connectors.connectors))]
+
+    def teacher_forward(self, image: Tensor) -> tuple[Tensor, Features]:
+        """As the base class's, on copies of the buffers: training mode would move the teacher's running statistics."""
+        buffers = {name: buffer.clone() for name, buffer in self.teacher.named_buffers()}
+        with torch.no_grad():
+            return functional_call(self.teacher, buffers, (image,))
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        return super().get_learnable_parameters() + list(self.connectors.parameters())
+
+    def get_extra_parameters(self) -> int:
+        return count_parameters(self.connectors)
+
+    def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
+        g_s = self.connectors(feature_student["preact_feats"][self.stages])
+        loss = g_s[0].new_zeros(())
+        for f_s, f_t, margin in zip(g_s, feature_teacher["preact_feats"][self.stages], self.margins):
+            if f_t.shape[-2:] != f_s.shape[-2:]:
+                f_t = F.adaptive_avg_pool2d(f_t, f_s.shape[-2:])
+            loss = loss / 2 + feat_loss(f_s, f_t, margin)
+        return loss

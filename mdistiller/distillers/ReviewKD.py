@@ -1,0 +1,240 @@
+"""Knowledge review: every level of the teacher guides what the student's same and deeper levels fuse into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ._base import Distiller, Features, Losses, register
+from ._common import count_parameters, full_precision, probe_pair
+
+Size = int | Sequence[int]
+
+
+def hcl_loss(fstudent: Sequence[Tensor], fteacher: Sequence[Tensor]) -> Tensor:
+    """Hierarchical context loss, summed over the levels.
+
+        loss = sum_levels[ sum_k w_k mean[(pool_k(f_s) - pool_k(f_t))^2] / sum_k w_k ]
+
+    pool_k averages to the full size (w = 1), then to those of 4x4, 2x2 and 1x1 that are below the map's height, each
+    with half the weight of the one before.
+
+    Args:
+        fstudent: maps (B, C, H, W), one a level.
+        fteacher: the teacher's, of the same shapes; not detached here.
+
+    Returns:
+        () >= 0, the student's dtype; float32 for half precision.
+
+    Raises:
+        ValueError: the two maps of a level differ in shape.
+
+    Reference: Chen et al. 2021, arXiv 2104.09044, section 3.4.
+    """
+    return torch.stack([_context_loss(f_s, f_t) for f_s, f_t in zip(fstudent, fteacher)]).sum()
+
+
+@full_precision
+def _context_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
+    if f_s.shape != f_t.shape:
+        shapes = f"the student's {tuple(f_s.shape)}, the teacher's {tuple(f_t.shape)}"
+        raise ValueError(f"ReviewKD compares maps of one shape: {shapes}")
+    # Pooling is linear: the difference is pooled once, and where sizes divide, each time from the size before.
+    diff = pooled = f_s - f_t
+    height, width = diff.shape[-2:]
+    nested = height % 4 == 0 and width % 4 == 0
+    loss, weight, total = diff.square().mean(), 1.0, 1.0
+    for size in (4, 2, 1):
+        if size < height:
+            pooled = F.adaptive_avg_pool2d(pooled if nested else diff, size)
+            weight /= 2
+            total += weight
+            loss = loss + weight * pooled.square().mean()
+    return loss / total
+
+
+class ABF(nn.Module):
+    """Attention-based fusion of a level of the student with what its deeper levels have fused into.
+
+    Args:
+        in_channel: C_in of the level's map.
+        mid_channel: M, common to all levels.
+        out_channel: C_out, the teacher's at this level.
+        fuse: False for the deepest level, which has nothing to fuse with.
+
+    Reference: Chen et al. 2021, arXiv 2104.09044, figure 4 (a).
+    """
+
+    def __init__(self, in_channel: int, mid_channel: int, out_channel: int, fuse: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(in_channel, mid_channel, 1, bias=False), nn.BatchNorm2d(mid_channel))
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(mid_channel, out_channel, 3, padding=1, bias=False), nn.BatchNorm2d(out_channel)
+        )
+        self.att_conv = nn.Sequential(nn.Conv2d(mid_channel * 2, 2, 1), nn.Sigmoid()) if fuse else None
+        for conv in (self.conv1[0], self.conv2[0]):
+            nn.init.kaiming_uniform_(conv.weight, a=1)  # type: ignore[arg-type]
+
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, shape: Size | None = None, out_shape: Size | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The level's map for the teacher's, and the fused map for the next shallower level.
+
+        Args:
+            x: the student's map (B, C_in, H, W).
+            y: (B, M, H', W') from the next deeper level; read if this level fuses.
+            shape: height and width to fuse at; those of `x` unless told.
+            out_shape: height and width of both results; `shape` unless told.
+
+        Returns:
+            (B, C_out, *out_shape) and (B, M, *out_shape).
+        """
+        x = self.conv1(x)
+        if self.att_conv is not None:
+            assert y is not None, "a level that fuses needs the deeper level's map"
+            x = self._fuse(self.att_conv[0], x, y, x.shape[-2:] if shape is None else shape)  # type: ignore[arg-type]
+        if out_shape is not None:
+            x = _resize(x, out_shape)
+        return self.conv2(x), x
+
+    @staticmethod
+    def _fuse(conv: nn.Conv2d, x: Tensor, y: Tensor, size: Size) -> Tensor:
+        """x * z_0 + y * z_1 with z = sigmoid(conv([x, y])).
+
+        The 1x1 convolution is taken of x and of the still small y, and added: the two are never concatenated.
+        """
+        of_x, of_y = conv.weight.chunk(2, dim=1)
+        z = torch.sigmoid(F.conv2d(x, of_x, conv.bias) + _resize(F.conv2d(y, of_y), size))
+        return x * z[:, :1] + _resize(y, size) * z[:, 1:]
+
+
+def _resize(x: Tensor, size: Size) -> Tensor:
+    """The nearest pixels at `size` (one number for a square); `x` itself if that is its size."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return x if x.shape[-2:] == (height, width) else F.interpolate(x, (height, width), mode="nearest")
+
+
+def build_abfs(in_channels: Sequence[int], out_channels: Sequence[int], max_mid_channel: int = 512) -> nn.ModuleList:
+    """The fusion module of each level, the deepest first.
+
+    Args:
+        in_channels: of the student's maps, shallow to deep.
+        out_channels: of the teacher's.
+        max_mid_channel: the fused maps have this many channels, or as many as the student's deepest if that is less.
+    """
+    mid_channel = min(max_mid_channel, in_channels[-1])
+    deepest = len(in_channels) - 1
+    abfs = [ABF(c, mid_channel, o, fuse=i < deepest) for i, (c, o) in enumerate(zip(in_channels, out_channels))]
+    return nn.ModuleList(abfs[::-1])
+
+
+def review(abfs: nn.ModuleList, maps: Sequence[Tensor], out_sizes: Sequence[Size | None]) -> list[Tensor]:
+    """Fuse the student's maps from the deepest up.
+
+    Args:
+        abfs: from `build_abfs`.
+        maps: the student's (B, C, H, W), shallow to deep.
+        out_sizes: height and width of the teacher's map at each level, shallow to deep; None for the student's own.
+
+    Returns:
+        The maps to compare with the teacher's, shallow to deep.
+    """
+    results: list[Tensor] = []
+    fused: Tensor | None = None
+    for abf, x, out_size in zip(abfs, maps[::-1], out_sizes[::-1]):
+        result, fused = abf(x, fused, out_shape=out_size)
+        results.insert(0, result)
+    return results
+
+
+DEFAULTS = CN(
+    {
+        "CE_WEIGHT": 1.0,
+        "REVIEWKD_WEIGHT": 1.0,
+        "WARMUP_EPOCHS": 20,
+        "SHAPES": [1, 8, 16, 32],
+        "OUT_SHAPES": [1, 8, 16, 32],
+        "IN_CHANNELS": [64, 128, 256, 256],
+        "OUT_CHANNELS": [64, 128, 256, 256],
+        "MAX_MID_CHANNEL": 512,
+        "STU_PREACT": False,
+    }
+)
+
+
+@register("REVIEWKD", DEFAULTS)
+class ReviewKD(Distiller):
+    """Cross-entropy with the labels and `hcl_loss` between the reviewed student and the teacher's pre-activations.
+
+    The levels are the teacher's stages after the stem and its pooled feature; the student brings its last as many. Its
+    maps are taken before the ReLU if STU_PREACT. The loss grows linearly to REVIEWKD_WEIGHT over WARMUP_EPOCHS.
+
+    Numbers of channels and sizes are worked out from the networks and their maps. SHAPES, OUT_SHAPES (deep to shallow),
+    IN_CHANNELS and OUT_CHANNELS (shallow to deep) need not be given: `[]`, or the value in `DEFAULTS`, which is
+    resnet32x4's, says nothing. Any other value must be what the networks have.
+
+    Raises:
+        ValueError: IN_CHANNELS or OUT_CHANNELS contradict the networks, or the student has too few stages; in the first
+            step, SHAPES or OUT_SHAPES contradict the maps, whose size depends on the images.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+        super().__init__(student, teacher)
+        self.cfg = cfg.REVIEWKD.clone()
+        feature_student, feature_teacher = probe_pair(student, teacher)
+        self.levels = len(feature_teacher["preact_feats"])
+        maps_s, maps_t = self._student_maps(feature_student), self._teacher_maps(feature_teacher)
+        if len(maps_s) < self.levels:
+            shapes = [", ".join(str(tuple(m.shape)) for m in maps) for maps in (maps_s, maps_t)]
+            raise ValueError(f"ReviewKD needs a student of as many levels; student: {shapes[0]}; teacher: {shapes[1]}")
+        in_channels, out_channels = ([m.shape[1] for m in maps] for maps in (maps_s, maps_t))
+        self._agree("IN_CHANNELS", in_channels)
+        self._agree("OUT_CHANNELS", out_channels)
+        self.abfs = build_abfs(in_channels, out_channels, self.cfg.MAX_MID_CHANNEL)
+
+    def _agree(self, key: str, found: list[Any]) -> None:
+        """Refuse a value of the config's `key` that is given and not what was `found`."""
+        given = list(self.cfg[key])
+        if given and given not in (found, DEFAULTS[key]):
+            raise ValueError(f"REVIEWKD.{key} is {given} but the networks have {found}; leave it out, or set it to []")
+
+    def _student_maps(self, features: Features) -> list[Tensor]:
+        return _with_pooled(features["preact_feats" if self.cfg.STU_PREACT else "feats"], features)[-self.levels :]
+
+    def _teacher_maps(self, features: Features) -> list[Tensor]:
+        return _with_pooled(features["preact_feats"][1:], features)
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        return super().get_learnable_parameters() + list(self.abfs.parameters())
+
+    def get_extra_parameters(self) -> int:
+        return count_parameters(self.abfs)
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
+        logits_student, feature_student = self.student(image)
+        _, feature_teacher = self.teacher_forward(image)
+        maps_s, maps_t = self._student_maps(feature_student), self._teacher_maps(feature_teacher)
+        self._agree("SHAPES", _sizes(maps_s)[::-1])
+        self._agree("OUT_SHAPES", _sizes(maps_t)[::-1])
+        results = review(self.abfs, maps_s, [m.shape[-2:] for m in maps_t])
+        warmup = min(kwargs["epoch"] / self.cfg.WARMUP_EPOCHS, 1.0) if self.cfg.WARMUP_EPOCHS else 1.0
+        return logits_student, {
+            "loss_ce": self.cfg.CE_WEIGHT * F.cross_entropy(logits_student, target),
+            "loss_kd": self.cfg.REVIEWKD_WEIGHT * warmup * hcl_loss(results, maps_t),
+        }
+
+
+def _with_pooled(maps: Sequence[Tensor], features: Features) -> list[Tensor]:
+    """`maps` and, as a map of one pixel, the pooled feature (B, C)."""
+    return [*maps, features["pooled_feat"][..., None, None]]
+
+
+def _sizes(maps: Sequence[Tensor]) -> list[Any]:
+    """Height and width of each map; one number where they are equal."""
+    return [h if h == w else (h, w) for h, w in (m.shape[-2:] for m in maps)]

@@ -1,0 +1,64 @@
+"""Similarity-preserving distillation: images that look alike to the teacher shall look alike to the student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ._base import Features, register
+from ._common import FeatureDistiller, align, full_precision
+
+
+@full_precision
+def similarity_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
+    """Mean squared difference of the two networks' similarities among the samples of a batch.
+
+        loss = |G_s - G_t|_F^2 / B^2,   G = rows of (F F^T), each divided by its L2 norm,   F = f as (B, everything)
+
+    A sample without any activation has similarity 0 to all.
+
+    Args:
+        f_s: the student's features (B, ...).
+        f_t: the teacher's (B, ...); what follows B may differ from the student's.
+
+    Returns:
+        () in [0, 4 / B], the student's dtype; float32 for half precision. 0 for a batch of one.
+
+    Raises:
+        ValueError: the batches differ in length.
+
+    Reference: Tung and Mori 2019, arXiv 1907.09682, equations 1 to 4.
+    """
+    if len(f_s) != len(f_t):
+        raise ValueError(f"SP compares equal batches; the student's has {len(f_s)} samples, the teacher's {len(f_t)}")
+    return F.mse_loss(_similarities(f_s), _similarities(f_t))
+
+
+def _similarities(f: Tensor) -> Tensor:
+    f = f.flatten(1)
+    return F.normalize(f @ f.T, dim=1)
+
+
+def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
+    """Sum of `similarity_loss` over the layers: `g_s` and `g_t` hold the features of one layer each."""
+    return torch.stack([similarity_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t)]).sum()
+
+
+@register("SP", CN({"LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 3000.0})}))
+class SP(FeatureDistiller):
+    """Cross-entropy with the labels and `sp_loss` on the last feature maps.
+
+    Of two maps of different size the larger is average-pooled to the smaller, as in AT, NST and VID.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+        super().__init__(student, teacher, cfg.SP)
+
+    def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
+        f_s, f_t = align(feature_student["feats"][-1], feature_teacher["feats"][-1])
+        return sp_loss([f_s], [f_t])

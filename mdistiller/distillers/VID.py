@@ -1,0 +1,118 @@
+"""Variational information distillation: the student's maps shall tell as much as they can about the teacher's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ._base import Features, register
+from ._common import (
+    FeatureDistiller,
+    align,
+    count_parameters,
+    full_precision,
+    get_feat_shapes,
+    pair_stages,
+    require_paired_maps,
+)
+
+
+def vid_loss(regressor: nn.Module, log_scale: Tensor, f_s: Tensor, f_t: Tensor, eps: float = 1e-5) -> Tensor:
+    """Negative log-likelihood of the teacher's map under a Gaussian whose mean is regressed from the student's.
+
+        loss = 1/2 * mean_(B, C, HW)[ (mu - t)^2 / v + log v ],   mu = regressor(f_s),   v = softplus(log_scale) + eps
+
+    up to the constant log(2 pi) / 2; softplus(x) = log(1 + exp(x)).
+
+    Args:
+        regressor: (B, C_s, H, W) -> (B, C_t, H, W).
+        log_scale: (C_t,), one variance for each channel of the teacher.
+        f_s: the student's (B, C_s, H_s, W_s).
+        f_t: the teacher's (B, C_t, H_t, W_t); of two sizes, the larger map is average-pooled to the smaller.
+        eps: > 0, the least variance.
+
+    Returns:
+        () in nats for each element, of either sign; float32 for half precision.
+
+    Reference: Ahn et al. 2019, arXiv 1904.05835, equations 5 and 6.
+    """
+    f_s, f_t = align(f_s, f_t)
+    return _gaussian_nll(regressor(f_s), f_t, log_scale, eps)
+
+
+@full_precision
+def _gaussian_nll(mean: Tensor, target: Tensor, log_scale: Tensor, eps: float) -> Tensor:
+    variance = F.softplus(log_scale) + eps
+    error = (mean - target).square().mean(dim=(0, 2, 3))
+    return 0.5 * (error / variance + variance.log()).mean()
+
+
+def _regressor(channels_s: int, channels_t: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_s, channels_t, kernel_size=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(channels_t, channels_t, kernel_size=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(channels_t, channels_t, kernel_size=1, bias=False),
+    )
+
+
+DEFAULTS = CN(
+    {
+        "EPS": 1e-5,
+        "INIT_PRED_VAR": 5.0,
+        "INPUT_SIZE": [32, 32],
+        "LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0}),
+    }
+)
+
+
+@register("VID", DEFAULTS)
+class VID(FeatureDistiller):
+    """Cross-entropy with the labels and the sum of `vid_loss` over the stages after the stem.
+
+    `log_scales` are trained and saved like the `regressors`. The original did neither: they are no part of
+    `get_extra_parameters()`, which counts what it counted, and a state dict without them leaves them as they are.
+
+    Raises:
+        ValueError: the networks differ in their number of stages, or INIT_PRED_VAR does not exceed EPS > 0.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+        super().__init__(student, teacher, cfg.VID)
+        self.eps = cfg.VID.EPS
+        surplus = cfg.VID.INIT_PRED_VAR - self.eps
+        if surplus <= 0 or self.eps <= 0:
+            raise ValueError(f"VID needs INIT_PRED_VAR > EPS > 0, they are {cfg.VID.INIT_PRED_VAR} and {self.eps}")
+        # The inverse of the softplus, log(exp(x) - 1), in a form that does not overflow.
+        start = surplus + math.log(-math.expm1(-surplus))
+        shapes_s, shapes_t = get_feat_shapes(student, teacher, cfg.VID.INPUT_SIZE)
+        require_paired_maps(shapes_s, shapes_t, "VID")
+        pairs = pair_stages(shapes_s, shapes_t)
+        self.regressors = nn.ModuleList(_regressor(s[1], t[1]) for s, t in pairs)
+        self.log_scales = nn.ParameterList(nn.Parameter(torch.full((t[1],), start)) for _, t in pairs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for i, log_scale in enumerate(self.log_scales):
+            state_dict.setdefault(f"{prefix}log_scales.{i}", log_scale.detach())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        return [*super().get_learnable_parameters(), *self.regressors.parameters(), *self.log_scales]
+
+    def get_extra_parameters(self) -> int:
+        return count_parameters(self.regressors)
+
+    def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
+        pairs = pair_stages(feature_student["feats"], feature_teacher["feats"])
+        losses = [
+            vid_loss(regressor, log_scale, f_s, f_t, self.eps)
+            for regressor, log_scale, (f_s, f_t) in zip(self.regressors, self.log_scales, pairs)
+        ]
+        return torch.stack(losses).sum()
