@@ -1,0 +1,176 @@
+"""DCGD: divide-and-conquer grouping distillation. Any method on a plain network, and group branches on its trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ..errors import UserError
+from ..grouping import load_groups
+from ..models.grouped import GroupedStudent
+from ..registry import unknown_name
+from ._base import Distiller, Losses, distiller_dict, register
+from .KD import kd_loss
+
+DEFAULTS = CN(
+    {
+        # The method of the plain head, by its name in `distiller_dict`. DCGD_CE, DCGD_KD and DCGD_DKD bring their own.
+        "BASE": "KD",
+        # For a plain student: a JSON file (tools/group_classes.py), or the name of a published grouping: res56, res110,
+        # wrn_40_2. Empty for a student that is grouped already (res56_M_r20).
+        "GROUPS": "",
+        # What validation scores and `student_best` follows: grouped, single or mean.
+        "EVAL_HEAD": "grouped",
+        # How the branches are computed: auto, loop or together.
+        "BRANCHES": "auto",
+        # Of the grouped logits.
+        "TEMPERATURE": 20.0,
+        "LOSS": CN({"CE_WEIGHT": 0.3, "KD_WEIGHT": 1.0}),
+    }
+)
+
+
+@register("DCGD", DEFAULTS)
+class DCGD(Distiller):
+    """A base method on the plain network, and for the branches of the grouped student, on the same trunk:
+
+        loss_multi_kd = KD_WEIGHT * kd_loss(z, z_teacher, TEMPERATURE) + CE_WEIGHT * CE(z, y)
+
+    where z (B, C) are the grouped logits in class order. Trunk and teacher run once. The training accuracy is the plain
+    head's.
+
+    Args:
+        student: a `GroupedStudent`, or a plain network, which is grouped by `cfg.DCGD.GROUPS`.
+        num_data: the size of the training set, for a base method that asks for it.
+
+    Raises:
+        UserError: a plain student without groups or without a last stage to split off, a grouped one with groups that
+            are not its own, or an unknown base method, head or branch mode.
+    """
+
+    student: GroupedStudent
+    needs_run = ("num_data",)
+    # The base method of a registered combination; None: `cfg.DCGD.BASE`.
+    base: ClassVar[str | None] = None
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, num_data: int | None = None) -> None:
+        grouped = group_student(student, cfg)
+        super().__init__(grouped, teacher)
+        if cfg.DCGD.EVAL_HEAD not in grouped.head_names:
+            raise unknown_name("head (DCGD.EVAL_HEAD)", cfg.DCGD.EVAL_HEAD, grouped.head_names)
+        self.eval_head = cfg.DCGD.EVAL_HEAD
+        self.temperature = cfg.DCGD.TEMPERATURE
+        self.ce_loss_weight = cfg.DCGD.LOSS.CE_WEIGHT
+        self.kd_loss_weight = cfg.DCGD.LOSS.KD_WEIGHT
+
+        method = distiller_dict[self.base or cfg.DCGD.BASE]
+        if issubclass(method, DCGD):
+            raise UserError(f"DCGD.BASE {cfg.DCGD.BASE} is DCGD itself; name the plain head's method, such as KD")
+        facts = {"num_data": num_data}
+        self.method: Distiller = method(grouped.base, teacher, cfg, **{fact: facts[fact] for fact in method.needs_run})
+        for name in ("student", "teacher"):  # borrowed, not owned: each network is in the state once
+            self.method.__dict__[name] = self.method._modules.pop(name)
+        self.needs_batch = self.method.needs_batch  # type: ignore[misc]
+        self.teacher_in_train_mode = self.method.teacher_in_train_mode  # type: ignore[misc]
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        """The base method's (the plain network's among them) and the branches'."""
+        branches = [*self.student.branches.parameters(), *self.student.heads.parameters()]
+        return [*self.method.get_learnable_parameters(), *branches]
+
+    def get_extra_parameters(self) -> int:
+        """Those of the base method; the branches are part of the student."""
+        return self.method.get_extra_parameters()
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
+        with _outputs(self.student.base, image) as of_student, _outputs(self.teacher, image) as of_teacher:
+            logits_single, losses = self.method.forward_train(image, target, **kwargs)
+        # A base method need not show this image to both: plain cross-entropy asks no teacher.
+        _, features = of_student[0] if of_student else self.student.base(image)
+        logits_teacher, _ = of_teacher[0] if of_teacher else self.teacher_forward(image)
+        logits_grouped = self.student.forward_grouped(features)
+        loss_kd = kd_loss(logits_grouped, logits_teacher.detach(), self.temperature)
+        loss_ce = F.cross_entropy(logits_grouped, target)
+        return logits_single, {
+            **losses,
+            "loss_multi_kd": self.kd_loss_weight * loss_kd + self.ce_loss_weight * loss_ce,
+        }
+
+    def forward_test(self, image: Tensor) -> Tensor:
+        """The logits (B, C) of the head that DCGD.EVAL_HEAD names."""
+        return self.student.forward_heads(image)[self.eval_head]
+
+    def forward_heads(self, image: Tensor) -> dict[str, Tensor]:
+        """The head that DCGD.EVAL_HEAD names first; the grouped and the single one always."""
+        heads = self.student.forward_heads(image)
+        return {name: heads[name] for name in dict.fromkeys((self.eval_head, "grouped", "single"))}
+
+    def deployments(self) -> dict[str, nn.Module]:
+        """The whole grouped student, and the plain network alone."""
+        return {"grouped": self.student, "single": self.student.base}
+
+
+@register("DCGD_CE")
+class DCGD_CE(DCGD):
+    """DCGD whose plain head learns by cross-entropy alone."""
+
+    base = "NONE"
+
+
+@register("DCGD_KD")
+class DCGD_KD(DCGD):
+    """DCGD whose plain head learns by KD."""
+
+    base = "KD"
+
+
+@register("DCGD_DKD")
+class DCGD_DKD(DCGD):
+    """DCGD whose plain head learns by DKD."""
+
+    base = "DKD"
+
+
+def group_student(student: nn.Module, cfg: CN) -> GroupedStudent:
+    """`student` with the groups of `cfg.DCGD.GROUPS`; a student that is grouped already as it is.
+
+    Raises:
+        UserError: see `DCGD`.
+    """
+    source = cfg.DCGD.GROUPS
+    if isinstance(student, GroupedStudent):
+        if source and load_groups(source) != student.groups:
+            raise UserError(
+                f"the student brings groups of its own, which are not those of DCGD.GROUPS {source}; leave it empty, "
+                "or name a plain student"
+            )
+        student.set_branch_mode(cfg.DCGD.BRANCHES)
+        return student
+    if not source:
+        raise UserError(
+            f"DCGD needs groups for the plain student {type(student).__name__}: set DCGD.GROUPS to a file that "
+            "tools/group_classes.py wrote, or to the name of a published grouping"
+        )
+    return GroupedStudent(student, load_groups(source), cfg.DCGD.BRANCHES)
+
+
+@contextmanager
+def _outputs(module: nn.Module, image: Tensor) -> Iterator[list[Any]]:
+    """What `module` returns for this very `image` while the context is open."""
+    outputs: list[Any] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and args[0] is image:
+            outputs.append(output)
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
