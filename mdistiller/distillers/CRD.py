@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from yacs.config import CfgNode as CN
 
 from ..errors import UserError
-from ._base import Distiller, Losses, register
-from ._common import count_parameters, full_precision, probe
+from ._base import Distiller, Features, Losses, register
+from ._common import count_parameters, full_precision, probe_pair
 
 _EPS = 1e-7
 # Elements of the largest temporary tensor: 16 MiB in float32, about what a processor's cache holds.
@@ -223,8 +223,9 @@ class CRD(Distiller):
         _check_nce(nce)
         self.ce_loss_weight = cfg.CRD.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.CRD.LOSS.FEAT_WEIGHT
-        self.embed_s = Embed(_width(student, "STUDENT_DIM", feat.STUDENT_DIM), feat.DIM)
-        self.embed_t = Embed(_width(teacher, "TEACHER_DIM", feat.TEACHER_DIM), feat.DIM)
+        feature_student, feature_teacher = probe_pair(student, teacher)
+        self.embed_s = Embed(_width("STUDENT", feature_student, feat.STUDENT_DIM), feat.DIM)
+        self.embed_t = Embed(_width("TEACHER", feature_teacher, feat.TEACHER_DIM), feat.DIM)
         self.contrast = ContrastMemory(feat.DIM, num_data, nce.K, nce.TEMPERATURE, nce.MOMENTUM)
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
@@ -235,16 +236,14 @@ class CRD(Distiller):
         memory = sum(buffer.numel() for buffer in self.contrast.buffers())
         return count_parameters(self.embed_s) + count_parameters(self.embed_t) + memory
 
-    def forward_train(
-        self, image: Tensor, target: Tensor, index: Tensor, contrastive_index: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, Losses]:
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits_student, feature_student = self.student(image)
         _, feature_teacher = self.teacher_forward(image)
         loss_crd = self.contrast(
             self.embed_s(feature_student["pooled_feat"]),
             self.embed_t(feature_teacher["pooled_feat"]),
-            index,
-            contrastive_index,
+            kwargs["index"],
+            kwargs["contrastive_index"],
         )
         return logits_student, {
             "loss_ce": self.ce_loss_weight * F.cross_entropy(logits_student, target),
@@ -252,25 +251,15 @@ class CRD(Distiller):
         }
 
 
-def _width(model: nn.Module, key: str, configured: int) -> int:
-    """Width of the model's `pooled_feat`; a `configured` width other than the default must agree with it."""
-    own = _pooled_width(model)
+def _width(network: str, features: Features, configured: int) -> int:
+    """Width of the `pooled_feat`; a `configured` width other than the default must agree with it."""
+    own = features["pooled_feat"].flatten(1).shape[1]
     if configured not in (own, _DEFAULT_WIDTH):
         raise UserError(
-            f"CRD.FEAT.{key} is {configured}, but the pooled_feat of {type(model).__name__} has {own} channels; "
+            f"CRD.FEAT.{network}_DIM is {configured}, but the {network.lower()}'s pooled_feat has {own} channels; "
             "leave the key out, the width is taken from the network"
         )
     return own
-
-
-def _pooled_width(model: nn.Module) -> int:
-    """Probed with the smallest usual image that the network takes; its classifier refuses one that does not fit."""
-    for size in (32, 64):
-        try:
-            return probe(model, (size, size))[1]["pooled_feat"].flatten(1).shape[1]
-        except RuntimeError:  # an ImageNet network may pool a 32x32 image away
-            continue
-    return probe(model, (224, 224))[1]["pooled_feat"].flatten(1).shape[1]
 
 
 def _check_nce(nce: CN) -> None:
