@@ -1,0 +1,56 @@
+"""Every config under configs/: it says how it is run, resolves, builds, and takes a step on tiny data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdistiller.dataset import ImageArray, dataset_info
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine.build import model_dict
+from mdistiller.engine.cfg import load_cfg
+from mdistiller.engine.meters import Meters
+from mdistiller.engine.trainer import trainer_dict
+from mdistiller.models import build_model
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("configs/**/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_a_config_opens_with_the_command_that_runs_it(path):
+    first = (REPOSITORY / path).read_text().splitlines()[0]
+    assert first == f"# python tools/train.py --cfg {path}"
+
+
+def loaders(info, count=2):
+    generator = torch.Generator().manual_seed(0)
+    size = (count, info.image_size, info.image_size, 3)
+    images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+    data = ImageArray(images, torch.arange(count) % info.num_classes, (0.5,) * 3, (0.25,) * 3)
+    return data.loader(count, 0, train=True), data.loader(count, 0, train=False)
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_a_config_builds_and_takes_a_step(path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)  # configs name files by their place in the repository
+    cfg = load_cfg(path, ["EXPERIMENT.DEVICE", "cpu", "SOLVER.BATCH_SIZE", "2"])
+    info = dataset_info[cfg.DATASET.TYPE]
+    models = model_dict(cfg.DATASET.TYPE)
+    torch.manual_seed(0)
+    # The teacher's weights are random here: published ones are not in the repository.
+    student = build_model(models, cfg.DISTILLER.STUDENT, info.num_classes)
+    method = distiller_dict[cfg.DISTILLER.TYPE]
+    teacher = build_model(models, cfg.DISTILLER.TEACHER, info.num_classes) if method.needs_teacher else None
+    facts = {"num_data": 2}
+    distiller = method(student, teacher, cfg, **{fact: facts[fact] for fact in method.needs_run})
+    trainer = trainer_dict[cfg.SOLVER.TRAINER]("none", distiller, *loaders(info), cfg)
+    before = {name: p.detach().clone() for name, p in distiller.named_parameters() if p.requires_grad}
+    trainer.distiller.train()
+    meters = Meters()
+    for batch in trainer.train_loader:
+        trainer.train_iter(trainer.prepare_batch(batch, epoch=1), 1, meters)
+    means = meters.means()
+    assert all(abs(mean) < float("inf") for mean in means.values()), means
+    moved = [name for name, p in distiller.named_parameters() if p.requires_grad and not torch.equal(p, before[name])]
+    assert len(moved) > 0.9 * len(before), "a step moves the parameters"
