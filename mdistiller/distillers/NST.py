@@ -13,6 +13,8 @@ from yacs.config import CfgNode as CN
 from ._base import Features, register
 from ._common import FeatureDistiller, align, full_precision, get_stage_shapes, pair_stages, require_paired_maps
 
+EPS = 1e-12  # a channel's norm counts as no less
+
 
 @full_precision
 def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
@@ -24,7 +26,7 @@ def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
     A sum of k over all pairs is the squared norm of a matrix product, and with the Gram matrices over positions
     G = F^T F / C (HW x HW) the whole loss is mean_B |G_s - G_t|^2. The cheaper form is taken, over channels or over
-    positions: no pair of channels ever holds HW numbers.
+    positions: no pair of channels ever holds HW numbers. Over channels, their norms are the products' diagonal.
 
     Args:
         f_s: the student's (B, C_s, H_s, W_s).
@@ -33,21 +35,32 @@ def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     Returns:
         () >= 0 up to rounding, the student's dtype; float32 for half precision.
 
-    Cost: B HW C min(3 C, 2 HW) products, B min(C, HW)^2 numbers of memory.
+    Cost: B HW C min(3 C, 2 HW) multiplications, memory for B min(C, HW)^2 numbers a product.
 
     Reference: Huang and Wang 2017, arXiv 1707.01219, equations 3 and 6.
     """
-    f_s, f_t = align(f_s, f_t)
-    f_s, f_t = (F.normalize(f.flatten(2), dim=2) for f in (f_s, f_t))
+    f_s, f_t = (f.flatten(2) for f in align(f_s, f_t))
     (batch, c_s, positions), c_t = f_s.shape, f_t.shape[1]
     if positions * (c_s + c_t) < c_s**2 + c_s * c_t + c_t**2:
-        return (f_s.mT @ f_s / c_s - f_t.mT @ f_t / c_t).square().sum() / batch
-    return _mean_kernel(f_s, f_s) - 2 * _mean_kernel(f_s, f_t) + _mean_kernel(f_t, f_t)
+        return (_gram(f_s) / c_s - _gram(f_t) / c_t).square().sum() / batch
+    inner_s, inner_t = f_s @ f_s.mT, f_t @ f_t.mT
+    scale_s, scale_t = (inner.diagonal(dim1=1, dim2=2).clamp_min(EPS**2).rsqrt() for inner in (inner_s, inner_t))
+    return (
+        _mean_square(inner_s, scale_s, scale_s)
+        - 2 * _mean_square(f_s @ f_t.mT, scale_s, scale_t)
+        + _mean_square(inner_t, scale_t, scale_t)
+    )
 
 
-def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
-    """mean over the batch and all pairs of channels of (a . b)^2: (B, C_a, HW), (B, C_b, HW) -> ()."""
-    return (a @ b.mT).square().mean()
+def _gram(f: Tensor) -> Tensor:
+    """Products of positions over the normalised channels: (B, C, HW) -> (B, HW, HW)."""
+    f = F.normalize(f, dim=2, eps=EPS)
+    return f.mT @ f
+
+
+def _mean_square(inner: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    """mean of k over the batch and all pairs, from (B, C_a, C_b) products of channels and each channel's 1 / norm."""
+    return (inner * scale_a.unsqueeze(2) * scale_b.unsqueeze(1)).square().mean()
 
 
 def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:

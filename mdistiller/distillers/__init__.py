@@ -11,6 +11,7 @@ from .DCGD import DCGD, DCGD_CE, DCGD_DKD, DCGD_KD
 from .DKD import DKD
 from .FitNet import FitNet
 from .KD import KD
+from .KDSVD import KDSVD
 from .NST import NST
 from .OFD import OFD
 from .PKT import PKT
@@ -28,6 +29,7 @@ __all__ = [
     "DCGD_KD",
     "DKD",
     "KD",
+    "KDSVD",
     "NST",
     "OFD",
     "PKT",

@@ -19,14 +19,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def full_precision(loss: Callable[P, T]) -> Callable[P, T]:
     """Decorator of a loss: it runs outside autocast, and its half-precision tensors come as float32."""
 
     def raised(x: Any) -> Any:
         return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
 
     @functools.wraps(loss)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
         device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         with torch.autocast(device, enabled=False):
             return loss(*map(raised, args), **{k: raised(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
