@@ -87,25 +87,26 @@ def load_model_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def load_state(module: nn.Module, state: State, path: str | Path) -> None:
-    """Load `state` into `module` after comparing names and shapes; `path` is for the message.
+    """Load `state` into `module`, strictly; `path` is for the message.
 
     Raises:
-        UserError: names or shapes differ; the first few of each kind are named, and nothing is loaded.
+        UserError: names or shapes differ; the first few of each kind are named.
     """
     own = module.state_dict()
-    differences = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unknown": sorted(state.keys() - own.keys()),
-        "of another shape": [
-            f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
-            for k in own
-            if k in state and state[k].shape != own[k].shape
-        ],
-    }
+    unknown = sorted(state.keys() - own.keys())
+    reshaped = [
+        f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    missing = sorted(own.keys() - state.keys())
+    if not (unknown or reshaped):
+        # A module may stand in for entries that the original's files lack (VID), so it is asked what is missing.
+        missing = list(module.load_state_dict(state, strict=False).missing_keys)
+    differences = {"missing": missing, "unknown": unknown, "of another shape": reshaped}
     if any(differences.values()):
         parts = [f"{len(keys)} {what} ({_first_few(keys)})" for what, keys in differences.items() if keys]
         raise UserError(f"{path} does not fit {type(module).__name__}: {'; '.join(parts)}")
-    module.load_state_dict(state)
 
 
 def _first_few(names: list[str], count: int = 3) -> str:
