@@ -1,0 +1,40 @@
+"""The benchmark of the losses races equals, and its table names every target."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def losses():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        import losses
+
+        yield losses
+        for name in ("losses", "naive_losses"):
+            del sys.modules[name]
+
+
+def test_both_forms_give_one_loss(losses):
+    targets = {}
+    for case in losses.cases(batch=4, negatives=64, num_data=500):
+        losses.check_agreement(case)
+        targets[case.name] = case.target
+    assert targets == {"NST": 30, "CRD": 10, "OFD": 4, "KDSVD": 2.5, "RKD": 3, "AT": 1.1, "ReviewKD": 1.1}
+
+
+def test_crd_holds_a_twentieth_of_the_memory(losses):
+    """At B 64, K 4096, N 12,500, a quarter of the benchmark's: the ratio is the same."""
+    case = losses.crd(64, 4096, 12_500)
+    assert losses.peak_mebibytes(case.naive, case.leaves) > 20 * losses.peak_mebibytes(case.ours, case.leaves)
+
+
+def test_rkd_is_the_more_accurate_in_float32(losses):
+    errors = losses.rkd_errors()
+    assert errors["ours_gradient"] < errors["naive_gradient"] / 3
