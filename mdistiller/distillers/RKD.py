@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from yacs.config import CfgNode as CN
 
 from ._base import Features, register
 from ._common import FeatureDistiller, full_precision
+
+# Elements of the largest temporary tensor, unless one vertex alone has more.
+_CHUNK = 2**20
 
 
 @full_precision
@@ -40,18 +46,16 @@ def rkd_loss(
     Raises:
         ValueError: the batches differ in length, or eps <= 0.
 
-    Cost: O(B^2 D + B^3) time and O(B^3) memory, in float64 throughout: an angle is a difference of squared distances.
+    Cost: O(B^2 D + B^3) time and O(B^2) memory, beside temporaries of 8 MiB or B^2 numbers. In float64 throughout: an
+    angle is worked out from differences of squared distances.
 
     Reference: Park et al. 2019, arXiv 1904.05068, equations 6 to 11.
     """
     if len(f_s) != len(f_t):
         raise ValueError(f"RKD compares equal batches; the student's has {len(f_s)} samples, the teacher's {len(f_t)}")
-    squares_s = _squared_distances(f_s)
-    with torch.no_grad():
-        squares_t = _squared_distances(f_t)
-        distances_t, angles_t = _relative_distances(squares_t, squared, eps), _cosines(squares_t, eps)
-    distance = F.smooth_l1_loss(_relative_distances(squares_s, squared, eps), distances_t)
-    angle = F.smooth_l1_loss(_cosines(squares_s, eps), angles_t)
+    squares_s, squares_t = _squared_distances(f_s), _squared_distances(f_t.detach())
+    distance = F.smooth_l1_loss(_relative(squares_s, squared, eps), _relative(squares_t, squared, eps))
+    angle = _AngleLoss.apply(squares_s, squares_t, eps)
     return (distance_weight * distance + angle_weight * angle).to(f_s.dtype)
 
 
@@ -75,38 +79,90 @@ def pdist(e: Tensor, squared: bool = False, eps: float = 1e-12) -> Tensor:
 
 def _squared_distances(e: Tensor) -> Tensor:
     """(B, ...) -> (B, B) in float64, from the differences: exactly 0 for equal rows, whatever their length."""
-    e = e.flatten(1).double()
-    return torch.cdist(e, e, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return _SquaredDistances.apply(e.flatten(1).double())
+
+
+class _SquaredDistances(torch.autograd.Function):
+    """|e_i - e_j|^2, each pair once; the gradient 2 sum_j (g_ij + g_ji) (e_i - e_j) is one matrix product."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(e)
+        upper = torch.triu_indices(len(e), len(e), offset=1, device=e.device).unbind()
+        squares = e.new_zeros(len(e), len(e))
+        squares[upper] = torch.pdist(e).square()
+        return squares + squares.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (e,) = ctx.saved_tensors
+        both = grad + grad.T
+        return 2 * (both.sum(dim=1, keepdim=True) * e - both @ e)
 
 
 def _distances(squares: Tensor, squared: bool, eps: float) -> Tensor:
     if eps <= 0:
         raise ValueError(f"RKD's eps must be positive, it is {eps}: the distance of equal samples has no gradient")
     distances = squares.clamp(min=eps)
-    return (distances if squared else distances.sqrt()).masked_fill(_diagonal(squares), 0)
+    diagonal = torch.eye(len(squares), dtype=torch.bool, device=squares.device)
+    return (distances if squared else distances.sqrt()).masked_fill(diagonal, 0)
 
 
-def _relative_distances(squares: Tensor, squared: bool, eps: float) -> Tensor:
+def _relative(squares: Tensor, squared: bool, eps: float) -> Tensor:
     """Distances (B, B) over their mean off the diagonal."""
     distances = _distances(squares, squared, eps)
     pairs = len(squares) * (len(squares) - 1)
     return distances / (distances.sum() / pairs) if pairs else distances
 
 
-def _cosines(squares: Tensor, eps: float) -> Tensor:
-    """(B, B) squared distances -> (B, B, B): at [j, i, k] the cosine at j in the triangle of i, j and k.
+class _AngleLoss(torch.autograd.Function):
+    """mean_(j, i, k) huber(cos_s - cos_t) of squared distances (B, B), some vertices j at a time.
 
-    By the law of cosines, (d_ji^2 + d_jk^2 - d_ik^2) / (2 d_ji d_jk): no difference vectors are stored.
+    By the law of cosines, with q = d^2 / 2 and u = 1 / d (0 for samples that are not apart),
+
+        cos_jik = (q_ji + q_jk - q_ik) u_ji u_jk
+
+    so that no difference vectors are needed. The slope g of the loss in each cosine is at hand only while its vertex
+    is, so the slopes in q (d u / d q = -u^3) are worked out together with the loss:
+
+        slope_ji = 2 u_ji sum_k g_jik (u_jk - u_ji cos_jik),   slope_ik = -sum_j g_jik u_ji u_jk
     """
+
+    @staticmethod
+    def forward(ctx: Any, squares_s: Tensor, squares_t: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        halves_s, halves_t = squares_s / 2, squares_t / 2
+        inverses_s, inverses_t = _inverse_distances(squares_s, eps), _inverse_distances(squares_t, eps)
+        loss, slope = squares_s.new_zeros(()), torch.zeros_like(squares_s)
+        rows = max(1, _CHUNK // squares_s.numel())
+        for start in range(0, len(squares_s), rows):
+            at = slice(start, start + rows)
+            cos = _cosines(halves_s, inverses_s, at)
+            diff = cos - _cosines(halves_t, inverses_t, at)
+            g = diff.clamp(-1, 1)
+            loss += torch.dot(g.flatten(), diff.sub_(g, alpha=0.5).flatten())
+            u = inverses_s[at]
+            slope[at] += 2 * u * ((g @ u[:, :, None]).squeeze(2) - u * cos.mul_(g).sum(dim=2))
+            slope -= g.mul_(u[:, :, None]).mul_(u[:, None, :]).sum(dim=0)
+        ctx.save_for_backward(slope)
+        return loss / len(slope) ** 3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (slope,) = ctx.saved_tensors
+        return slope * (grad / 2 / len(slope) ** 3), None, None
+
+
+def _cosines(halves: Tensor, inverses: Tensor, at: slice) -> Tensor:
+    """(rows, B, B): the cosines at the vertices `at`."""
+    sides = (halves[at, :, None] + halves[at, None, :]).sub_(halves)
+    return sides.mul_(inverses[at, :, None]).mul_(inverses[at, None, :])
+
+
+def _inverse_distances(squares: Tensor, eps: float) -> Tensor:
     apart = squares > eps
-    inverse = torch.where(apart, squares, 1).rsqrt() * apart
-    half = squares / 2
-    scale = inverse[:, :, None] * inverse[:, None, :]
-    return (half[:, :, None] + half[:, None, :] - half) * scale
-
-
-def _diagonal(square: Tensor) -> Tensor:
-    return torch.eye(len(square), dtype=torch.bool, device=square.device)
+    return torch.where(apart, squares, 1).rsqrt() * apart
 
 
 DEFAULTS = CN(

@@ -49,7 +49,7 @@ def _context_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     diff = pooled = f_s - f_t
     height, width = diff.shape[-2:]
     nested = height % 4 == 0 and width % 4 == 0
-    loss, weight, total = diff.square().mean(), 1.0, 1.0
+    loss, weight, total = F.mse_loss(f_s, f_t), 1.0, 1.0
     for size in (4, 2, 1):
         if size < height:
             pooled = F.adaptive_avg_pool2d(pooled if nested else diff, size)
