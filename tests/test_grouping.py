@@ -31,7 +31,7 @@ from ._golden import FOLDER, load
 
 RESNET = [[9, 18, 19], [10, 17], [2, 4, 7, 13, 15], [3, 5, 6], [0, 1, 8, 11, 12, 14, 16]]
 WRN = [[9, 18, 19], [2, 4, 7, 10, 13, 17], [3, 5, 6], [0, 1, 15], [8, 11, 12, 14, 16]]
-CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar-100-python"
+CIFAR = Path(__file__).parents[1] / "data" / "cifar-100-python"
 
 
 def oracle(counts: list[list[int]], num_groups: int) -> list[list[int]]:

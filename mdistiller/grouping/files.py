@@ -12,6 +12,9 @@ from .algorithm import expand
 from .cifar100 import PUBLISHED, SUPERCLASS
 
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
 def published_groups(teacher: str) -> list[list[int]]:
     """The groups of CIFAR-100 classes published for a teacher: "res56", "res110" or "wrn_40_2".
 
@@ -28,15 +31,16 @@ def load_groups(source: str) -> list[list[int]]:
 
     Args:
         source: a JSON file (anything ending in ".json": a list of lists of class indices, or a dict that holds one
-            under "groups", as `tools/group_classes.py` writes it), else the name of a published grouping.
+            under "groups", as `tools/group_classes.py` writes it), else the name of a published grouping. A relative
+            path is looked for in the current folder, then in the repository.
 
     Raises:
         UserError: neither, or the file holds something else.
     """
     if not source.endswith(".json"):
         return published_groups(source)
-    path = Path(source)
-    if not path.is_file():
+    path = next((p for p in (Path(source), REPOSITORY / source) if p.is_file()), None)
+    if path is None:
         raise UserError(f"no groups file {source}; tools/group_classes.py writes one")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
