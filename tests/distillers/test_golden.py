@@ -1,6 +1,7 @@
 """Every pinned row: losses, gradients, extra parameters and four training steps agree with the reference.
 
-See golden/README.md for how the figures were made. Relative tolerance 1e-6 in float64 everywhere.
+See golden/README.md for how the figures were made. Relative tolerance 1e-6 in float64, 2e-6 for KDSVD's loss: the
+reference takes it in float32, so that the figure itself is uncertain by about 1e-6.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ OURS = re.compile(r"contrast\.params|log_scales.*")
 images, labels = cache(_golden.images), cache(_golden.labels)
 
 
-def close(value: float) -> object:
-    return pytest.approx(value, rel=1e-6, abs=1e-10)
+def close(value: float, rel: float = 1e-6) -> object:
+    return pytest.approx(value, rel=rel, abs=1e-10)
 
 
 @cache
@@ -95,9 +96,7 @@ def test_row(row):
     state = {k: list(v.shape) for k, v in distiller.state_dict().items() if not k.startswith(("student.", "teacher."))}
     assert {k: v for k, v in state.items() if k in row["extra_state"] or not OURS.fullmatch(k)} == row["extra_state"]
     extra = {k: v for k, v in distiller.named_parameters() if not k.startswith(("student.", "teacher."))}
-    assert distiller.get_extra_parameters() == row["extra_parameters"] + sum(
-        v.numel() for k, v in extra.items() if OURS.fullmatch(k)
-    )
+    assert distiller.get_extra_parameters() == row["extra_parameters"]
 
     optimizer = torch.optim.SGD(distiller.get_learnable_parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     for step, expected in enumerate(row["trajectory"]):
@@ -107,7 +106,8 @@ def test_row(row):
         total.backward()
         assert total.item() == close(expected), f"step {step}"
         if step == 0:
-            assert {k: v.item() for k, v in losses.items()} == {k: close(v) for k, v in row["losses"].items()}
+            rel = 2e-6 if row["case"]["method"] == "KDSVD" else 1e-6
+            assert {k: v.item() for k, v in losses.items()} == {k: close(v, rel) for k, v in row["losses"].items()}
             assert logits[0, : len(row["logits_row0"])].tolist() == [close(v) for v in row["logits_row0"]]
             gradients = torch.cat([p.grad.flatten() for p in distiller.student.parameters() if p.grad is not None])
             assert gradients.norm().item() == close(row["student_grad_norm"])
