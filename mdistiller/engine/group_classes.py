@@ -92,8 +92,8 @@ def group_classes(
     errors = int(confusion.sum() - np.trace(confusion))
     if errors < ENOUGH_ERRORS * len(names):
         print(
-            f"warning: {errors} errors between {len(names)} classes are too few to trust the groups; count them by "
-            "cross-validation (--split kfold) or on held-out images (--split heldout)",
+            f"warning: {errors} errors between {len(names)} classes are too few to trust the groups; count them on "
+            "more images that the teacher was not trained on (--split heldout), or by cross-validation (--split kfold)",
             file=sys.stderr,
         )
     content = {
