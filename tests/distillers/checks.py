@@ -13,7 +13,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def check_agrees(ours: Callable[..., Tensor], naive: Callable[..., Tensor], *inputs: Tensor, rtol: float = 1e-9) -> None:
+def check_agrees(
+    ours: Callable[..., Tensor], naive: Callable[..., Tensor], *inputs: Tensor, rtol: float = 1e-9
+) -> None:
     """Equal values and equal gradients with respect to the first input, all float64."""
     results = []
     for loss in (ours, naive):
