@@ -11,14 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.engine.cli import one_line_errors  # noqa: E402
-from mdistiller.engine.report import evaluate_checkpoint  # noqa: E402
+from mdistiller.engine.cli import one_line_errors
+from mdistiller.engine.report import evaluate_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", required=True, help="the network's name, such as resnet20")
-    parser.add_argument("-c", "--ckpt", default="pretrain", help="checkpoint; `pretrain` (default) is the published one")
+    parser.add_argument("-c", "--ckpt", default="pretrain", help="checkpoint; `pretrain` (default) is published")
     parser.add_argument("-d", "--dataset", default="cifar100", help="cifar100, tiny_imagenet, imagenet or digits")
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument("--head", help="of a network with several heads: which one is scored (default: all)")

@@ -15,11 +15,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from mdistiller.analysis.curves import draw_curves  # noqa: E402
-from mdistiller.analysis.runs import read_run  # noqa: E402
-from mdistiller.analysis.table import runs_table  # noqa: E402
-from mdistiller.engine.build import experiment_name  # noqa: E402
-from mdistiller.engine.cfg import load_cfg  # noqa: E402
+from mdistiller.analysis.curves import draw_curves
+from mdistiller.analysis.runs import read_run
+from mdistiller.analysis.table import runs_table
+from mdistiller.engine.build import experiment_name
+from mdistiller.engine.cfg import load_cfg
 
 EXPERIMENTS = {"teacher": "teacher", "plain student": "vanilla", "student by KD": "kd", "student by DKD": "dkd"}
 
@@ -48,7 +48,7 @@ def main() -> None:
     table = runs_table(runs)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     draw_curves(runs, out / "curves.png")
-    print(f"\nTop-1 on {360} test images, in percent:\n\n{table}\n\nCurves: output/quickstart/curves.png")
+    print(f"\nTop-1 in percent of the test images:\n\n{table}\n\nCurves: output/quickstart/curves.png")
 
 
 if __name__ == "__main__":

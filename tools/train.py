@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.engine.build import build_trainer  # noqa: E402
-from mdistiller.engine.cfg import load_cfg, show_cfg  # noqa: E402
-from mdistiller.engine.cli import one_line_errors  # noqa: E402
+from mdistiller.engine.build import build_trainer, deployment_lines
+from mdistiller.engine.cfg import load_cfg, show_cfg
+from mdistiller.engine.cli import one_line_errors
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,7 +31,7 @@ def main() -> None:
         cfg = load_cfg(args.cfg, args.opts)
         trainer = build_trainer(cfg, args.opts)
         first = trainer.begin(resume=args.resume, overwrite=args.overwrite)
-    print(show_cfg(cfg), flush=True)
+    print(show_cfg(cfg), *deployment_lines(trainer), sep="\n", flush=True)
     trainer.run(first)
 
 

@@ -14,11 +14,14 @@ from ..models import build_model, cifar_model_dict, imagenet_model_dict, teacher
 from ..registry import Registry
 from .cfg import override_pairs
 from .checkpoint import load_model_weights
+from .cost import network_cost
 from .runtime import seed_everything
 from .trainer import BaseTrainer, trainer_dict
 
 # Overrides that say where and how a run is carried out, not what it is: they stay out of its name.
-_MACHINE_KEYS = re.compile(r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|NUM_WORKERS|TEST\.BATCH_SIZE)$")
+_MACHINE_KEYS = re.compile(
+    r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|NUM_WORKERS|TEST\.BATCH_SIZE)$"
+)
 
 
 def experiment_name(cfg: CN, overrides: Sequence[str] = ()) -> str:
@@ -71,6 +74,12 @@ def build_distiller(cfg: CN, num_data: int, num_classes: int) -> Distiller:
         teacher = build_pretrained(cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, num_classes, cfg.DISTILLER.TEACHER_CKPT)
     facts = {"num_data": num_data}
     return method(student, teacher, cfg, **{fact: facts[fact] for fact in method.needs_run})
+
+
+def deployment_lines(trainer: BaseTrainer) -> list[str]:
+    """What each network that a run may deploy costs, a line each: `student: 0.28 M parameters, 41.4 M MACs`."""
+    size = dataset_info[trainer.cfg.DATASET.TYPE].image_size
+    return [f"{name}: {network_cost(net, size)}" for name, net in trainer.distiller.deployments().items()]
 
 
 def build_trainer(cfg: CN, overrides: Sequence[str] = ()) -> BaseTrainer:

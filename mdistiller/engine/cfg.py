@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,8 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
         raise UserError(f"{name} must be text, not {value!r}")
     if isinstance(value, str):
         # Command-line values arrive as text, and so does YAML's 1e-4.
-        try:
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            pass
     if isinstance(default, bool):
         if isinstance(value, bool):
             return value

@@ -49,7 +49,9 @@ def load_checkpoint(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails anywhere inside zipfile, pickle or torch
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint (damaged, or not weights alone): {reason[:200]}") from None
+        raise UserError(
+            f"{path} is not a readable checkpoint (damaged, or not weights alone): {reason[:200]}"
+        ) from None
 
 
 def model_state(checkpoint: Any, path: str | Path) -> State:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -80,6 +81,6 @@ def evaluate_distiller(loader: Iterable[tuple[Tensor, ...]], distiller: Distille
 
 def validate(val_loader: Iterable[tuple[Tensor, ...]], distiller: nn.Module) -> tuple[float, float, float]:
     """(top-1 in percent, top-5 in percent, cross-entropy) of a distiller's first head."""
-    plain = getattr(distiller, "module", distiller)
+    plain: Any = getattr(distiller, "module", distiller)
     score = next(iter(evaluate_distiller(val_loader, plain).values()))
     return score.top1, score.top5, score.loss

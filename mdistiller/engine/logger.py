@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -137,7 +138,8 @@ class Logger:
     def __init__(self, makers: Mapping[str, Callable[[], Writer]]) -> None:
         self.writers: dict[str, Writer] = {}
         for name, make in makers.items():
-            self._guard(name, lambda name=name, make=make: self.writers.__setitem__(name, make()))
+            with self._guard(name):
+                self.writers[name] = make()
 
     def epoch(self, epoch: int, metrics: Metrics) -> None:
         self._each(lambda writer: writer.epoch(epoch, metrics))
@@ -150,11 +152,13 @@ class Logger:
 
     def _each(self, call: Callable[[Writer], None]) -> None:
         for name, writer in list(self.writers.items()):
-            self._guard(name, lambda writer=writer: call(writer))
+            with self._guard(name):
+                call(writer)
 
-    def _guard(self, name: str, call: Callable[[], None]) -> None:
+    @contextmanager
+    def _guard(self, name: str) -> Iterator[None]:
         try:
-            call()
+            yield
         except Exception as error:  # whatever a network, a disk or a service comes up with
             self.writers.pop(name, None)
             reason = " ".join(str(error).split())[:200]

@@ -58,8 +58,8 @@ class BaseTrainer:
         self.name = experiment_name
         self.log_path = Path(cfg.LOG.PREFIX) / experiment_name
         self.device = pick_device(cfg.EXPERIMENT.DEVICE)
-        plain = getattr(distiller, "module", distiller)
-        self.distiller: Distiller = plain.to(self.device, memory_format=torch.channels_last)
+        plain: Any = getattr(distiller, "module", distiller)
+        self.distiller: Distiller = plain.to(device=self.device, memory_format=torch.channels_last)
         self.train_loader = _on_device(train_loader, self.device)
         self.val_loader = _on_device(val_loader, self.device)
         self.update = self.update_rule(self.distiller.get_learnable_parameters(), cfg)
@@ -89,7 +89,9 @@ class BaseTrainer:
         if resume:
             return self.resume() + 1
         if (self.log_path / "latest").exists() and not overwrite:
-            raise UserError(f"{self.log_path} holds a run already; add --resume to go on with it, --overwrite to lose it")
+            raise UserError(
+                f"{self.log_path} holds a run already; add --resume to go on with it, --overwrite to lose it"
+            )
         return 1
 
     def run(self, first: int) -> None:

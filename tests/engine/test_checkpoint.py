@@ -70,7 +70,7 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line_and_never_executed(tmp
     monkeypatch.chdir(tmp_path)
     for content in damaged_files(tmp_path):
         (tmp_path / "file").write_bytes(content)
-        with pytest.raises(UserError, match="file is not a readable checkpoint|file does not fit") as caught:
+        with pytest.raises(UserError, match=r"file is not a readable checkpoint|file does not fit") as caught:
             load_model_weights(net(), tmp_path / "file")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
@@ -83,7 +83,7 @@ def test_a_checkpoint_without_weights_is_refused(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint at .*/none"):
+    with pytest.raises(UserError, match=r"no checkpoint at .*/none"):
         load_checkpoint(tmp_path / "none")
 
 

@@ -127,7 +127,7 @@ def test_metrics_hold_every_part_of_the_loss_and_both_heads(cfg_of):
         )
         assert row["test_acc"] == row["test_acc_head_main"]
         assert float(row["data_time"]) > 0 and float(row["images_per_second"]) > 0
-    assert TIMES < rows[0].keys()
+    assert rows[0].keys() > TIMES
 
 
 def test_the_means_weigh_every_image_alike_though_the_last_batch_is_short(cfg_of):
@@ -239,7 +239,7 @@ def test_resuming_from_nothing_or_something_else_is_refused(cfg_of, content, mes
 def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_keeps_the_last_checkpoint(cfg_of):
     trainer = trainer_of(cfg_of())
     trainer.distiller.bad_epoch = 2
-    with pytest.raises(NonFiniteLossError, match="epoch 2: .*loss/loss_penalty = nan"):
+    with pytest.raises(NonFiniteLossError, match=r"epoch 2: .*loss/loss_penalty = nan"):
         trainer.train()
     latest = load_checkpoint(trainer.log_path / "latest")
     assert latest["epoch"] == 1 and all(math.isfinite(v.sum()) for v in latest["model"].values())

@@ -88,7 +88,9 @@ BAD_TRAIN = {
         ["DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", "resnet56", "DISTILLER.TEACHER_CKPT", "no/file"],
         "no checkpoint of resnet56 at no/file",
     ),
-    "unpublished teacher": (["DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", "resnet20"], "name a file by DISTILLER.TEACHER_CKPT"),
+    "unpublished teacher": (
+        ["DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", "resnet20"], "name a file by DISTILLER.TEACHER_CKPT"
+    ),
     "batch of none": (["SOLVER.BATCH_SIZE", "0"], "SOLVER.BATCH_SIZE must be a whole number >= 1, not 0"),
     "negative LR": (["SOLVER.LR", "-1"], "SOLVER.LR must be positive and finite, not -1.0"),
     "nothing to resume": (["--resume"], "no checkpoint at"),

@@ -77,7 +77,8 @@ def test_the_originals_four_steps(clone):
 
 def test_the_one_file_way(clone):
     decorated = METHOD.replace(
-        "from ._base import Distiller\n", "from yacs.config import CfgNode as CN\n\nfrom ._base import Distiller, register\n"
+        "from ._base import Distiller\n",
+        "from yacs.config import CfgNode as CN\n\nfrom ._base import Distiller, register\n",
     ).replace("class MyD", '@register("MyDistiller", CN({"hyper1": 0.5}))\nclass MyD')
     (clone / "mdistiller/distillers/MyDistiller.py").write_text(decorated)
     append(clone / "mdistiller/distillers/__init__.py", "from .MyDistiller import MyDistiller\n")
