@@ -12,8 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdistiller.analysis.curves import draw_curves
 from mdistiller.analysis.runs import read_run
@@ -21,6 +20,7 @@ from mdistiller.analysis.table import runs_table
 from mdistiller.engine.build import experiment_name
 from mdistiller.engine.cfg import load_cfg
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 EXPERIMENTS = {"teacher": "teacher", "plain student": "vanilla", "student by KD": "kd", "student by DKD": "dkd"}
 
 

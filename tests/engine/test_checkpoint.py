@@ -43,8 +43,11 @@ def test_names_and_shapes_that_differ_are_named_and_nothing_is_loaded(tmp_path):
     before = {k: v.clone() for k, v in target.state_dict().items()}
     state = net(4).state_dict()
     state["2.weight"] = state.pop("1.weight")
-    with pytest.raises(UserError, match=r"file does not fit Sequential: 1 missing \(1.weight\); 1 unknown \(2.weight\); "
-                       r"5 of another shape \(0.weight \(4, 2\) for \(3, 2\), .*, \.\.\.\)"):  # fmt: skip
+    message = (
+        r"file does not fit Sequential: 1 missing \(1.weight\); 1 unknown \(2.weight\); "
+        r"5 of another shape \(0.weight \(4, 2\) for \(3, 2\), .*, \.\.\.\)"
+    )
+    with pytest.raises(UserError, match=message):
         load_state(target, state, "file")
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
 
