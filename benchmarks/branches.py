@@ -63,7 +63,8 @@ def kernels(student: GroupedStudent, features: dict, mode: str) -> int:
 def measure(student_name: str, batch: int, repeats: int, device: torch.device) -> dict:
     """Medians in milliseconds, their ratio, and the kernels of each way."""
     torch.manual_seed(0)
-    student = GroupedStudent(build_model(cifar_model_dict, student_name, 100), published_groups("res56")).to(device)
+    student = GroupedStudent(build_model(cifar_model_dict, student_name, 100), published_groups("res56"))
+    student.to(device, memory_format=torch.channels_last)  # as the trainer does
     image = torch.randn(batch, 3, 32, 32, device=device)
     with torch.no_grad():
         trunk = student.base.forward_trunk(image)[0][-1]
