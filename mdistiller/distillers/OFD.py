@@ -37,7 +37,7 @@ def feat_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
 
     Cost: one tensor of the maps' size waits for the backward pass.
 
-    Reference: Heo et al. 2019, arXiv 1904.01866, equations 2 to 4.
+    Reference: Heo et al. 2019, arXiv 1904.01866, section 3.
     """
     if source.shape != target.shape:
         shapes = f"the student's {tuple(source.shape)}, the teacher's {tuple(target.shape)}"
@@ -52,10 +52,11 @@ class _PartialL2(torch.autograd.Function):
     def forward(ctx: Any, source: Tensor, target: Tensor, margin: Tensor) -> Tensor:  # type: ignore[override]
         goal = torch.maximum(target, margin)
         diff = source - goal
-        # 1 where the student is above the goal or the goal above 0, else 0; as floats, which is twice as fast as bools.
-        diff *= torch.maximum(goal, diff, out=goal).sign_().clamp_(min=0)
+        # 1 where the student is above the goal or the goal above 0, else 0; in place as floats, faster than with bools.
+        diff *= torch.maximum(goal, diff, out=goal).gt_(0)
         ctx.save_for_backward(diff)
-        return torch.linalg.vector_norm(diff.flatten(1), dim=1).square().sum() / len(diff)
+        # Map by map, as one long sum would lose digits in float32.
+        return torch.linalg.vector_norm(diff.flatten(2), dim=2).square().sum() / len(diff)
 
     @staticmethod
     @once_differentiable
@@ -76,7 +77,7 @@ def feature_margin(bn: nn.BatchNorm2d) -> Tensor:
         (1, C, 1, 1), <= 0, the dtype of `bn`. A channel that is never negative has -s^2/m, the limit; where s is 0,
         min(m, 0).
 
-    Reference: Heo et al. 2019, arXiv 1904.01866, equation 5.
+    Reference: Heo et al. 2019, arXiv 1904.01866, section 3.
     """
     mean = bn.bias.detach().double()
     std = bn.weight.detach().double().abs().clamp(min=torch.finfo(torch.float64).tiny)

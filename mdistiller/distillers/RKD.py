@@ -49,7 +49,7 @@ def rkd_loss(
     Cost: O(B^2 D + B^3) time and O(B^2) memory, beside temporaries of 8 MiB or B^2 numbers. In float64 throughout: an
     angle is worked out from differences of squared distances.
 
-    Reference: Park et al. 2019, arXiv 1904.05068, equations 6 to 11.
+    Reference: Park et al. 2019, arXiv 1904.05068, section 3.2.
     """
     if len(f_s) != len(f_t):
         raise ValueError(f"RKD compares equal batches; the student's has {len(f_s)} samples, the teacher's {len(f_t)}")

@@ -32,7 +32,7 @@ def similarity_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     Raises:
         ValueError: the batches differ in length.
 
-    Reference: Tung and Mori 2019, arXiv 1907.09682, equations 1 to 4.
+    Reference: Tung and Mori 2019, arXiv 1907.09682, section 3.
     """
     if len(f_s) != len(f_t):
         raise ValueError(f"SP compares equal batches; the student's has {len(f_s)} samples, the teacher's {len(f_t)}")

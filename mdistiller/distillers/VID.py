@@ -40,7 +40,7 @@ def vid_loss(regressor: nn.Module, log_scale: Tensor, f_s: Tensor, f_t: Tensor, 
     Returns:
         () in nats for each element, of either sign; float32 for half precision.
 
-    Reference: Ahn et al. 2019, arXiv 1904.05835, equations 5 and 6.
+    Reference: Ahn et al. 2019, arXiv 1904.05835, section 2.
     """
     f_s, f_t = align(f_s, f_t)
     return _gaussian_nll(regressor(f_s), f_t, log_scale, eps)

@@ -17,7 +17,7 @@ def embeddings(batch, width, seed=0, dtype=torch.float64):
 
 
 def loops(e_s, e_t):
-    """The paper's equations 6 to 11 for sqrt distances, a pair and a triple at a time; distance and angle part."""
+    """The paper's distance and angle loss, a pair and a triple at a time."""
 
     def huber(x):
         return 0.5 * x * x if abs(x) <= 1 else abs(x) - 0.5
