@@ -35,7 +35,7 @@ class GroupedStudent(nn.Module):
         base: a network whose last stage can be split off.
         groups: the classes of each group; a head's outputs follow their order.
         branch_mode: compute the branches one after the other ("loop") or as one wide network ("together"); "auto" is
-            together on a GPU, where it starts a third of the kernels, and a loop on the CPU, where it saves nothing.
+            together on a GPU, where it starts half as many kernels, and a loop on the CPU, where it saves nothing.
 
     Raises:
         UserError: `base` has no last stage to split off, the groups are no partition of its classes, or there is no
