@@ -31,6 +31,7 @@ def export_head(ckpt: Path, out: Path, model: str | None = None, dataset: str | 
         UserError: no such file, no grouped student in it, the network is unknown, another one, or one of the published
             students, whose plain head is no ordinary ResNet.
     """
+    grouped = model_state(load_checkpoint(ckpt), ckpt)
     run_model, run_dataset = _run_of(ckpt)
     model, dataset = model or run_model, dataset or run_dataset or "cifar100"
     if model is None:
@@ -42,7 +43,6 @@ def export_head(ckpt: Path, out: Path, model: str | None = None, dataset: str | 
             f"computes it; score it by tools/eval.py -m {published} --head single, or train with DISTILLER.STUDENT "
             f"resnet{published.rsplit('r', 1)[1]} and DCGD.GROUPS, whose head can be exported"
         )
-    grouped = model_state(load_checkpoint(ckpt), ckpt)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in grouped.items() if name.startswith(PREFIX)}
     if not state:
         raise UserError(f"{ckpt} holds no grouped student (no entry begins with {PREFIX!r})")

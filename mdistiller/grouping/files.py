@@ -11,7 +11,6 @@ from ..registry import unknown_name
 from .algorithm import expand
 from .cifar100 import PUBLISHED, SUPERCLASS
 
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
