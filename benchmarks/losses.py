@@ -3,8 +3,8 @@
     python benchmarks/losses.py [--json] [--repeats 7] [--threads 2]
 
 Batch 64, resnet32x4 -> resnet8x4, K = 16384, 50,000 samples. Reached with `--threads 1 --repeats 5`, torch 2.15, one of
-two AMD EPYC cores (AVX-512), 2026-11-23, on a machine busy with other work (medians of wall time; the ratios of processor
-time are within 20 % of these):
+two AMD EPYC cores (AVX-512), 2026-11-23, on a machine busy with other work. Wall time; the ratios of processor time are
+within 20 % of these.
 
     method    naive ms   ours ms   ratio  target
     NST        21420.8     320.9    66.7      30
@@ -16,9 +16,10 @@ time are within 20 % of these):
     ReviewKD    4133.3    3564.2     1.2     1.1
     CRD peak memory: naive 1068 MiB, ours 20.2 MiB, ratio 53 (target 20)
     RKD float32 error of the gradient: naive 4.2e-07, ours 2.6e-08
-    CRD sampling, 64 x 16384: 11 to 20 ms at 50,000 samples, 28 to 54 ms at 1,281,167 (target 15 ms at 50,000, two threads)
+    CRD sampling, 64 x 16384: 20 ms at 50,000 samples, 54 ms at 1,281,167 (target 15 ms at 50,000)
 
-Two threads that must share one core, the other being taken, wait for each other: CRD then reaches 8.6, NST 15.
+With `--threads 2` there, the two threads never ran side by side (processor time = wall time), and the targets of NST
+(15.0), CRD (8.6) and ReviewKD (1.0) were missed; sampling took 11 to 14 ms at 50,000. Two free cores: not measured yet.
 """
 
 from __future__ import annotations
