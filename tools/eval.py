@@ -22,6 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("-d", "--dataset", default="cifar100", help="cifar100, tiny_imagenet, imagenet or digits")
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument("--head", help="of a network with several heads: which one is scored (default: all)")
+    parser.add_argument("--groups", default="", help="of a plain network that DCGD grouped: what DCGD.GROUPS was")
     parser.add_argument("--data-root", default="./data", help="the folder that holds the data sets")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

@@ -10,8 +10,10 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ._base import Distiller, Losses, register
+from ._common import check_logits, full_precision
 
 
+@full_precision
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
     """KL divergence from the teacher's softened prediction to the student's.
 
@@ -23,20 +25,14 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
         temperature: T > 0; the factor T^2 keeps the gradient's scale as T grows.
 
     Returns:
-        () in nats, >= 0, the student's dtype.
+        () in nats, >= 0, the student's dtype; float32 for half precision.
 
     Raises:
         ValueError: the shapes differ, or T <= 0.
 
     Reference: Hinton et al. 2015, arXiv 1503.02531, section 2.1.
     """
-    if logits_student.shape != logits_teacher.shape:
-        raise ValueError(
-            f"student logits {tuple(logits_student.shape)} and teacher logits {tuple(logits_teacher.shape)} "
-            "differ in shape; both networks must know the same classes"
-        )
-    if temperature <= 0:
-        raise ValueError(f"the temperature must be positive, it is {temperature}")
+    check_logits(logits_student, logits_teacher, temperature)
     log_student = F.log_softmax(logits_student / temperature, dim=1)
     log_teacher = F.log_softmax(logits_teacher / temperature, dim=1)
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2

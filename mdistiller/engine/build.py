@@ -10,7 +10,9 @@ from yacs.config import CfgNode as CN
 
 from ..dataset import dataset_info, get_dataset
 from ..distillers import Distiller, distiller_dict
+from ..grouping import load_groups
 from ..models import build_model, cifar_model_dict, imagenet_model_dict, teacher_checkpoint, tiny_imagenet_model_dict
+from ..models.grouped import GroupedStudent
 from ..registry import Registry
 from .cfg import override_pairs
 from .checkpoint import load_model_weights
@@ -42,11 +44,12 @@ def model_dict(dataset: str) -> Registry:
     return families[dataset_info[dataset].model_family]
 
 
-def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "") -> nn.Module:
+def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "", groups: str = "") -> nn.Module:
     """The network `name` with trained weights.
 
     Args:
         path: of its checkpoint; empty: the published one, under download_ckpts or (ImageNet) torchvision's.
+        groups: of a plain network that DCGD grouped: a file, or the name of a published grouping.
 
     Raises:
         UserError: no such network, no checkpoint, or one of another network.
@@ -56,6 +59,8 @@ def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "") 
     if not path and not isinstance(entry, tuple):
         return build_model(models, name, num_classes, pretrained=True)
     model = build_model(models, name, num_classes)
+    if groups:
+        model = GroupedStudent(model, load_groups(groups))
     load_model_weights(model, teacher_checkpoint(path or entry[1], name))
     return model
 

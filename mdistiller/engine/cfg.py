@@ -111,9 +111,12 @@ def show_cfg(cfg: CN) -> str:
     """The configuration as YAML, without the sections of the methods that this run does not use."""
     used = cfg.clone()
     used.defrost()
-    kinds = [part.upper() for part in cfg.DISTILLER.TYPE.split("_")]
+    # DCGD_KD takes DCGD's settings and KD's; plain DCGD those of its DCGD.BASE.
+    kinds = {cfg.DISTILLER.TYPE, *cfg.DISTILLER.TYPE.split("_")}
+    if "DCGD" in kinds:
+        kinds.add(cfg.DCGD.BASE)
     for section in method_defaults:
-        if section.upper() not in (*kinds, cfg.DISTILLER.TYPE.upper()):
+        if section not in kinds:
             del used[section]
     return used.dump()
 

@@ -40,6 +40,7 @@ def evaluate_checkpoint(
     dataset: str,
     batch_size: int,
     head: str | None = None,
+    groups: str = "",
     data_root: str = "./data",
     num_workers: int = 2,
     device: str = "auto",
@@ -48,6 +49,7 @@ def evaluate_checkpoint(
 
     Args:
         ckpt: its checkpoint, or "pretrain" for the published one.
+        groups: of a plain network that DCGD grouped: what DCGD.GROUPS was.
 
     Returns:
         A line for each head, then what the network costs.
@@ -59,7 +61,8 @@ def evaluate_checkpoint(
         raise UserError(f"--batch-size must be a whole number >= 1, not {batch_size}")
     info = dataset_info[dataset]
     where = pick_device(device)
-    net = build_pretrained(dataset, model, info.num_classes, "" if ckpt == "pretrain" else ckpt).to(where).eval()
+    path = "" if ckpt == "pretrain" else ckpt
+    net = build_pretrained(dataset, model, info.num_classes, path, groups).to(where).eval()
     heads = model_heads(net, head)
     loader = get_val_loader(dataset, data_root, batch_size, num_workers)
     started = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,14 @@ def seed_everything(seed: int, epoch: int = 0) -> None:
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held so far, in MiB: torch's on a GPU, the whole process's on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def describe_run(command: list[str] | None = None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .checkpoint import load_checkpoint, load_state, save_checkpoint, strip_modu
 from .evaluate import Score, correct_counts, evaluate_distiller
 from .logger import build_logger
 from .meters import Meters
-from .runtime import describe_run, pick_device, seed_everything
+from .runtime import describe_run, peak_memory, pick_device, seed_everything
 from .update import DotUpdate, SumUpdate
 
 FIELDS = ("image", "target", "index", "contrastive_index")
@@ -137,6 +137,7 @@ class BaseTrainer:
 
         scores = evaluate_distiller(self.val_loader, self.distiller)
         metrics = {"lr": lr, **_epoch_metrics(means, scores), **clock.metrics(steps, meters.count)}
+        metrics["peak_memory_mib"] = peak_memory(self.device)
         improved = self._note_best(scores)
         self.logger.epoch(epoch, metrics)
         self.save(epoch, improved)

@@ -38,7 +38,6 @@ def test_gradients():
     assert gradcheck(lambda s, t: kd_loss(s, t, 4), (s, t))
 
 
-@pytest.mark.xfail(strict=True, reason="a CPU's autocast keeps log_softmax in bfloat16; @full_precision mends it")
 def test_precision():
     check_precision(lambda s, t: kd_loss(s, t, 4), normal(3, 5), normal(3, 5, seed=1))
 

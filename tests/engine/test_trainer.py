@@ -83,7 +83,7 @@ def rows_of(trainer):
         return list(csv.DictReader(file))
 
 
-TIMES = {"data_time", "step_time", "images_per_second", "epoch_seconds"}
+TIMES = {"data_time", "step_time", "images_per_second", "epoch_seconds", "peak_memory_mib"}
 
 
 def without_times(rows):
