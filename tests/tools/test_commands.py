@@ -59,7 +59,7 @@ def test_eval_gives_the_accuracy_that_training_logged(trained):
     assert float(top1) == pytest.approx(float(last["test_acc"]), abs=0.01)
     assert float(top5) == pytest.approx(float(last["test_acc_top5"]), abs=0.01)
     assert float(loss) == pytest.approx(float(last["test_loss"]), abs=1e-3)
-    assert "images/s" in done.stdout and "0.07 M parameters, 12.5 M MACs" in done.stdout
+    assert "images/s" in done.stdout and "0.08 M parameters, 12.5 M MACs" in done.stdout
 
 
 def test_the_whole_distillers_best_is_read_by_eval_too(trained):
@@ -77,7 +77,7 @@ def test_help_explains_itself_with_two_examples(tool):
 BAD_TRAIN = {
     "no such config": (["--cfg", "configs/digits/none.yaml"], "cannot read config configs/digits/none.yaml"),
     "unknown key": (["SOLVER.BATCHSIZE", "3"], "did you mean SOLVER.BATCH_SIZE"),
-    "unknown student": (["DISTILLER.STUDENT", "resnet81"], "unknown model 'resnet81'; did you mean resnet8"),
+    "unknown student": (["DISTILLER.STUDENT", "resnet81"], "unknown CIFAR model 'resnet81'; did you mean resnet8"),
     "unknown method": (["DISTILLER.TYPE", "KDD"], "unknown distiller 'KDD'; did you mean"),
     "unknown trainer": (["SOLVER.TRAINER", "bse"], "unknown trainer 'bse'; did you mean base"),
     "unknown data set": (["DATASET.TYPE", "cifar10"], "unknown data set 'cifar10'; did you mean cifar100"),
@@ -145,13 +145,13 @@ def test_a_finished_run_is_not_trained_over(trained):
 
 
 BAD_EVAL = {
-    "unknown model": (["-m", "resnet2O"], "unknown model 'resnet2O'; did you mean"),
+    "unknown model": (["-m", "resnet2O"], "unknown CIFAR model 'resnet2O'; did you mean"),
     "unknown data set": (["-m", "resnet8", "-d", "digit"], "unknown data set 'digit'; did you mean digits"),
     "no checkpoint": (["-m", "resnet8", "-d", "digits", "-c", "none"], "no checkpoint of resnet8 at none"),
     "none published": (["-m", "resnet8", "-d", "digits"], "resnet8 has no published checkpoint"),
     "batch of none": (["-m", "resnet8", "-d", "digits", "-bs", "0"], "--batch-size must be a whole number >= 1, not 0"),
     "truncated": (["-m", "resnet8", "-d", "digits", "-c", "TRUNCATED"], "is not a readable checkpoint"),
-    "another network's": (["-m", "resnet14", "-d", "digits", "-c", "STUDENT"], "missing (layer1.1.bn1.bias"),
+    "another network's": (["-m", "resnet14", "-d", "digits", "-c", "STUDENT"], "30 missing (layer1.1.conv1.weight"),
     "other classes": (["-m", "resnet8", "-d", "cifar100", "-c", "STUDENT"], "fc.weight (10, 64) for (100, 64)"),
     "a head that is not": (["-m", "resnet8", "-d", "digits", "-c", "STUDENT", "--head", "x"], "has one head"),
 }
