@@ -11,21 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.engine.cli import one_line_errors
+from mdistiller.engine.cli import one_line_errors, trained_network_arguments
 from mdistiller.engine.report import evaluate_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model", required=True, help="the network's name, such as resnet20")
-    parser.add_argument("-c", "--ckpt", default="pretrain", help="checkpoint; `pretrain` (default) is published")
-    parser.add_argument("-d", "--dataset", default="cifar100", help="cifar100, tiny_imagenet, imagenet or digits")
-    parser.add_argument("-bs", "--batch-size", type=int, default=64)
+    trained_network_arguments(parser, batch_size=64)
     parser.add_argument("--head", help="of a network with several heads: which one is scored (default: all)")
     parser.add_argument("--groups", default="", help="of a plain network that DCGD grouped: what DCGD.GROUPS was")
-    parser.add_argument("--data-root", default="./data", help="the folder that holds the data sets")
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser.parse_args()
 
 

@@ -15,15 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.engine.cli import one_line_errors
+from mdistiller.engine.cli import one_line_errors, trained_network_arguments
 from mdistiller.engine.group_classes import group_classes
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model", required=True, help="the teacher's name, such as resnet56")
-    parser.add_argument("-c", "--ckpt", default="pretrain", help="its checkpoint; `pretrain` (default): the published")
-    parser.add_argument("-d", "--dataset", default="cifar100", help="cifar100, tiny_imagenet, imagenet or digits")
+    trained_network_arguments(parser, batch_size=256)
     parser.add_argument("-o", "--out", type=Path, default=Path("groups.json"), help="JSON file; the PNG goes beside it")
     parser.add_argument("--num-groups", type=int, default=5, help="G; at most half as many as classes")
     parser.add_argument(
@@ -34,10 +32,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--single-classes", action="store_true", help="group classes, not CIFAR-100's super-classes")
     parser.add_argument("--val-fraction", type=float, default=0.1, help="of --split heldout: the teacher's own")
     parser.add_argument("--folds", type=int, default=5, help="of --split kfold")
-    parser.add_argument("-bs", "--batch-size", type=int, default=256)
-    parser.add_argument("--data-root", default="./data", help="the folder that holds the data sets")
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser.parse_args()
 
 

@@ -1,7 +1,8 @@
-"""What the command-line tools share: errors of the user's as one line and exit status 2."""
+"""What the command-line tools share: arguments, and errors of the user's as one line and exit status 2."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,3 +19,14 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def trained_network_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """Add what tools ask that run a trained network over a data set."""
+    parser.add_argument("-m", "--model", required=True, help="the network's name, such as resnet20")
+    parser.add_argument("-c", "--ckpt", default="pretrain", help="checkpoint; `pretrain` (default) is published")
+    parser.add_argument("-d", "--dataset", default="cifar100", help="cifar100, tiny_imagenet, imagenet or digits")
+    parser.add_argument("-bs", "--batch-size", type=int, default=batch_size)
+    parser.add_argument("--data-root", default="./data", help="the folder that holds the data sets")
+    parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

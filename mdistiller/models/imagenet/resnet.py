@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UserError
-from .._residual import BasicBlock, Bottleneck, Residual, Stage, conv
-from .._staged import Maps, StagedNet, global_pool
+from .._four_stages import FourStageResNet
+from .._residual import BasicBlock, Bottleneck, Residual, conv
 
 
-class ResNet(StagedNet):
-    """Stem at 1/4 of the image's size, four stages of 64, 128, 256 and 512 times the block's expansion, classifier.
+class ResNet(FourStageResNet):
+    """`FourStageResNet` whose stages begin at 1/4 of the image's size.
 
     Five features: the stem's, at 1/2 of the image's size before max pooling, and the four stages'.
 
@@ -31,8 +31,6 @@ class ResNet(StagedNet):
         zero_init_residual: every block starts as its skip alone (the scale of its last BatchNorm is 0).
     """
 
-    last_stage = ("layer4",)
-
     def __init__(
         self,
         block: type[Residual],
@@ -40,44 +38,19 @@ class ResNet(StagedNet):
         num_classes: int = 1000,
         zero_init_residual: bool = False,
     ) -> None:
-        super().__init__()
-        self.stage_channels = [width * block.expansion for width in (64, 128, 256, 512)]
-        c1, c2, c3, c4 = self.stage_channels
-        self.conv1 = conv(3, 64, 7, stride=2)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = Stage(block, counts[0], 64, 64)
-        self.layer2 = Stage(block, counts[1], c1, 128, stride=2)
-        self.layer3 = Stage(block, counts[2], c2, 256, stride=2)
-        self.layer4 = Stage(block, counts[3], c3, 512, stride=2)
-        self.fc = nn.Linear(c4, num_classes)
-        self.apply(self.init_weights)
+        super().__init__(block, counts, num_classes, stem=conv(3, 64, 7, stride=2), skip_name="downsample")
         if zero_init_residual:
             for m in self.modules():
                 if isinstance(m, Residual):
                     nn.init.zeros_(m.last_bn.weight)
 
-    def forward_trunk(self, image: Tensor) -> tuple[Maps, Maps]:
-        f0 = F.relu(self.bn1(self.conv1(image)))
-        f1, f1_pre = self.layer1(F.max_pool2d(f0, 3, stride=2, padding=1))
-        f2, f2_pre = self.layer2(f1)
-        f3, f3_pre = self.layer3(f2)
-        return [f0, f1, f2, f3], [f0, f1_pre, f2_pre, f3_pre]
-
-    @staticmethod
-    def forward_last(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
-        f4, f4_pre = stage.layer4(x)
-        return [f4], [f4_pre], global_pool(f4)
-
-    def get_feat_modules(self) -> nn.ModuleList:
-        return nn.ModuleList([self.conv1, self.bn1, self.layer1, self.layer2, self.layer3, self.layer4])
+    def enter_stages(self, stem: Tensor) -> Tensor:
+        """The stem's map at half its height and width."""
+        return F.max_pool2d(stem, 3, stride=2, padding=1)
 
     def get_bn_before_relu(self) -> list[nn.Module]:
         """The last BatchNorm of stages 2, 3 and 4: the three that OFD distils on ImageNet."""
-        return [stage.last_bn for stage in (self.layer2, self.layer3, self.layer4)]
-
-    def get_stage_channels(self) -> list[int]:
-        """Channels of the four stages; the stem is left out."""
-        return self.stage_channels
+        return super().get_bn_before_relu()[1:]
 
 
 def load_published(net: nn.Module, name: str) -> None:
