@@ -12,6 +12,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,19 +80,23 @@ def main() -> None:
     jobs = parser.parse_args().jobs
     with ThreadPoolExecutor(jobs) as pool:
         failed = [label for label, status in zip(METHODS, pool.map(train, METHODS)) if status]
-    print(markdown_table(COLUMNS, [row(label) for label in METHODS if label not in failed]))
+    print(markdown_table(COLUMNS, [row for label in METHODS if label not in failed for row in rows(label)]))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; see output/cifar100_smoke/*.log")
 
 
-def row(label: str) -> tuple[str, ...]:
+def rows(label: str) -> Iterator[tuple[str, ...]]:
+    """A row for the method, and for each of its heads where there are several."""
     folder = folder_of(label)
     assert folder is not None, "a run that ended well has a folder"
     run = read_run(folder)
     epochs = run.column("epoch_seconds")
     extra = build_distiller(run.cfg, num_data=5000, num_classes=100).get_extra_parameters()
-    peak = max(run.column("peak_memory_mib"))
-    return label, f"{run.last:.2f}", f"{run.best:.2f}", f"{sum(epochs) / len(epochs):.0f}", f"{peak:.0f}", f"{extra:,}"
+    cost = f"{sum(epochs) / len(epochs):.0f}", f"{max(run.column('peak_memory_mib')):.0f}", f"{extra:,}"
+    heads = [name for name in run.epochs[0] if name.startswith("test_acc_head_")] or ["test_acc"]
+    for head in heads:
+        name = label + head.replace("test_acc", "").replace("_head_", ", head: ")
+        yield name, f"{run.column(head)[-1]:.2f}", f"{max(run.column(head)):.2f}", *cost
 
 
 if __name__ == "__main__":

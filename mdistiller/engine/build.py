@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -34,8 +35,15 @@ def experiment_name(cfg: CN, overrides: Sequence[str] = ()) -> str:
 
 
 def _path_part(name: str) -> str:
-    """`name` as one folder's name: separators, blanks and control characters become `_`, as do leading dots."""
-    return re.sub(r"^\.+|[/\\*?\"<>|\s\x00-\x1f]", "_", name) or "_"
+    """`name` as one folder's name: separators, blanks and control characters become `_`, as do leading dots.
+
+    File systems take 255 bytes: a longer name is cut, and a digest of the whole keeps it apart from its like.
+    """
+    fit = re.sub(r"^\.+|[/\\*?\"<>|\s\x00-\x1f]", "_", name) or "_"
+    if len(fit.encode()) <= 255:
+        return fit
+    digest = hashlib.sha256(fit.encode()).hexdigest()[:8]
+    return f"{fit.encode()[:240].decode(errors='ignore')}~{digest}"
 
 
 def model_dict(dataset: str) -> Registry:

@@ -98,33 +98,27 @@ BAD_TRAIN = {
 }  # fmt: skip
 
 
-def main_of(tool):
-    """The tool's main(), in this process: the cases below are many and a process takes seconds to start."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(tool.removesuffix(".py"), REPOSITORY / "tools" / tool)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-def refused(tool, arguments, monkeypatch, capsys):
+@pytest.fixture
+def refused(tool, capsys):
     """Run the tool; it must exit with 2 and one line; returns that line."""
-    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main_of(tool)()
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2 and captured.out == ""
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
-    return captured.err
+
+    def run(name, *arguments):
+        with pytest.raises(SystemExit) as stopped:
+            tool(name, *arguments)
+        captured = capsys.readouterr()
+        assert stopped.value.code == 2 and captured.out == ""
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+        return captured.err
+
+    return run
 
 
 @pytest.mark.parametrize("case", BAD_TRAIN)
-def test_bad_input_to_train_gets_one_line_and_touches_nothing(case, tmp_path, monkeypatch, capsys):
+def test_bad_input_to_train_gets_one_line_and_touches_nothing(case, tmp_path, refused):
     arguments, message = BAD_TRAIN[case]
     output = ["LOG.PREFIX", str(tmp_path / "output")]
     config = [] if "--cfg" in arguments else ["--cfg", str(REPOSITORY / "configs/digits/vanilla.yaml")]
-    assert message in refused("train.py", [*config, *output, *arguments], monkeypatch, capsys)
+    assert message in refused("train.py", *config, *output, *arguments)
     assert not (tmp_path / "output").exists()
 
 
@@ -158,9 +152,9 @@ BAD_EVAL = {
 
 
 @pytest.mark.parametrize("case", BAD_EVAL)
-def test_bad_input_to_eval_gets_one_line(case, trained, tmp_path, monkeypatch, capsys):
+def test_bad_input_to_eval_gets_one_line(case, trained, tmp_path, refused):
     arguments, message = BAD_EVAL[case]
     student = trained[1] / "student_best"
     (tmp_path / "truncated").write_bytes(student.read_bytes()[:1000])
     places = {"STUDENT": student, "TRUNCATED": tmp_path / "truncated"}
-    assert message in refused("eval.py", [places.get(a, a) for a in arguments], monkeypatch, capsys)
+    assert message in refused("eval.py", *(places.get(a, a) for a in arguments))

@@ -1,0 +1,23 @@
+"""The tools' main(), called in this process: a process of its own takes seconds to start."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Run a tool as its command line would: `tool("train.py", "--cfg", ...)`."""
+
+    def run(name, *arguments):
+        spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), REPOSITORY / "tools" / name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        module.main()
+
+    return run

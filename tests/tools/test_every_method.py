@@ -1,0 +1,41 @@
+"""Every registered method, and DOT, through tools/train.py for a few steps on real images."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdistiller.distillers import distiller_dict
+from mdistiller.models import cifar_model_dict
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOT = {"KD with DOT": ("KD", "dot"), "CRD with DOT": ("CRD", "crd_dot")}
+RUNS = {name: (name, "base") for name in distiller_dict} | {"CRD": ("CRD", "crd")} | DOT
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A resnet14 for ten classes, as good as nothing, in the original's format."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "ckpt_epoch_240.pth"
+    torch.save({"model": cifar_model_dict["resnet14"][0](num_classes=10).state_dict()}, path)
+    return path
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_it_trains_from_the_command_line(run, teacher, tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)  # configs/digits/groups.json
+    method, trainer = RUNS[run]
+    tool(
+        "train.py", "--cfg", "configs/digits/vanilla.yaml", "LOG.PREFIX", tmp_path, "LOG.WANDB", "False",
+        "EXPERIMENT.DEVICE", "cpu", "DATASET.TRAIN_FRACTION", "0.03", "SOLVER.EPOCHS", "1", "SOLVER.BATCH_SIZE", "16",
+        "SOLVER.TRAINER", trainer, "DISTILLER.TYPE", method, "DISTILLER.TEACHER", "resnet14",
+        "DISTILLER.TEACHER_CKPT", teacher, "CRD.NCE.K", "16", "DCGD.GROUPS", "configs/digits/groups.json",
+    )  # fmt: skip
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    with metrics.open() as file:
+        (row,) = csv.DictReader(file)
+    parts = {name: float(value) for name, value in row.items() if name.startswith("loss/")}
+    assert float(row["train_loss"]) == pytest.approx(sum(parts.values()), rel=1e-4)
+    assert len(parts) == {"NONE": 1, "DCGD": 3, "DCGD_KD": 3, "DCGD_DKD": 3}.get(method, 2)
