@@ -2,24 +2,24 @@
 
     python benchmarks/losses.py [--json] [--repeats 7] [--threads 2]
 
-Batch 64, resnet32x4 -> resnet8x4, K = 16384, 50,000 samples. Reached with `--threads 1 --repeats 5`, torch 2.15, one of
-two AMD EPYC cores (AVX-512), 2026-11-23, on a machine busy with other work. Wall time; the ratios of processor time are
-within 20 % of these.
+Batch 64, resnet32x4 -> resnet8x4, K = 16384, 50,000 samples, float32. Reached by `python benchmarks/losses.py` on two
+cores of an AMD EPYC (Zen 4, AVX-512) with torch 2.15, 2026-11-23, nothing else running. Wall time, medians of 7.
 
-    method    naive ms   ours ms   ratio  target
-    NST        21420.8     320.9    66.7      30
-    CRD         3273.6     180.4    18.1      10
-    OFD          446.0      45.2     9.9       4
-    KDSVD        286.1      94.4     3.0     2.5
-    RKD           38.6       7.3     5.2       3
-    AT            96.6      43.9     2.2     1.1
-    ReviewKD    4133.3    3564.2     1.2     1.1
+    method    naive ms   ours ms   ratio  target  processor time ratio
+    NST         9001.6     114.8    78.4      30                  70.2
+    CRD         1046.6      52.6    19.9      10                  19.3
+    OFD          148.7      30.5     4.9       4                   5.4
+    KDSVD        178.3      37.9     4.7     2.5                   4.5
+    RKD           11.9       3.7     3.2       3                   3.1
+    AT            16.4       9.5     1.7     1.1                   1.7
+    ReviewKD    2039.2    1257.5     1.6     1.1                   1.6
     CRD peak memory: naive 1068 MiB, ours 20.2 MiB, ratio 53 (target 20)
-    RKD float32 error of the gradient: naive 4.2e-07, ours 2.6e-08
-    CRD sampling, 64 x 16384: 20 ms at 50,000 samples, 54 ms at 1,281,167 (target 15 ms at 50,000)
+    RKD float32 relative error against float64: value 1.4e-9 in both, gradient 4.2e-7 naive, 2.6e-8 ours
+    CRD sampling, 64 x 16384: 17 ms here and 14 ms in a process of its own at 50,000 samples (target 15), 25 ms and
+    20 ms at 1,281,167
 
-With `--threads 2` there, the two threads never ran side by side (processor time = wall time), and the targets of NST
-(15.0), CRD (8.6) and ReviewKD (1.0) were missed; sampling took 11 to 14 ms at 50,000. Two free cores: not measured yet.
+On a machine busy with other work, where the two threads do not run side by side, NST reached 15, CRD 8.6 and ReviewKD
+1.0; on one thread NST 66.7, CRD 18.1, OFD 9.9, KDSVD 3.0, RKD 5.2, AT 2.2, ReviewKD 1.2.
 """
 
 from __future__ import annotations
