@@ -8,7 +8,7 @@ The two take turns, so that both meet the same machine; medians. Kernels are cou
 start for one step. That both give the same numbers is tested in tests/models/test_grouped.py.
 
 Reached on two cores of an AMD EPYC (Zen 4) with torch 2.15, 2026-11-23, nothing else running: resnet20, five branches:
-loop 189.9 ms and 360 kernels, together 236.1 ms and 163 kernels, so that together is 0.80 times as fast. Not run on a GPU.
+loop 189.9 ms and 360 kernels, together 236.1 ms and 163 kernels, together is 0.80 times as fast. No GPU was at hand.
 """
 
 import argparse
