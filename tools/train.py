@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mdistiller.engine.build import build_trainer, deployment_lines
 from mdistiller.engine.cfg import load_cfg, show_cfg
 from mdistiller.engine.cli import one_line_errors
+from mdistiller.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,7 +33,8 @@ def main() -> None:
         trainer = build_trainer(cfg, args.opts)
         first = trainer.begin(resume=args.resume, overwrite=args.overwrite)
     print(show_cfg(cfg), *deployment_lines(trainer), sep="\n", flush=True)
-    trainer.run(first)
+    with one_line_errors(UserError):
+        trainer.run(first)
 
 
 if __name__ == "__main__":

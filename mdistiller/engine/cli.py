@@ -9,14 +9,15 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Around reading the input and building the parts: a ValueError or OSError becomes `error: ...`, exit status 2.
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """An error of these `kinds` becomes one line, `error: ...`, and exit status 2.
 
-    Training itself runs outside it: an error there is ours, and its traceback is wanted.
+    By default ValueError and OSError, for reading the input and building the parts. Around training itself only
+    UserError: any other error there is ours, and its traceback is wanted.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds or (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 

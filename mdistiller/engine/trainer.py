@@ -34,7 +34,7 @@ def learning_rate(epoch: int, cfg: CN) -> float:
     return cfg.SOLVER.LR * cfg.SOLVER.LR_DECAY_RATE ** sum(epoch > stage for stage in cfg.SOLVER.LR_DECAY_STAGES)
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(UserError):
     """A loss became NaN or infinite; names the epoch and the parts."""
 
 

@@ -128,6 +128,17 @@ def test_bad_input_in_a_real_process_exits_with_2_and_one_line():
     assert done.stderr == "error: SOLVER.LR must be a number such as 0.05, not 'nan'\n"
 
 
+def test_a_method_that_dot_cannot_train_is_refused_on_its_first_step(tmp_path, tool, capsys):
+    config = REPOSITORY / "configs/digits/vanilla.yaml"
+    with pytest.raises(SystemExit) as stopped:
+        tool("train.py", "--cfg", config, "LOG.PREFIX", tmp_path, *QUICK, "SOLVER.TRAINER", "dot")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: DOT needs a task loss (ce or loss_ce) and a distillation loss, this method has only ce; "
+        "use SOLVER.TRAINER base\n"
+    )
+
+
 def test_a_finished_run_is_not_trained_over(trained):
     folder, name, _, _ = trained
     before = {p: p.stat().st_mtime_ns for p in name.rglob("*")}
