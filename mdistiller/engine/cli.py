@@ -15,9 +15,10 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     By default ValueError and OSError, for reading the input and building the parts. Around training itself only
     UserError: any other error there is ours, and its traceback is wanted.
     """
+    caught = kinds or (ValueError, OSError)
     try:
         yield
-    except kinds or (ValueError, OSError) as error:
+    except caught as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
