@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -90,9 +91,8 @@ def rows(label: str) -> Iterator[tuple[str, ...]]:
     folder = folder_of(label)
     assert folder is not None, "a run that ended well has a folder"
     run = read_run(folder)
-    epochs = run.column("epoch_seconds")
     extra = build_distiller(run.cfg, num_data=5000, num_classes=100).get_extra_parameters()
-    cost = f"{sum(epochs) / len(epochs):.0f}", f"{max(run.column('peak_memory_mib')):.0f}", f"{extra:,}"
+    cost = f"{median(run.column('epoch_seconds')):.0f}", f"{max(run.column('peak_memory_mib')):.0f}", f"{extra:,}"
     heads = [name for name in run.epochs[0] if name.startswith("test_acc_head_")] or ["test_acc"]
     for head in heads:
         name = label + head.replace("test_acc", "").replace("_head_", ", head: ")
