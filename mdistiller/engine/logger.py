@@ -116,7 +116,7 @@ class Wandb:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
         self.run = wandb.init(
             project=project, name=name, tags=[t[:64] for t in tags if t], config=config, dir=str(folder), mode=mode
         )
@@ -130,6 +130,14 @@ class Wandb:
     def finish(self, summary: Metrics) -> None:
         self.run.summary.update(dict(summary))
         self.run.finish()
+
+
+def _logged_in(wandb: Any) -> bool:
+    """Whether there is a key for wandb; asks neither the user nor the network."""
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except TypeError:  # a wandb from before `prompt`
+        return bool(wandb.api.api_key)
 
 
 class Logger:

@@ -70,7 +70,7 @@ def build_logger_names(folder, *overrides):
     return logger.writers
 
 
-def test_wandb_without_a_key_goes_offline_without_asking(tmp_path, monkeypatch):
+def test_wandb_without_a_key_goes_offline_without_asking(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
@@ -79,3 +79,4 @@ def test_wandb_without_a_key_goes_offline_without_asking(tmp_path, monkeypatch):
     wandb.epoch(1, METRICS)
     wandb.finish({"best_acc": 3.0})
     assert any(name.startswith("offline-run-") for name in os.listdir(tmp_path / "wandb"))
+    assert capfd.readouterr() == ("", "")
