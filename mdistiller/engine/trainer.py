@@ -34,6 +34,14 @@ def learning_rate(epoch: int, cfg: CN) -> float:
     return cfg.SOLVER.LR * cfg.SOLVER.LR_DECAY_RATE ** sum(epoch > stage for stage in cfg.SOLVER.LR_DECAY_STAGES)
 
 
+def adjust_learning_rate(epoch: int, cfg: CN, optimizer: torch.optim.Optimizer) -> float:
+    """Set and return the `learning_rate` of `epoch` (from 1)."""
+    lr = learning_rate(epoch, cfg)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 class NonFiniteLossError(UserError):
     """A loss became NaN or infinite; names the epoch and the parts."""
 
@@ -116,9 +124,7 @@ class BaseTrainer:
     def train_epoch(self, epoch: int) -> None:
         """One epoch: its steps, then validation, then the log, then the checkpoints."""
         seed_everything(self.cfg.EXPERIMENT.SEED, epoch)
-        lr = learning_rate(epoch, self.cfg)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = adjust_learning_rate(epoch, self.cfg, self.optimizer)
         if hasattr(self.train_loader, "set_epoch"):
             self.train_loader.set_epoch(epoch)
         self.distiller.train()
@@ -212,9 +218,8 @@ class BaseTrainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError) as error:
             raise UserError(f"{path}: its optimizer state does not fit this run ({error})") from None
-        # The original keeps one number, the first head's.
-        first = next(iter(state.get("head_best_acc", {"": None})))
-        self.best_acc = dict(state.get("head_best_acc", {first: float(state["best_acc"])}))
+        # The original keeps one number, for the one head that it knows.
+        self.best_acc = dict(state.get("head_best_acc", {"": float(state["best_acc"])}))
         self.last_acc = dict(state.get("head_last_acc", self.best_acc))
         return int(state["epoch"])
 
