@@ -74,12 +74,17 @@ class Loader(ABC):
         index   (B,) int64, the image's place in `targets`
 
     All randomness comes from (seed, epoch, index): an epoch is the same on every device, with any number of
-    workers, and from whatever batch it is taken up. Without `set_epoch` every pass is the same pass.
+    workers, over any number of ranks, and from whatever batch it is taken up. Without `set_epoch` every pass is the
+    same pass.
 
     Attributes:
         targets: (N,) int64 labels of all images, on the CPU.
-        batch_size: B.
+        batch_size: B, over all ranks together in training.
+        rank, world: this process's number and how many share the images; see `shard`.
+        variants: how many pictures augmentation can make of one image, where they are few; else None.
     """
+
+    variants: int | None = None
 
     def __init__(self, targets: Tensor, batch_size: int, train: bool, seed: int) -> None:
         if batch_size < 1:
@@ -90,17 +95,18 @@ class Loader(ABC):
         self.seed = seed
         self.epoch = 1
         self.device = torch.device("cpu")
+        self.rank, self.world = 0, 1
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        return -(-len(self.targets) // self.batch_size)
+        """Batches in an epoch: in training as many on every rank, in validation this rank's own."""
+        return len(self._shares(0))
 
     def __iter__(self) -> Iterator[Batch]:
         return self.iter_from(0)
 
     @abstractmethod
     def iter_from(self, batch: int) -> Iterator[Batch]:
-        """The epoch's batches from number `batch` (from 0) on: the rest of an interrupted epoch."""
+        """The epoch's batches from number `batch` (from 0, over all ranks) on: the rest of an interrupted epoch."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the augmentation of the next pass."""
@@ -110,6 +116,36 @@ class Loader(ABC):
         """Yield the batches on `device` from now on; returns self."""
         self.device = torch.device(device)
         return self
+
+    def shard(self, rank: int, world: int) -> Loader:
+        """Yield the part of process `rank` (from 0) of `world` from now on; returns self.
+
+        In training, of every batch that one process would yield, rank r yields images r * B / world and on, so that
+        all ranks have equally many; the short last batch loses what does not divide. In validation, rank r yields
+        whole batches, r, r + world, ...: every image comes once, some ranks may have a batch less or none.
+
+        Raises:
+            UserError: the batch size does not divide, or there are fewer training images than ranks.
+        """
+        assert 0 <= rank < world, (rank, world)
+        if self.train and self.batch_size % world:
+            raise UserError(
+                f"SOLVER.BATCH_SIZE {self.batch_size} is no multiple of {world} processes; it counts the images of "
+                f"all: take {max(1, round(self.batch_size / world)) * world}"
+            )
+        if self.train and len(self.targets) < world:
+            raise UserError(f"{len(self.targets)} training images are too few for {world} processes; start fewer")
+        self.rank, self.world = rank, world
+        return self
+
+    def _shares(self, batch: int) -> list[slice]:
+        """The places of the epoch's order that this rank's batches take, from number `batch` over all ranks on."""
+        count, size = len(self.targets), self.batch_size
+        if not self.train:
+            starts = range(0, count, size)[batch:]
+            return [slice(s, s + size) for s in starts if s // size % self.world == self.rank]
+        whole = [(s, min(size, count - s) // self.world) for s in range(0, count, size)[batch:]]
+        return [slice(s + self.rank * share, s + (self.rank + 1) * share) for s, share in whole if share]
 
 
 def mix_seed(*key: int) -> int:

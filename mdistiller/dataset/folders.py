@@ -141,8 +141,9 @@ class FolderLoader(Loader):
         )
 
     def iter_from(self, batch: int) -> Iterator[Batch]:
-        """The epoch's batches from number `batch` (from 0) on."""
-        self._keys[:] = [(self.epoch, indices) for indices in self._order().split(self.batch_size)[batch:]]
+        """The epoch's batches from number `batch` (from 0, over all ranks) on."""
+        order = self._order()
+        self._keys[:] = [(self.epoch, order[share]) for share in self._shares(batch)]
         try:
             for fields in self._loader:
                 yield tuple(field.to(self.device, non_blocking=True) for field in fields)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -95,15 +97,19 @@ class InMemoryLoader(Loader):
         super().__init__(data.targets, batch_size, train, seed)
         self.flip = data.flip
         self.padding = padding
+        self.variants = (2 * padding + 1) ** 2 * (2 if data.flip else 1) if train else None
+        self._recipe = (*data.mean, *data.std, train, padding, data.flip)
         self._images = data.images.contiguous()
         self._labels = data.targets
         self._normalize = Normalize(data.mean, data.std, pixels=data.images[0, :, :, 0].numel())
+        self._drawn: tuple[tuple[int, int], tuple[Tensor, ...]] | None = None
 
     def to(self, device: torch.device | str) -> InMemoryLoader:
         """Move the images to `device` and work there from now on; returns self."""
         super().to(device)
         self._images, self._labels = self._images.to(device), self._labels.to(device)
         self._normalize.to(device)
+        self._drawn = None
         return self
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -115,19 +121,45 @@ class InMemoryLoader(Loader):
         mirrored = torch.rand(count, generator=generator) < (0.5 if self.flip else 0.0)
         return order, top, left, mirrored
 
-    def iter_from(self, batch: int) -> Iterator[Batch]:
-        """The epoch's batches from number `batch` (from 0) on."""
-        starts = range(batch * self.batch_size, len(self.targets), self.batch_size)
-        return self._train_batches(starts) if self.train else self._val_batches(starts)
+    def _draws(self) -> tuple[Tensor, ...]:
+        """`draw()` on the device, made once an epoch."""
+        key = self.seed, self.epoch
+        if self._drawn is None or self._drawn[0] != key:
+            self._drawn = key, tuple(t.to(self.device) for t in self.draw())
+        return self._drawn[1]
 
-    def _train_batches(self, starts: range) -> Iterator[Batch]:
-        order, top, left, mirrored = (t.to(self.device) for t in self.draw())
-        for start in starts:
-            index = order[start : start + self.batch_size]
+    def variant(self, index: Tensor) -> Tensor:
+        """Which of its `variants` each image `index` (B,) shows in this epoch: (B,) int64 on the device.
+
+        The same image in the same variant is the same picture, bit for bit, in every epoch and under every seed.
+        """
+        assert self.variants is not None, "without augmentation there are no variants"
+        top, left, mirrored = (drawn[index.to(self.device)] for drawn in self._draws()[1:])
+        place = top * (2 * self.padding + 1) + left
+        return place * 2 + mirrored if self.flip else place
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the images, their labels and what is done to them; it keys what is computed from them."""
+        digest = hashlib.sha256()
+        for tensor in (self._images, self._labels):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        digest.update(repr(self._recipe).encode())
+        return digest.hexdigest()
+
+    def iter_from(self, batch: int) -> Iterator[Batch]:
+        """The epoch's batches from number `batch` (from 0, over all ranks) on."""
+        shares = self._shares(batch)
+        return self._train_batches(shares) if self.train else self._val_batches(shares)
+
+    def _train_batches(self, shares: list[slice]) -> Iterator[Batch]:
+        order, top, left, mirrored = self._draws()
+        for share in shares:
+            index = order[share]
             images = crop_and_flip(self._images[index], top[index], left[index], mirrored[index], self.padding)
             yield self._normalize(images), self._labels[index], index
 
-    def _val_batches(self, starts: range) -> Iterator[Batch]:
-        for start in starts:
-            part = slice(start, start + self.batch_size)
-            yield self._normalize(self._images[part]), self._labels[part]
+    def _val_batches(self, shares: list[slice]) -> Iterator[Batch]:
+        for share in shares:
+            yield self._normalize(self._images[share]), self._labels[share]

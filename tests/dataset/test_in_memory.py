@@ -164,3 +164,68 @@ def test_select_takes_images_and_labels_together() -> None:
 def test_batch_size_must_be_positive() -> None:
     with pytest.raises(ValueError, match="batch size must be at least 1, it is 0"):
         random_array(4).loader(0, 0, train=True)
+
+
+@pytest.mark.parametrize(("flip", "variants"), [(True, 162), (False, 81)])
+def test_a_variant_is_one_picture_in_every_epoch(flip: bool, variants: int) -> None:
+    loader = random_array(4, size=8, flip=flip).loader(4, 0, train=True)
+    assert loader.variants == variants
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    for epoch in range(600):
+        loader.set_epoch(epoch)
+        for image, _, index in loader:
+            for picture, i, variant in zip(image, index.tolist(), loader.variant(index).tolist()):
+                assert torch.equal(seen.setdefault((i, variant), picture), picture)
+    # 2,400 draws: one of 162 variants is missed with a chance of 162 e^(-14.8), 6e-5.
+    assert {v for _, v in seen} == set(range(variants))
+    # Different variants are different pictures: noise is its own only once.
+    pictures = {(i, tuple(picture.flatten().tolist())) for (i, _), picture in seen.items()}
+    assert len(pictures) == len(seen)
+
+
+def test_variants_by_hand() -> None:
+    loader = random_array(30).loader(8, 0, train=True, seed=2)
+    _, top, left, mirrored = loader.draw()
+    index = torch.tensor([5, 17, 5])
+    assert loader.variant(index).tolist() == [int(top[i] * 18 + left[i] * 2 + mirrored[i]) for i in index]
+
+
+def test_variants_are_the_same_on_every_rank() -> None:
+    data, index = random_array(30), torch.arange(30)
+    assert torch.equal(
+        data.loader(8, 0, train=True).variant(index), data.loader(8, 0, train=True).shard(1, 2).variant(index)
+    )
+
+
+def test_validation_has_no_variants() -> None:
+    assert random_array(4).loader(4, 0, train=False).variants is None
+
+
+def test_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = random_array(20).loader(8, 0, train=True)
+    draws = []
+    monkeypatch.setattr(loader, "draw", lambda draw=loader.draw: draws.append(1) or draw())
+    for _, _, index in loader:
+        loader.variant(index)
+    assert len(draws) == 1
+    loader.set_epoch(2)
+    loader.variant(torch.tensor([0]))
+    assert len(draws) == 2
+
+
+def test_the_fingerprint_tells_data_and_augmentation_apart() -> None:
+    data = random_array(6)
+    base = data.loader(2, 0, train=True).fingerprint
+    assert base == data.loader(3, 0, train=True, seed=9).fingerprint  # the same pictures in another order
+    images, targets = data.images.clone(), data.targets.clone()
+    images[3, 5, 5, 1] ^= 1
+    targets[2] += 1
+    others = [
+        ImageArray(images, data.targets, MEAN, STD).loader(2, 0, train=True),
+        ImageArray(data.images, targets, MEAN, STD).loader(2, 0, train=True),
+        ImageArray(data.images, data.targets, STD, MEAN).loader(2, 0, train=True),
+        ImageArray(data.images, data.targets, MEAN, STD, flip=False).loader(2, 0, train=True),
+        data.loader(2, 0, train=False),
+        InMemoryLoader(data, 2, train=True, padding=3),
+    ]
+    assert len({base, *(other.fingerprint for other in others)}) == 7

@@ -1,0 +1,104 @@
+"""Ranks: together they see the epoch that one process sees, the same bits, nothing twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms as T
+
+from mdistiller.dataset._base import Loader
+from mdistiller.dataset.folders import ImageFiles
+from mdistiller.dataset.in_memory import ImageArray
+from mdistiller.errors import UserError
+
+COUNT = 21
+Make = Callable[..., Loader]
+
+# Python 3.12 and later warn of fork() in a process with threads; torch's workers do just that.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+@pytest.fixture(params=["memory", "files", "files, a worker"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
+    """(batch size, train) -> a loader of the same 21 images of 8x8 pixels, at epoch 3."""
+    images = torch.randint(0, 256, (COUNT, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    targets = torch.arange(COUNT) % 5
+    data: ImageArray | ImageFiles = ImageArray(images, targets, (0.5,) * 3, (0.25,) * 3)
+    if request.param != "memory":
+        paths = [tmp_path / f"{i}.png" for i in range(COUNT)]
+        for path, pixels in zip(paths, images):
+            Image.fromarray(pixels.numpy()).save(path)
+        augment = T.Compose([T.RandomCrop(8, padding=2), T.RandomHorizontalFlip(), T.ToTensor()])
+        data = ImageFiles.of([(str(p), int(t)) for p, t in zip(paths, targets)], augment, T.ToTensor())
+
+    def loader(batch_size: int, train: bool) -> Loader:
+        made = data.loader(batch_size, 1 if "worker" in request.param else 0, train, seed=4)
+        made.set_epoch(3)
+        return made
+
+    return loader
+
+
+def joined(parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    return [torch.cat(field) for field in zip(*parts)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(2, 8), (4, 8), (3, 6)])
+def test_training_ranks_side_by_side_are_the_whole_batch(make: Make, world: int, batch_size: int) -> None:
+    whole = list(make(batch_size, True))
+    ranks = [list(make(batch_size, True).shard(r, world)) for r in range(world)]
+    # 21 images: at 8 the batches are 8, 8, 5 (cut to 4), at 6 they are 6, 6, 6, 3.
+    sizes = {8: [8, 8, 4], 6: [6, 6, 6, 3]}[batch_size]
+    assert all([len(target) for _, target, _ in rank] == [s // world for s in sizes] for rank in ranks)
+    for step, size in enumerate(sizes):
+        assert same(joined([rank[step] for rank in ranks]), [field[:size] for field in whole[step]])
+
+
+def test_a_last_batch_smaller_than_the_ranks_is_dropped(make: Make) -> None:
+    assert len(make(20, True)) == 2  # 20 and 1
+    loader = make(20, True).shard(1, 2)
+    assert len(loader) == len(list(loader)) == 1
+
+
+def test_validation_ranks_see_every_image_once(make: Make) -> None:
+    whole = list(make(6, False))  # 6, 6, 6, 3
+    ranks = [make(6, False).shard(r, 3) for r in range(3)]
+    assert [len(rank) for rank in ranks] == [2, 1, 1]
+    batches = [list(rank) for rank in ranks]
+    assert same(batches[0][0], list(whole[0])) and same(batches[0][1], list(whole[3]))
+    assert same(batches[1][0], list(whole[1])) and same(batches[2][0], list(whole[2]))
+    assert [len(list(make(20, False).shard(r, 3))) for r in range(3)] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_rank_takes_up_at_any_batch_of_all(make: Make, train: bool) -> None:
+    loader = make(4, train).shard(1, 2)  # 21 images: global batches 0 to 5, the last of a single image
+    every = list(loader)
+    for batch in range(6):
+        rest = list(loader.iter_from(batch))
+        # Training: a part of each; validation: batches 1, 3 and 5, of which those before `batch` are done.
+        missing = batch if train else batch // 2
+        assert len(rest) == max(0, len(every) - missing)
+        assert all(same(list(a), list(b)) for a, b in zip(rest, every[missing:]))
+
+
+def test_what_cannot_be_shared_is_refused(make: Make) -> None:
+    with pytest.raises(UserError, match=r"SOLVER.BATCH_SIZE 10 is no multiple of 4 processes; .* take 8"):
+        make(10, True).shard(0, 4)
+    with pytest.raises(UserError, match="21 training images are too few for 32 processes"):
+        make(32, True).shard(0, 32)
+    make(10, False).shard(0, 4)
+
+
+def test_shard_gives_the_loader_back(make: Make) -> None:
+    loader = make(4, True)
+    assert loader.shard(0, 1) is loader and (loader.rank, loader.world) == (0, 1)
