@@ -1,14 +1,16 @@
-"""Checkpoint files: written atomically, read without running code, accepted in every form in use.
+"""Checkpoint files: written whole or not at all, read without running code, accepted in every form in use.
 
-A run keeps two kinds. `latest`, `best` and `epoch_N` hold what resuming needs: {"epoch", "model" (the distiller's
-state), "optimizer", "best_acc"}. `student_latest`, `student_best` and `student_N` hold {"model": the student's state}.
+A run keeps two kinds. `latest`, `latest_previous` (the one before), `best` and `epoch_N` hold what resuming needs:
+{"epoch", "model" (the distiller's state), "optimizer", "best_acc"}. `student_latest`, `student_best` and `student_N`
+hold {"model": the student's state}. They are torch.save's files, with a checksum behind that torch.load overlooks.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +19,32 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import UserError
+from .atomic import SaveError, check_seal, seal, write_whole
+
+__all__ = [
+    "SaveError", "load_checkpoint", "load_model_weights", "load_resumable", "load_state", "model_state", "newest_whole",
+    "prune", "save_checkpoint", "strip_module",
+]  # fmt: skip
 
 State = dict[str, Tensor]
 
+# What resuming needs, and its types; the original's best_acc starts as an int.
+RESUMABLE: dict[str, Any] = {"epoch": int, "model": Mapping, "optimizer": Mapping, "best_acc": (int, float, Tensor)}
 
-def save_checkpoint(obj: Any, path: str | Path) -> None:
-    """Write `obj` to `path`; a reader, or a run that is killed, finds the old file or the new one, never a part."""
+
+def save_checkpoint(obj: Any, path: str | Path, keep_previous: bool = False) -> None:
+    """Write `obj` to `path`; a reader, or a run that is killed, finds the old file or the new one, never a part.
+
+    Args:
+        keep_previous: the file that is replaced stays as `<path>_previous`.
+
+    Raises:
+        SaveError: disk full, quota, read-only or vanished folder; what was there before is whole.
+    """
     path = Path(path)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    archive = BytesIO()
+    torch.save(obj, archive)
+    write_whole(seal(archive), path, path.with_name(f"{path.name}_previous") if keep_previous else None)
 
 
 def load_checkpoint(path: str | Path) -> Any:
@@ -46,12 +57,72 @@ def load_checkpoint(path: str | Path) -> Any:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
+        check_seal(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails anywhere inside zipfile, pickle or torch
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{path} is not a readable checkpoint (damaged, or not weights alone): {reason[:200]}"
         ) from None
+
+
+def load_resumable(path: str | Path) -> dict[str, Any]:
+    """A checkpoint to go on from.
+
+    Raises:
+        UserError: no such file, not whole, or without what resuming needs.
+    """
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not RESUMABLE.keys() <= state.keys():
+        raise UserError(f"{path} is no run's checkpoint: it must hold epoch, model, optimizer and best_acc")
+    for key, kind in RESUMABLE.items():
+        if not isinstance(state[key], kind):
+            raise UserError(f"{path} is no run's checkpoint: its {key} is of type {type(state[key]).__name__}")
+    return state
+
+
+def newest_whole(folder: str | Path) -> tuple[dict[str, Any], Path, list[str]]:
+    """The newest whole checkpoint of a run: `latest`; where that is damaged the one before, else the newest other.
+
+    Returns:
+        Its content, where it lies, and a line for each damaged one that was tried first.
+
+    Raises:
+        UserError: there is none; says what is wrong with each.
+    """
+    folder = Path(folder)
+    damaged: list[str] = []
+
+    def whole(*names: str) -> Iterator[tuple[dict[str, Any], Path]]:
+        for path in (folder / name for name in names):
+            try:
+                yield load_resumable(path), path
+            except UserError as error:
+                if path.exists():
+                    damaged.append(str(error))
+
+    found = next(whole("latest", "latest_previous"), None)
+    if found is None:
+        others = whole("best", *(path.name for path in _kept_epochs(folder, "epoch").values()))
+        found = max(others, key=lambda other: other[0]["epoch"], default=None)
+    if found is None:
+        raise UserError("; ".join(damaged) or f"no checkpoint at {folder / 'latest'}")
+    return *found, damaged
+
+
+def prune(folder: str | Path, keep: int) -> None:
+    """Remove all but the last `keep` of the epoch_N, and of the student_N, in `folder`; 0 keeps all."""
+    for stem in ("epoch", "student") if keep else ():
+        kept = _kept_epochs(Path(folder), stem)
+        for epoch in sorted(kept)[:-keep]:
+            with suppress(OSError):
+                kept[epoch].unlink()
+
+
+def _kept_epochs(folder: Path, stem: str) -> dict[int, Path]:
+    """The files `<stem>_N` of a folder, by N."""
+    found = ((re.fullmatch(rf"{stem}_(\d+)", path.name), path) for path in folder.glob(f"{stem}_*"))
+    return {int(match[1]): path for match, path in found if match}
 
 
 def model_state(checkpoint: Any, path: str | Path) -> State:
