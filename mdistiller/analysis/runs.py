@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
+from typing import Any
 
 from yacs.config import CfgNode as CN
 
 from ..engine.cfg import load_cfg
 from ..errors import UserError
+
+HEAD = "test_acc_head_"
 
 
 @dataclass(frozen=True)
@@ -17,21 +24,42 @@ class Run:
     """What a run's folder holds.
 
     Attributes:
-        epochs: a dict of figures for each epoch, by the column names of metrics.csv.
+        epochs: a dict of figures for each epoch, by the column names of metrics.csv; an empty cell is left out.
     """
 
     folder: Path
     cfg: CN
     epochs: list[dict[str, float]]
 
+    @property
+    def columns(self) -> list[str]:
+        """The names of all figures, in the file's order."""
+        return list(dict.fromkeys(name for row in self.epochs for name in row))
+
+    @property
+    def losses(self) -> dict[str, str]:
+        """The columns of the loss parts by their short names: {"ce": "loss/loss_ce"}."""
+        return {c.removeprefix("loss/").removeprefix("loss_"): c for c in self.columns if c.startswith("loss/")}
+
+    @property
+    def heads(self) -> dict[str, str]:
+        """The top-1 columns by head, the one that validation scores first; {"": "test_acc"} of an ordinary network."""
+        heads = {c.removeprefix(HEAD): c for c in self.columns if c.startswith(HEAD)}
+        return heads or {"": "test_acc"}
+
+    @property
+    def finished(self) -> bool:
+        """Whether every epoch has been trained."""
+        return self.epochs[-1]["epoch"] >= self.cfg.SOLVER.EPOCHS
+
     def column(self, name: str) -> list[float]:
-        """One figure over the epochs."""
-        return [row[name] for row in self.epochs]
+        """One figure over the epochs; NaN where an epoch lacks it."""
+        return [row.get(name, nan) for row in self.epochs]
 
     @property
     def last(self) -> float:
         """Top-1 of the last epoch, in percent."""
-        return self.epochs[-1]["test_acc"]
+        return self.column("test_acc")[-1]
 
     @property
     def best(self) -> float:
@@ -43,6 +71,14 @@ class Run:
         """Wall time of training and validation."""
         return sum(self.column("epoch_seconds"))
 
+    @property
+    def environment(self) -> dict[str, Any]:
+        """environment.json: command, versions, hardware; empty where it cannot be read."""
+        try:
+            return dict(json.loads((self.folder / "environment.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
+
 
 def read_run(folder: str | Path) -> Run:
     """Read config.yaml and metrics.csv of a run.
@@ -53,11 +89,38 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     try:
         with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            rows = list(csv.DictReader(file))
+        epochs = [{name: float(value) for name, value in row.items() if value != ""} for row in rows]
     except OSError:
         raise UserError(f"{folder} is no run's folder: it has no metrics.csv") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, csv.Error):
         raise UserError(f"{folder / 'metrics.csv'} holds something that is not a number") from None
-    if not epochs or "test_acc" not in epochs[0]:
+    if not epochs or not all({"epoch", "test_acc"} <= row.keys() for row in epochs):
         raise UserError(f"{folder / 'metrics.csv'} holds no finished epoch")
     return Run(folder, load_cfg(folder / "config.yaml"), epochs)
+
+
+def read_runs(arguments: Sequence[str]) -> dict[str, Run]:
+    """Runs by their labels, from FOLDER or LABEL=FOLDER as a command line gives them.
+
+    A folder without a label is called by those comma-separated parts of its name that the others do not share.
+
+    Raises:
+        UserError: one is no run's folder, or two have the same label.
+    """
+    given = [("", a) if Path(a).exists() or "=" not in a else tuple(a.split("=", 1)) for a in arguments]
+    short = iter(_short_names([os.path.basename(os.path.abspath(folder)) for label, folder in given if not label]))
+    runs: dict[str, Run] = {}
+    for label, folder in given:
+        label = label or next(short)
+        if label in runs:
+            raise UserError(f"two runs are called {label!r}; tell them apart by LABEL=FOLDER")
+        runs[label] = read_run(folder)
+    return runs
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """The names without the parts that all of them have."""
+    parts = [name.split(",") for name in names]
+    shared = set.intersection(*map(set, parts)) if len(parts) > 1 else set()
+    return [",".join(p for p in of_one if p not in shared) or name for of_one, name in zip(parts, names)]
