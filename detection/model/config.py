@@ -1,0 +1,82 @@
+"""The configuration: detectron2's own, KD for the method, TEACHER for the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from mdistiller.errors import UserError
+
+from .losses import kd_types
+
+# Channel orders that are each other's reverse, so that the teacher can read the student's images.
+COLOURS = ("BGR", "RGB")
+# Keys of the original that said nothing.
+UNUSED = ("MODEL.MOBILENETV2.DEBUG", "TEACHER.KD")
+
+
+def add_distillation_cfg(cfg: CfgNode) -> None:
+    """Add this project's keys to detectron2's `cfg`; the teacher's are detectron2's own defaults, of any version.
+
+    Two of detectron2's defaults change: MODEL.DEVICE is the CPU where there is no GPU, and SEED is 0.
+    """
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg.SEED = 0
+    cfg.MODEL.MOBILENETV2 = CfgNode({"OUT_FEATURES": ["m2"], "NORM": "FrozenBN"})
+    cfg.KD = CfgNode({"TYPE": "DKD", "DKD": {"ALPHA": 1.0, "BETA": 0.25, "T": 1.0}, "REVIEWKD": {"LOSS_WEIGHT": 1.0}})
+    cfg.TEACHER = get_cfg()
+    cfg.TEACHER.MODEL.MOBILENETV2 = cfg.MODEL.MOBILENETV2.clone()
+    for key in UNUSED:
+        cfg.register_deprecated_key(key)
+
+
+def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
+    """The configuration of `path` with `opts` (KEY VALUE KEY VALUE ...) over it, checked and frozen.
+
+    Raises:
+        UserError: no such file, an unknown key, a value of the wrong type, or what `check_pair` refuses.
+    """
+    if path and not Path(path).is_file():
+        raise UserError(f"no config file at {path}; detection/configs/ holds the published ones")
+    cfg = get_cfg()
+    add_distillation_cfg(cfg)
+    try:
+        if path:
+            cfg.merge_from_file(str(path), allow_unsafe=False)
+        cfg.merge_from_list(list(opts))
+    except (KeyError, ValueError, AssertionError, SyntaxError, yaml.YAMLError) as error:
+        raise UserError(f"config {path} {' '.join(opts)}: {error.args[0] if error.args else error}") from None
+    # One model, one device.
+    cfg.TEACHER.MODEL.DEVICE = cfg.MODEL.DEVICE
+    if cfg.MODEL.META_ARCHITECTURE == "RCNNKD":
+        check_pair(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def check_pair(cfg: CfgNode) -> None:
+    """Refuse a student and a teacher that cannot be compared.
+
+    Raises:
+        UserError: an unknown KD.TYPE; other classes; a channel order that is neither BGR nor RGB; weights of the
+            teacher's own, which would not be read.
+    """
+    kd_types[cfg.KD.TYPE]
+    classes_student, classes_teacher = (c.MODEL.ROI_HEADS.NUM_CLASSES for c in (cfg, cfg.TEACHER))
+    if classes_student != classes_teacher:
+        raise UserError(
+            f"the student knows {classes_student} classes and the teacher {classes_teacher}: set MODEL.ROI_HEADS."
+            "NUM_CLASSES and TEACHER.MODEL.ROI_HEADS.NUM_CLASSES to one number, that of the teacher's weights"
+        )
+    for name, value in (("INPUT.FORMAT", cfg.INPUT.FORMAT), ("TEACHER.INPUT.FORMAT", cfg.TEACHER.INPUT.FORMAT)):
+        if value not in COLOURS:
+            raise UserError(f"{name} is {value!r}; student and teacher can share images that are BGR or RGB")
+    if cfg.TEACHER.MODEL.WEIGHTS:
+        raise UserError(
+            f"TEACHER.MODEL.WEIGHTS is {cfg.TEACHER.MODEL.WEIGHTS!r}, but MODEL.WEIGHTS names the one file of both; "
+            "make it with detection/merge_weights.py"
+        )

@@ -1,0 +1,49 @@
+"""Files that a run needs, looked for before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from mdistiller.errors import UserError
+from mdistiller.registry import unknown_name
+
+from .. import HERE
+
+
+def find_weights(name: str) -> str:
+    """Where the file that MODEL.WEIGHTS calls `name` is: here, or beside train_net.py; addresses stay as they are.
+
+    Raises:
+        UserError: neither.
+    """
+    if not name or "://" in name:
+        return name
+    places = [Path(name), HERE / name]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"no weights at {' or '.join(map(str, places))}: put the published file there, make it with "
+            'detection/merge_weights.py, or train from nothing with MODEL.WEIGHTS ""'
+        )
+    return str(found)
+
+
+def check_data(names: Iterable[str]) -> None:
+    """Refuse data sets that are not known, or whose annotations or images are not there.
+
+    Raises:
+        UserError: says where they belong.
+    """
+    for name in names:
+        if name not in DatasetCatalog:
+            raise unknown_name("data set", name, DatasetCatalog.list())
+        metadata = MetadataCatalog.get(name)
+        for place in (metadata.get("json_file"), metadata.get("image_root")):
+            if place and not Path(place).exists():
+                raise UserError(
+                    f"{name} has no {place}: put COCO's annotations/, train2017/ and val2017/ under datasets/coco "
+                    "beside train_net.py, or name the folder that holds coco in DETECTRON2_DATASETS"
+                )

@@ -1,0 +1,121 @@
+"""What the student learns from the teacher, by KD.TYPE: DKD on class logits, ReviewKD on feature maps, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.structures import Boxes
+from torch import Tensor
+
+from mdistiller.distillers.DKD import dkd_loss
+from mdistiller.distillers.ReviewKD import build_abfs, hcl_loss, review
+from mdistiller.errors import UserError
+from mdistiller.registry import Registry
+
+Maps = dict[str, Tensor]
+Shapes = dict[str, ShapeSpec]
+
+
+@dataclass
+class Seen:
+    """What the student made of a batch, and what the teacher sees of it.
+
+    Attributes:
+        maps_student: p2..p6, each (B, C, H, W).
+        maps_teacher: the teacher's, of the same names.
+        boxes: the student's sampled proposals, R in all, an entry an image.
+        classes: (R,) int64, what each proposal shows; the last class is the background.
+        logits_student: (R, classes + 1).
+        heads_teacher: the teacher's.
+    """
+
+    maps_student: Maps
+    maps_teacher: Maps
+    boxes: list[Boxes]
+    classes: Tensor
+    logits_student: Tensor
+    heads_teacher: StandardROIHeads
+
+
+@torch.no_grad()
+def proposal_logits(heads: StandardROIHeads, maps: Maps, boxes: Sequence[Boxes]) -> Tensor:
+    """The class logits (R, classes + 1) that `heads` gives to `boxes`, an entry an image, on the feature `maps`."""
+    pooled = heads.box_pooler([maps[name] for name in heads.box_in_features], list(boxes))
+    logits, _ = heads.box_predictor(heads.box_head(pooled))
+    return logits
+
+
+class DKDLoss(nn.Module):
+    """`dkd_loss` between the class logits of the student's sampled proposals, the background being a class.
+
+    Reference: Zhao et al. 2022, arXiv 2203.08679, section 4.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        self.alpha, self.beta, self.temperature = cfg.KD.DKD.ALPHA, cfg.KD.DKD.BETA, cfg.KD.DKD.T
+
+    def forward(self, seen: Seen) -> dict[str, Tensor]:
+        logits = seen.logits_student
+        if not len(logits):  # the mean over no proposal would be NaN
+            return {"loss_dkd": logits.sum()}
+        logits_teacher = proposal_logits(seen.heads_teacher, seen.maps_teacher, seen.boxes)
+        return {"loss_dkd": dkd_loss(logits, logits_teacher, seen.classes, self.alpha, self.beta, self.temperature)}
+
+
+class ReviewKDLoss(nn.Module):
+    """`hcl_loss` between the teacher's maps and the student's after fusion, over all levels of the pyramid.
+
+    Args:
+        shapes_student: of the student's maps.
+        shapes_teacher: of the teacher's.
+
+    Raises:
+        UserError: the two pyramids have other levels.
+
+    Reference: Chen et al. 2021, arXiv 2104.09044, section 3.
+    """
+
+    def __init__(self, cfg: CfgNode, shapes_student: Shapes, shapes_teacher: Shapes) -> None:
+        super().__init__()
+        self.weight = cfg.KD.REVIEWKD.LOSS_WEIGHT
+        self.levels = sorted(shapes_student, key=lambda name: shapes_student[name].stride)
+        if set(shapes_student) != set(shapes_teacher):
+            levels = f"the student's {', '.join(shapes_student)}, the teacher's {', '.join(shapes_teacher)}"
+            raise UserError(f"ReviewKD compares pyramids of the same levels: {levels}")
+        in_channels, out_channels = (
+            [shapes[name].channels for name in self.levels] for shapes in (shapes_student, shapes_teacher)
+        )
+        self.abfs = build_abfs(in_channels, out_channels)
+
+    def forward(self, seen: Seen) -> dict[str, Tensor]:
+        maps_teacher = [seen.maps_teacher[name] for name in self.levels]
+        maps_student = [seen.maps_student[name] for name in self.levels]
+        fused = review(self.abfs, maps_student, [m.shape[-2:] for m in maps_teacher])
+        return {"loss_reviewkd": self.weight * hcl_loss(fused, maps_teacher)}
+
+
+Builder = Callable[[CfgNode, Shapes, Shapes], dict[str, nn.Module]]
+# From the configuration and both pyramids' shapes to the losses, by their names in the state dict.
+kd_types = Registry("KD.TYPE")
+
+
+@kd_types.register("DKD")
+def _dkd(cfg: CfgNode, shapes_student: Shapes, shapes_teacher: Shapes) -> dict[str, nn.Module]:
+    return {"kd_logits": DKDLoss(cfg)}
+
+
+@kd_types.register("ReviewKD")
+def _reviewkd(cfg: CfgNode, shapes_student: Shapes, shapes_teacher: Shapes) -> dict[str, nn.Module]:
+    return {"kd_trans": ReviewKDLoss(cfg, shapes_student, shapes_teacher)}
+
+
+@kd_types.register("ReviewDKD")
+def _reviewdkd(cfg: CfgNode, *shapes: Shapes) -> dict[str, nn.Module]:
+    return _dkd(cfg, *shapes) | _reviewkd(cfg, *shapes)

@@ -1,0 +1,111 @@
+"""RCNNKD: a detectron2 R-CNN that learns from another one while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
+from detectron2.modeling.roi_heads import StandardROIHeads
+from torch import Tensor
+
+from mdistiller.errors import UserError
+
+from .losses import Maps, Seen, kd_types
+
+
+@META_ARCH_REGISTRY.register()
+class RCNNKD(GeneralizedRCNN):
+    """A student, which is a `GeneralizedRCNN` in every respect, with a frozen teacher beside it.
+
+    In training its losses are the student's own and those of KD.TYPE. The teacher sees the student's images, prepared
+    by the teacher's own mean, deviation and channel order, and the student's sampled proposals. In inference there
+    is only the student. Parameters and buffers of the teacher never change; its entries in the state dict, which
+    files of the published layout hold, begin with `teacher.`.
+
+    Args:
+        teacher: an R-CNN with `StandardROIHeads`, of the student's classes.
+        kd_losses: modules from what was `Seen` to named losses, by name; `kd_types` builds them.
+        student: what `GeneralizedRCNN` takes.
+
+    Raises:
+        UserError: student or teacher has another kind of heads.
+    """
+
+    @configurable
+    def __init__(self, *, teacher: GeneralizedRCNN, kd_losses: dict[str, nn.Module], **student: Any) -> None:
+        super().__init__(**student)
+        for whose, heads in (("MODEL", self.roi_heads), ("TEACHER.MODEL", teacher.roi_heads)):
+            if not isinstance(heads, StandardROIHeads):
+                raise UserError(f"{whose}.ROI_HEADS.NAME must be StandardROIHeads, it is {type(heads).__name__}")
+        self.teacher = teacher.requires_grad_(False).eval()
+        self.kd_names = list(kd_losses)
+        for name, loss in kd_losses.items():
+            self.add_module(name, loss)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        student = super().from_config(cfg)
+        teacher = build_model(cfg.TEACHER)
+        shapes = [backbone.output_shape() for backbone in (student["backbone"], teacher.backbone)]
+        return {**student, "teacher": teacher, "kd_losses": kd_types[cfg.KD.TYPE](cfg, *shapes)}
+
+    def train(self, mode: bool = True) -> RCNNKD:
+        """Training mode for everything but the teacher."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """detectron2's batch -> in training the named losses, else a prediction an image."""
+        if not self.training:
+            return self.inference(batched_inputs)
+        heads = self.roi_heads
+        with last_call(self.backbone, heads, heads.box_pooler, heads.box_predictor) as calls:
+            losses = super().forward(batched_inputs)
+        (_, maps), (_, (proposals, _)), ((_, boxes), _), (_, (logits, _)) = calls
+        seen = Seen(
+            maps_student=maps,
+            maps_teacher=self.teacher_maps(batched_inputs),
+            boxes=boxes,
+            classes=torch.cat([p.gt_classes for p in proposals]),
+            logits_student=logits,
+            heads_teacher=self.teacher.roi_heads,
+        )
+        for name in self.kd_names:
+            losses.update(self.get_submodule(name)(seen))
+        return losses
+
+    @torch.no_grad()
+    def teacher_maps(self, batched_inputs: list[dict[str, Any]]) -> Maps:
+        """The teacher's feature maps of the student's images."""
+        if self.teacher.input_format != self.input_format:
+            batched_inputs = [{"image": x["image"].flip(0)} for x in batched_inputs]
+        images: Tensor = self.teacher.preprocess_image(batched_inputs).tensor
+        return self.teacher.backbone(images)
+
+
+@contextmanager
+def last_call(*modules: nn.Module) -> Iterator[list[Any]]:
+    """Keep (positional arguments, output) of the last call of each of `modules`, in their order.
+
+    So the student runs once, as detectron2 wrote it, and what it saw is at hand all the same.
+    """
+    calls: list[Any] = [None] * len(modules)
+
+    def keep(i: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            calls[i] = (args, output)
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(i)) for i, module in enumerate(modules)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()

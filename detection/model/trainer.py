@@ -1,0 +1,98 @@
+"""detectron2's trainer with batches that a resumed run repeats, on GPUs or CPUs, in full or mixed precision."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from torch import nn
+
+from mdistiller.errors import UserError
+
+from .data import build_train_loader, seed_of
+from .weights import Checkpointer
+
+
+class CPUAMPTrainer(SimpleTrainer):
+    """A step in bfloat16 where that is safe; detectron2's AMPTrainer asks for CUDA."""
+
+    def run_step(self) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            super().run_step()
+
+
+def step_trainer(cfg: CfgNode) -> type[SimpleTrainer]:
+    """What does one step, by precision and device."""
+    if not cfg.SOLVER.AMP.ENABLED:
+        return SimpleTrainer
+    return CPUAMPTrainer if cfg.MODEL.DEVICE == "cpu" else AMPTrainer
+
+
+class Trainer(DefaultTrainer):
+    """Trains what `cfg` describes; on a CPU, equal configurations give equal weights, with or without an interruption.
+
+    All that is random comes from SEED (-1: another one each time) and the number of the iteration.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)
+        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = build_train_loader(cfg, self.seed)
+        # A model on the CPU has no device number; detectron2 would give it one.
+        devices = None if cfg.MODEL.DEVICE == "cpu" else [comm.get_local_rank()]
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
+        self._trainer = step_trainer(cfg)(model, loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+        if cfg.TEST.AUG.ENABLED:
+            self.register_hooks([hooks.EvalHook(0, lambda: self.test_with_TTA(cfg, self.model))])
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last checkpoint of OUTPUT_DIR if there is one and `resume`, else start from MODEL.WEIGHTS."""
+        super().resume_or_load(resume)
+        self.data_loader.batch_sampler.start = self.start_iter
+
+    def run_step(self) -> None:
+        """One iteration, seeded by its number."""
+        torch.manual_seed(seed_of(self.seed, self.iter, comm.get_rank()))
+        super().run_step()
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Batches for detectron2's PreciseBN hook."""
+        return build_train_loader(cfg, max(cfg.SEED, 0))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "inference") -> COCOEvaluator:
+        """COCO's box AP, and mask AP where there are masks; details go to `folder` in OUTPUT_DIR.
+
+        Raises:
+            UserError: a data set in another form than COCO's.
+        """
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if kind != "coco":
+            raise UserError(f"{dataset_name!r} is evaluated as {kind!r}; only data sets in COCO's form are")
+        return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / folder))
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:
+        """The results of `test` with images at several sizes and mirrored, as `TEST.AUG` says; names end in _TTA."""
+        logging.getLogger("detectron2.trainer").info("Evaluation with test-time augmentation")
+        evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((f"{name}_TTA", value) for name, value in results.items())

@@ -1,0 +1,185 @@
+"""Weights from files of every format in use, read without running code, by detectron2's names."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from torch import Tensor
+
+from mdistiller.errors import UserError
+
+from .backbone.mobilenetv2 import GROUPS
+
+# What pickled tensors and arrays name; numpy called its insides numpy.core before 2.0, and numpy._core since.
+SAFE = re.compile(
+    r"collections OrderedDict|_codecs encode|torch \w+Storage|torch \w*(Size|device|dtype)|torch\.storage \w+Storage"
+    r"|torch\._utils _rebuild_(tensor_v2|tensor|parameter)|torch (float|int|uint|bfloat)\d+"
+    r"|numpy (ndarray|dtype)|numpy\._?core\.multiarray (_reconstruct|scalar)|numpy\.dtypes \w+DType"
+)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if not SAFE.fullmatch(f"{module} {name}"):
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, not weights alone")
+        return super().find_class(module, name)
+
+
+def _load(file: Any, **kwargs: Any) -> Any:
+    return _Unpickler(file, **kwargs).load()
+
+
+# What torch.load takes for the pickle module.
+_SAFE_PICKLE = SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, load=_load)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint file as {"model": weights by name, ...}: .pkl of detectron2's zoo or Caffe2, or torch.save's.
+
+    Caffe2's has "matching_heuristics" beside: its names are not detectron2's, which knows how to match them.
+
+    Raises:
+        UserError: no such file; damaged; or it holds anything but tensors, arrays and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights at {path}")
+    try:
+        if path.suffix == ".pkl":
+            with path.open("rb") as file:
+                data = _load(file, encoding="latin1")
+        else:
+            data = torch.load(path, map_location="cpu", pickle_module=_SAFE_PICKLE, weights_only=False)
+    except Exception as error:  # a damaged file fails anywhere inside zipfile, pickle or torch
+        reason = str(error)[:200] or type(error).__name__
+        raise UserError(f"{path} is not a readable file of weights: {reason}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}, not weights by name")
+    if path.suffix == ".pkl" and "__author__" not in data:
+        weights = {k: v for k, v in data.get("blobs", data).items() if not k.endswith("_momentum")}
+        data = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+    return data if "model" in data else {"model": data}
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a checkpoint file by name, and whether the names are Caffe2's.
+
+    Raises:
+        UserError: as `read_checkpoint`, or an entry that is no tensor.
+    """
+    data = read_checkpoint(path)
+    weights = {}
+    for name, value in data["model"].items():
+        if not isinstance(value, (Tensor, np.ndarray)):
+            raise UserError(f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor")
+        weights[name.removeprefix("module.")] = torch.as_tensor(value)
+    return weights, bool(data.get("matching_heuristics"))
+
+
+class Checkpointer(DetectionCheckpointer):
+    """detectron2's, which reads files through `read_checkpoint`."""
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        return read_checkpoint(filename)
+
+
+# From torchvision's and timm's names to detectron2's; a name that fits none stays as it is.
+Rules = list[tuple[str, Any]]
+RESNET: Rules = [
+    (r"conv1\.(.+)", r"stem.conv1.\1"),
+    (r"bn1\.(.+)", r"stem.conv1.norm.\1"),
+    (r"layer(\d)\.(\d+)\.downsample\.0\.(.+)", lambda m: f"res{int(m[1]) + 1}.{m[2]}.shortcut.{m[3]}"),
+    (r"layer(\d)\.(\d+)\.downsample\.1\.(.+)", lambda m: f"res{int(m[1]) + 1}.{m[2]}.shortcut.norm.{m[3]}"),
+    (r"layer(\d)\.(\d+)\.conv(\d)\.(.+)", lambda m: f"res{int(m[1]) + 1}.{m[2]}.conv{m[3]}.{m[4]}"),
+    (r"layer(\d)\.(\d+)\.bn(\d)\.(.+)", lambda m: f"res{int(m[1]) + 1}.{m[2]}.conv{m[3]}.norm.{m[4]}"),
+]
+# Every block is one sequence here: convolution, normalisation, activation, three times, or twice in the first block.
+TORCHVISION_MOBILENET: Rules = [
+    (r"features\.(\d+)\.conv\.(\d)\.(\d)\.(.+)", lambda m: f"features.{m[1]}.conv.{3 * int(m[2]) + int(m[3])}.{m[4]}"),
+    (r"features\.1\.conv\.([12])\.(.+)", lambda m: f"features.1.conv.{int(m[1]) + 2}.{m[2]}"),
+    (r"features\.(\d+)\.conv\.([23])\.(.+)", lambda m: f"features.{m[1]}.conv.{int(m[2]) + 4}.{m[3]}"),
+]
+LAYERS = {"conv_pw": 0, "bn1": 1, "conv_dw": 3, "bn2": 4, "conv_pwl": 6, "bn3": 7}
+LAYERS_OF_FIRST = {"conv_dw": 0, "bn1": 1, "conv_pw": 3, "bn2": 4}
+# The place of each group's first block.
+FIRST_BLOCKS = [1, *itertools.accumulate((repeats for _, _, repeats, _ in GROUPS), initial=1)][1:]
+TIMM_MOBILENET: Rules = [
+    (r"conv_stem\.(.+)", r"features.0.0.\1"),
+    (r"bn1\.(.+)", r"features.0.1.\1"),
+    (r"blocks\.0\.0\.(\w+)\.(.+)", lambda m: f"features.1.conv.{LAYERS_OF_FIRST[m[1]]}.{m[2]}"),
+    (
+        r"blocks\.(\d)\.(\d)\.(\w+)\.(.+)",
+        lambda m: f"features.{FIRST_BLOCKS[int(m[1])] + int(m[2])}.conv.{LAYERS[m[3]]}.{m[4]}",
+    ),
+]
+# How each format shows itself, and its rules; the first that shows wins.
+FORMATS: list[tuple[str, Rules]] = [
+    (r"layer1\.0\.", RESNET),
+    (r"conv_stem\.", TIMM_MOBILENET),
+    (r"features\.\d+\.conv\.\d\.\d\.", TORCHVISION_MOBILENET),
+]
+# A network for classification goes where the detector has its bottom-up network.
+NETWORK = re.compile(r"(stem|res\d|features)\.")
+
+
+def detectron_names(weights: Iterable[str]) -> dict[str, str]:
+    """From each of a file's names to detectron2's: of torchvision's, timm's and detectron2's networks and detectors."""
+    weights = list(weights)
+    rules = next((rules for sign, rules in FORMATS if any(re.match(sign, name) for name in weights)), [])
+    return {name: _rename(name, rules) for name in weights}
+
+
+def _rename(name: str, rules: Rules) -> str:
+    pattern, new = next(((p, n) for p, n in rules if re.fullmatch(p, name)), (None, None))
+    renamed = re.sub(pattern, new, name) if pattern else name
+    return f"backbone.bottom_up.{renamed}" if NETWORK.match(renamed) else renamed
+
+
+@dataclass
+class Placed:
+    """Weights that found their place in a model.
+
+    Attributes:
+        weights: by the model's names.
+        homeless: names of the file that the model does not have.
+        missing: names of the model that the file does not have.
+    """
+
+    weights: dict[str, Tensor]
+    homeless: list[str]
+    missing: list[str]
+
+
+def place(path: str | Path, state: Mapping[str, Tensor]) -> Placed:
+    """Find the place of each tensor of the file at `path` in a detector's `state`.
+
+    Caffe2's networks hold no running statistics, which its normalisation has absorbed: they stay the identity's.
+
+    Raises:
+        UserError: as `read_weights`, or a tensor whose place has another shape.
+    """
+    weights, caffe2 = read_weights(path)
+    if caffe2:
+        weights = align_and_update_state_dicts(dict(state), weights, c2_conversion=True)
+    names = detectron_names(weights)
+    placed = {names[name]: value for name, value in weights.items() if names[name] in state}
+    for name, value in placed.items():
+        if value.shape != state[name].shape:
+            shapes = f"{tuple(value.shape)}, the model's {tuple(state[name].shape)}"
+            raise UserError(f"{path}: {name} has shape {shapes}; is it the network that the config names?")
+    if caffe2:
+        absorbed = [k for k in state if "running_" in k and f"{k.rsplit('.', 1)[0]}.weight" in placed]
+        placed = {k: state[k] for k in absorbed} | placed
+    homeless = [name for name in weights if names[name] not in state]
+    return Placed(placed, homeless, [name for name in state if name not in placed])

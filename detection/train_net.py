@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector, by itself or with a teacher, as a YAML file says.
+
+    python detection/train_net.py --config-file detection/configs/DKD/DKD-R18-R101.yaml --num-gpus 4
+    cd detection; python3 train_net.py --config-file configs/DKD/DKD-R18-R101.yaml --num-gpus 4
+    ... --resume                                      go on from OUTPUT_DIR's last checkpoint
+    ... --eval-only MODEL.WEIGHTS output/DKD-R18-R101/model_final.pth
+    ... SOLVER.AMP.ENABLED True TEST.AUG.ENABLED True VIS_PERIOD 100 MODEL.DEVICE cpu
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mdistiller.engine.cli import one_line_errors
+from mdistiller.errors import UserError
+
+with one_line_errors():
+    import detection  # noqa: F401  (says how to install detectron2 where it is not)
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from detection.model.config import load_cfg
+from detection.model.files import check_data, find_weights
+from detection.model.trainer import Trainer
+from detection.model.weights import Checkpointer
+
+
+def read_cfg(args: argparse.Namespace) -> CfgNode:
+    """The configuration, once all that it asks for is there."""
+    cfg = load_cfg(args.config_file, args.opts)
+    cuda = cfg.MODEL.DEVICE.startswith("cuda")
+    if cuda and args.num_gpus > torch.cuda.device_count():
+        raise UserError(f"--num-gpus {args.num_gpus}, but torch sees {torch.cuda.device_count()}; MODEL.DEVICE cpu?")
+    check_data([*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)])
+    cfg.defrost()
+    resumes = args.resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()
+    cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS if resumes else find_weights(cfg.MODEL.WEIGHTS)
+    cfg.freeze()
+    return cfg
+
+
+def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
+    """Score the weights that `cfg` names, or OUTPUT_DIR's last ones."""
+    model = Trainer.build_model(cfg)
+    Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def run(args: argparse.Namespace) -> Any:
+    """What each process does."""
+    with one_line_errors(UserError):
+        cfg = read_cfg(args)
+        default_setup(cfg, args)
+        if args.eval_only:
+            return evaluate(cfg, args.resume)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+
+
+def main() -> None:
+    parser = default_argument_parser(epilog=__doc__)
+    args = parser.parse_args()
+    with one_line_errors():
+        read_cfg(args)
+    launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+
+
+if __name__ == "__main__":
+    main()
