@@ -1,0 +1,62 @@
+"""Printing that outlives its terminal, its pipe and its disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import Any, TextIO
+
+# The reader of a pipe is gone, the terminal was closed, the file was.
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+
+
+def outlive_terminal() -> None:
+    """Let this process go on when its terminal is closed or the reader of its output goes away.
+
+    From then on what it prints is lost, with one line to the other of stdout and stderr. For a tool's main(), before
+    its first output.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for name, other in (("stdout", "stderr"), ("stderr", "stdout")):
+        if not isinstance(getattr(sys, name), _Outliving):
+            # A stream that was closed before Python started (`>&-`) is None there.
+            stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, _Outliving(stream, name, other))
+
+
+class _Outliving:
+    """A text stream whose write() and flush() never fail."""
+
+    def __init__(self, stream: TextIO, name: str, other: str) -> None:
+        self._stream, self._name, self._other = stream, name, other
+        self._told = False
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:  # ValueError: written to after close()
+            self._lost(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        if isinstance(error, OSError) and error.errno in _GONE:
+            # For good: let also what lies in buffers, and what libraries write, go nowhere.
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+        if not self._told:
+            self._told = True
+            print(f"warning: {self._name} is lost ({error}); going on", file=getattr(sys, self._other), flush=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
