@@ -35,9 +35,8 @@ def style(index: int) -> dict[str, Any]:
 
 def panels_of_runs(runs: Mapping[str, Run]) -> list[Panel]:
     """Runs side by side: test accuracy, the whole loss, then each part of it; a line for each run that has it."""
-    columns = {name: {"test top-1 (%)": "test_acc", "training loss, sum of its parts (nats)": "train_loss"} for name in runs}
-    for name, run in runs.items():
-        columns[name] |= {_loss_label(part): column for part, column in run.losses.items()}
+    whole = {"test top-1 (%)": "test_acc", "training loss, sum of its parts (nats)": "train_loss"}
+    columns = {name: whole | {_loss_label(p): column for p, column in run.losses.items()} for name, run in runs.items()}
     labels = dict.fromkeys(label for of_run in columns.values() for label in of_run)
     panels = [Panel(label) for label in labels]
     for index, (name, run) in enumerate(runs.items()):

@@ -1,0 +1,193 @@
+"""Carry out the runs of a plan: each a process of tools/train.py, several at a time, here or on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from yacs.config import CfgNode as CN
+
+from ..errors import UserError
+from .plan import REPOSITORY, Job
+from .runs import Run, read_run
+
+# What says where and how a run is carried out, not what it is: it may differ between a plan and a run that is there.
+_MACHINE = re.compile(r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|NUM_WORKERS|TEST\.BATCH_SIZE)$")
+LOG = "train.log"
+
+
+def finished_run(job: Job) -> Run | None:
+    """The job's run, when it has been trained to its end; None when there is still something to do.
+
+    Raises:
+        UserError: the folder holds a run of another configuration.
+    """
+    try:
+        run = read_run(job.folder)
+    except UserError:
+        return None
+    here, planned = _flat(run.cfg), _flat(job.cfg)
+    for key, value in planned.items():
+        if here.get(key) != value and not _MACHINE.match(key):
+            raise UserError(
+                f"{job.folder} holds a run with {key} {here.get(key)!r} where the plan says {value!r}; "
+                "move it away or mend the plan"
+            )
+    return run if run.finished else None
+
+
+def _flat(cfg: CN, above: str = "") -> dict[str, Any]:
+    """{"SOLVER.LR": 0.05, ...}"""
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, CN) else {f"{above}{key}": value}
+    return flat
+
+
+@dataclass(frozen=True)
+class Task:
+    """A process to run: its command line, its folder, what it adds to the environment, and the file of its output."""
+
+    command: list[str]
+    cwd: str
+    environment: dict[str, str]
+    log: Path
+
+
+def task(job: Job) -> Task:
+    """tools/train.py for this job; going on from `latest` where there is one."""
+    resume = ["--resume"] if (job.folder / "latest").exists() else []
+    command = [sys.executable, str(REPOSITORY / "tools/train.py"), "--cfg", str(job.config), *resume, *job.overrides]
+    return Task(command, os.getcwd(), {}, (job.folder / LOG).absolute())
+
+
+class Processes:
+    """The processes that are running, so that all of them can be ended."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def run(self, task: Task, environment: dict[str, str] | None = None) -> str:
+        """Run to the end, with the output appended to the task's log.
+
+        Returns:
+            Empty when it went well, else the last line of what it said.
+        """
+        task.log.parent.mkdir(parents=True, exist_ok=True)
+        with task.log.open("ab") as log:
+            start = log.tell()
+            with self._lock:
+                if self._ended:
+                    return "interrupted"
+                process = subprocess.Popen(
+                    task.command, cwd=task.cwd, env=os.environ | task.environment | (environment or {}),
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                )  # fmt: skip
+                self._running.add(process)
+            try:
+                status = process.wait()
+            except BaseException:  # Ray cancels a task by an exception
+                process.terminate()
+                raise
+            finally:
+                self._running.discard(process)
+        lines = task.log.read_bytes()[start:].decode(errors="replace").split("\n")
+        return "" if status == 0 else next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
+
+    def end(self) -> None:
+        """End what is running, and start no more."""
+        with self._lock:
+            self._ended = True
+            for process in self._running:
+                process.terminate()
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named:
+        return named.split(",")
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def run_here(jobs: Sequence[Job], workers: int, gpus: Sequence[str]) -> Iterator[tuple[Job, str]]:
+    """Run the jobs on this machine, `workers` at a time, the GPUs dealt out in turn.
+
+    Yields:
+        Each job as it ends, with what went wrong; empty when nothing did. Left early, it ends what is running.
+    """
+    processes = Processes()
+    places: SimpleQueue[dict[str, str]] = SimpleQueue()
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    for i in range(workers):
+        gpu = {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}
+        places.put({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), **gpu})
+
+    def work(job: Job) -> str:
+        place = places.get()
+        try:
+            return processes.run(task(job), place)
+        finally:
+            places.put(place)
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(work, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            processes.end()
+
+
+def run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, str]]:
+    """Run the jobs on a Ray cluster, a GPU each where it has GPUs, else a processor each. As `run_here` yields.
+
+    The repository, the data and the output must be at the same place on every machine.
+
+    Args:
+        address: as `ray.init` takes it: "auto", "host:port", "ray://..."; "local" starts one here.
+
+    Raises:
+        UserError: Ray is not installed, or there is no cluster at the address.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--ray needs Ray: pip install -e '.[ray]'") from None
+    try:
+        path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+        ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False, logging_level="error")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"no Ray cluster at {address}: {' '.join(str(error).split())[:200]}") from None
+    try:
+        gpu = 1 if ray.cluster_resources().get("GPU") else 0
+        remote = ray.remote(num_cpus=1, num_gpus=gpu, max_retries=0)(_run_task)
+        waiting = {remote.remote(task(job)): job for job in jobs}
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            job = waiting.pop(done)
+            try:
+                said = ray.get(done)
+            except ray.exceptions.RayError as error:  # the machine was lost, or ran out of memory
+                said = " ".join(str(error).split())[:200]
+            yield job, said
+    finally:
+        ray.shutdown()
+
+
+def _run_task(task: Task) -> str:
+    return Processes().run(task)
