@@ -3,6 +3,7 @@
 
     python tools/train.py --cfg configs/digits/kd.yaml
     python tools/train.py --cfg configs/cifar100/dkd/res56_res20.yaml SOLVER.BATCH_SIZE 128 EXPERIMENT.SEED 1
+    torchrun --nproc_per_node=4 tools/train.py --cfg configs/imagenet/r34_r18/dkd.yaml
 """
 
 import argparse
@@ -11,9 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mdistiller.analysis.curves import draw_run
 from mdistiller.engine.build import build_trainer, deployment_lines
 from mdistiller.engine.cfg import load_cfg, show_cfg
 from mdistiller.engine.cli import one_line_errors
+from mdistiller.engine.ranks import joined_ranks
 from mdistiller.errors import UserError
 
 
@@ -30,11 +33,15 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         cfg = load_cfg(args.cfg, args.opts)
-        trainer = build_trainer(cfg, args.opts)
-        first = trainer.begin(resume=args.resume, overwrite=args.overwrite)
-    print(show_cfg(cfg), *deployment_lines(trainer), sep="\n", flush=True)
-    with one_line_errors(UserError):
+    with one_line_errors(UserError), joined_ranks(cfg.EXPERIMENT.DEVICE) as ranks:
+        with one_line_errors():
+            trainer = build_trainer(cfg, args.opts)
+            first = trainer.begin(resume=args.resume, overwrite=args.overwrite)
+        if ranks.first:
+            print(show_cfg(cfg), *deployment_lines(trainer), sep="\n", flush=True)
         trainer.run(first)
+        if ranks.first:
+            draw_run(trainer.log_path)
 
 
 if __name__ == "__main__":

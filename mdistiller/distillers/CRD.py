@@ -16,6 +16,7 @@ from yacs.config import CfgNode as CN
 from ..errors import UserError
 from ._base import Distiller, Features, Losses, register
 from ._common import count_parameters, full_precision, probe_pair
+from ._ranks import gather_batch, mean_over_ranks
 
 _EPS = 1e-7
 # Elements of the largest temporary tensor: 16 MiB in float32, about what a processor's cache holds.
@@ -158,8 +159,10 @@ class ContrastMemory(nn.Module):
         _, temperature, z_student, z_teacher, _ = self.params.unbind()
         loss_student = nce_loss(v_student, self.memory_v2, contrastive_index, temperature, z_student)
         loss_teacher = nce_loss(v_teacher, self.memory_v1, contrastive_index, temperature, z_teacher)
-        self._update(self.memory_v1, v_student, index)
-        self._update(self.memory_v2, v_teacher, index)
+        # Every rank enters the images of all ranks, so that their banks stay the same.
+        index = gather_batch(index)
+        self._update(self.memory_v1, gather_batch(v_student.detach()), index)
+        self._update(self.memory_v2, gather_batch(v_teacher.detach()), index)
         return loss_student + loss_teacher
 
     @torch.no_grad()
@@ -168,8 +171,8 @@ class ContrastMemory(nn.Module):
         for place, embed, bank in ((2, v_student, self.memory_v2), (3, v_teacher, self.memory_v1)):
             if self.params[place] < 0:
                 parts = _scores(embed, bank, contrastive_index)
-                total = sum(scores.div_(self.params[1]).exp_().sum() for scores, _ in parts)
-                self.params[place] = total / contrastive_index.numel() * len(bank)
+                total = torch.stack([scores.div_(self.params[1]).exp_().sum() for scores, _ in parts]).sum()
+                self.params[place] = mean_over_ranks(total / contrastive_index.numel()) * len(bank)
         # Asked once and not at every step: reading `params` would make the host wait for the device.
         self._z_known = True
 
@@ -216,6 +219,8 @@ class CRD(Distiller):
 
     needs_run = ("num_data",)
     needs_batch = ("contrastive_index",)
+    teacher_outputs = ("pooled_feat",)
+    compares_images = True  # with the bank, which an image enters before the next part of the batch
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, num_data: int) -> None:
         super().__init__(student, teacher)

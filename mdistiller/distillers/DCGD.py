@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..grouping import load_groups
 from ..models.grouped import GroupedStudent
 from ..registry import unknown_name
-from ._base import Distiller, Losses, distiller_dict, register
+from ._base import Distiller, Features, Losses, distiller_dict, register
 from .KD import kd_loss
 
 DEFAULTS = CN(
@@ -76,8 +76,18 @@ class DCGD(Distiller):
         self.method: Distiller = method(grouped.base, teacher, cfg, **{fact: facts[fact] for fact in method.needs_run})
         for name in ("student", "teacher"):  # borrowed, not owned: each network is in the state once
             self.method.__dict__[name] = self.method._modules.pop(name)
-        self.needs_batch = self.method.needs_batch  # type: ignore[misc]
-        self.teacher_in_train_mode = self.method.teacher_in_train_mode  # type: ignore[misc]
+        # What both ask of the teacher is worked out once.
+        self._teacher_once = _Once(self.method.teacher_forward)
+        self.method.__dict__["teacher_forward"] = self._teacher_once
+        for fact in ("needs_batch", "teacher_in_train_mode", "compares_images"):
+            setattr(self, fact, getattr(self.method, fact))
+        self.teacher_outputs = tuple({"logits", *self.method.teacher_outputs})  # type: ignore[misc]
+
+    def run_teacher_by(self, runner: Callable[[Tensor], Any]) -> None:
+        self.method.run_teacher_by(runner)
+
+    def teacher_forward(self, image: Tensor) -> tuple[Tensor, Features]:
+        return self._teacher_once(image)
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         """The base method's (the plain network's among them) and the branches'."""
@@ -89,11 +99,11 @@ class DCGD(Distiller):
         return self.method.get_extra_parameters()
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        with _outputs(self.student.base, image) as of_student, _outputs(self.teacher, image) as of_teacher:
+        with _outputs(self.student.base, image) as of_student, self._teacher_once:
             logits_single, losses = self.method.forward_train(image, target, **kwargs)
-        # A base method need not show this image to both: plain cross-entropy asks no teacher.
+            logits_teacher, _ = self.teacher_forward(image)
+        # A base method need not show this image to the student.
         _, features = of_student[0] if of_student else self.student.base(image)
-        logits_teacher, _ = of_teacher[0] if of_teacher else self.teacher_forward(image)
         logits_grouped = self.student.forward_grouped(features)
         loss_kd = kd_loss(logits_grouped, logits_teacher.detach(), self.temperature)
         loss_ce = F.cross_entropy(logits_grouped, target)
@@ -158,6 +168,29 @@ def group_student(student: nn.Module, cfg: CN) -> GroupedStudent:
             "tools/group_classes.py wrote, or to the name of a published grouping"
         )
     return GroupedStudent(student, load_groups(source), cfg.DCGD.BRANCHES)
+
+
+class _Once:
+    """A function of an image that, while its context is open, answers for the same image from memory."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        self.function = function
+        self._open = False
+        self._known: tuple[Tensor, Any] | None = None
+
+    def __enter__(self) -> None:
+        self._open = True
+
+    def __exit__(self, *_: object) -> None:
+        self._open, self._known = False, None
+
+    def __call__(self, image: Tensor) -> Any:
+        if self._known is not None and self._known[0] is image:
+            return self._known[1]
+        output = self.function(image)
+        if self._open:
+            self._known = (image, output)
+        return output
 
 
 @contextmanager

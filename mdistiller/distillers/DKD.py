@@ -65,6 +65,8 @@ def _log_parts(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 class DKD(Distiller):
     """Cross-entropy with the labels and `dkd_loss` with the teacher, growing over the first WARMUP epochs."""
 
+    teacher_outputs = ("logits",)
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.DKD.CE_WEIGHT

@@ -42,6 +42,8 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
 class KD(Distiller):
     """Cross-entropy with the labels and `kd_loss` with the teacher."""
 
+    teacher_outputs = ("logits",)
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher)
         self.temperature = cfg.KD.TEMPERATURE

@@ -9,6 +9,7 @@ from yacs.config import CfgNode as CN
 
 from ._base import Features, register
 from ._common import FeatureDistiller, full_precision
+from ._ranks import gather_batch
 
 
 @full_precision
@@ -45,8 +46,11 @@ def _neighbours(f: Tensor, eps: float) -> Tensor:
 class PKT(FeatureDistiller):
     """Cross-entropy with the labels and `pkt_loss` between the pooled features."""
 
+    teacher_outputs = ("pooled_feat",)
+    compares_images = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher, cfg.PKT)
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
-        return pkt_loss(feature_student["pooled_feat"], feature_teacher["pooled_feat"])
+        return pkt_loss(gather_batch(feature_student["pooled_feat"]), gather_batch(feature_teacher["pooled_feat"]))

@@ -13,6 +13,7 @@ from yacs.config import CfgNode as CN
 
 from ._base import Features, register
 from ._common import FeatureDistiller, full_precision
+from ._ranks import gather_batch
 
 # Elements of the largest temporary tensor, unless one vertex alone has more.
 _CHUNK = 2**20
@@ -179,6 +180,9 @@ DEFAULTS = CN(
 class RKD(FeatureDistiller):
     """Cross-entropy with the labels and `rkd_loss` between the pooled features, which may differ in width."""
 
+    teacher_outputs = ("pooled_feat",)
+    compares_images = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher, cfg.RKD)
         self.distance_weight = cfg.RKD.DISTANCE_WEIGHT
@@ -188,8 +192,8 @@ class RKD(FeatureDistiller):
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
         return rkd_loss(
-            feature_student["pooled_feat"],
-            feature_teacher["pooled_feat"],
+            gather_batch(feature_student["pooled_feat"]),
+            gather_batch(feature_teacher["pooled_feat"]),
             self.squared,
             self.eps,
             self.distance_weight,

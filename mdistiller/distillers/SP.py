@@ -12,6 +12,7 @@ from yacs.config import CfgNode as CN
 
 from ._base import Features, register
 from ._common import FeatureDistiller, align, full_precision
+from ._ranks import gather_batch
 
 
 @full_precision
@@ -56,9 +57,11 @@ class SP(FeatureDistiller):
     Of two maps of different size the larger is average-pooled to the smaller, as in AT, NST and VID.
     """
 
+    compares_images = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher, cfg.SP)
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
         f_s, f_t = align(feature_student["feats"][-1], feature_teacher["feats"][-1])
-        return sp_loss([f_s], [f_t])
+        return sp_loss([gather_batch(f_s)], [gather_batch(f_t)])

@@ -67,12 +67,18 @@ class Distiller(nn.Module):
     needs_teacher: ClassVar[bool] = True
     # OFD trains with its teacher in training mode, as its paper's code does; everybody else's teacher is in eval mode.
     teacher_in_train_mode: ClassVar[bool] = False
+    # What the method reads of the teacher: "logits" or "pooled_feat" may come from DISTILLER.TEACHER_CACHE.
+    teacher_outputs: ClassVar[tuple[str, ...]] = ("feature maps",)
+    # The loss compares the images of a batch with each other, so a batch cannot be taken in parts (SOLVER.ACCUMULATE).
+    compares_images: ClassVar[bool] = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher
         self.teacher.requires_grad_(False)
+        # In a tuple, so that what runs in the teacher's place is no submodule and in no checkpoint.
+        self._runner: tuple[Callable[[Tensor], Any]] | None = None
         self._output_checked = False
 
     def train(self, mode: bool = True) -> Distiller:
@@ -90,10 +96,14 @@ class Distiller(nn.Module):
         """How many parameters the method adds to the student while training."""
         return 0
 
+    def run_teacher_by(self, runner: Callable[[Tensor], Any]) -> None:
+        """Let `runner` answer in the teacher's place: the same function, made faster."""
+        self._runner = (runner,)
+
     def teacher_forward(self, image: Tensor) -> tuple[Tensor, Features]:
         """The teacher's logits (B, C) and features for `image` (B, 3, H, W), without gradients."""
         with torch.no_grad():
-            return self.teacher(image)
+            return (self._runner[0] if self._runner else self.teacher)(image)
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         """One training step's logits and losses; see the class."""
@@ -142,6 +152,7 @@ class Vanilla(Distiller):
     """The student alone, trained by cross-entropy: the baseline of every table."""
 
     needs_teacher = False
+    teacher_outputs = ()
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None, cfg: CN | None = None) -> None:
         super().__init__(student, teacher if teacher is not None else nn.Identity())

@@ -79,6 +79,19 @@ class DistillationOrientedTrainer(Optimizer):
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             self._kd_grads[p], p.grad = p.grad, None
 
+    def gradients(self) -> list[Tensor]:
+        """The sum of both gradients, of every parameter that has one."""
+        sums = []
+        for p in (p for group in self.param_groups for p in group["params"]):
+            parts = [g for g in (p.grad, self._kd_grads.get(p)) if g is not None]
+            if parts:
+                sums.append(sum(parts[1:], parts[0]))
+        return sums
+
+    def drop_kd(self) -> None:
+        """Forget the gradients that `step_kd` took."""
+        self._kd_grads = {}
+
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """One update by the gradients that `step_kd` took and those that are there now, the task loss's."""

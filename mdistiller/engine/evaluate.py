@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distillers import Distiller
+from .ranks import Ranks
 
 Heads = Callable[[Tensor], dict[str, Tensor]]
 
@@ -42,12 +43,15 @@ def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list
     return list(correct_counts(output, target, topk) * (100.0 / len(target)))
 
 
-def evaluate(loader: Iterable[tuple[Tensor, ...]], heads: Heads, device: torch.device) -> dict[str, Score]:
+def evaluate(
+    loader: Iterable[tuple[Tensor, ...]], heads: Heads, device: torch.device, ranks: Ranks | None = None
+) -> dict[str, Score]:
     """Score every head on a data set.
 
     Args:
         loader: batches that begin with (image, target).
         heads: maps an image batch on `device` to logits (B, C) by head name.
+        ranks: that each have a share of the data set, and get the scores of the whole.
 
     Raises:
         ValueError: the loader is empty.
@@ -62,14 +66,18 @@ def evaluate(loader: Iterable[tuple[Tensor, ...]], heads: Heads, device: torch.d
                 loss = F.cross_entropy(logits.float(), target, reduction="sum").double()
                 sums = torch.cat([correct_counts(logits, target).double(), loss[None]])
                 totals[name] = totals[name] + sums if name in totals else sums
+    shares = (ranks or Ranks()).gather((count, {name: sums.tolist() for name, sums in totals.items()}))
+    count = sum(own for own, _ in shares)
     if not count:
         raise ValueError("nothing to evaluate on: the validation set is empty")
-    return {name: Score(*_means(sums, count)) for name, sums in totals.items()}
+    names = next(sums for own, sums in shares if own)
+    return {name: _score([sums[name] for own, sums in shares if own], count) for name in names}
 
 
-def _means(sums: Tensor, count: int) -> tuple[float, float, float]:
-    top1, top5, loss = (sums / count).tolist()
-    return 100 * top1, 100 * top5, loss
+def _score(shares: list[list[float]], count: int) -> Score:
+    """From the ranks' sums of hits, hits among five, and losses."""
+    top1, top5, loss = (sum(values) / count for values in zip(*shares))
+    return Score(100 * top1, 100 * top5, loss)
 
 
 def evaluate_distiller(loader: Iterable[tuple[Tensor, ...]], distiller: Distiller) -> dict[str, Score]:

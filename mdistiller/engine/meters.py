@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .ranks import Ranks
 
 
 class Meters:
@@ -19,9 +23,37 @@ class Meters:
         for name, total in totals.items():
             self.sums[name] = self.sums[name] + total.double() if name in self.sums else total.double()
 
+    def over(self, ranks: Ranks) -> Meters:
+        """The meters of all ranks together. Every rank must ask, with the same names."""
+        whole = Meters()
+        if self.sums:
+            *totals, count = ranks.sum(torch.stack([*self.sums.values(), self._count_tensor()])).unbind()
+            whole.sums, whole.count = dict(zip(self.sums, totals)), int(count)
+        return whole
+
     def means(self) -> dict[str, float]:
         """The mean of every name over all images added so far."""
         if not self.sums:
             return {}
         values = (torch.stack(list(self.sums.values())) / self.count).tolist()
         return dict(zip(self.sums, values))
+
+    def _count_tensor(self) -> Tensor:
+        return next(iter(self.sums.values())).new_tensor(self.count)
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        self.sums, self.count = {}, 0
+
+    def clear(self) -> None:
+        """Zero for every name."""
+        self.sums, self.count = {name: torch.zeros_like(total) for name, total in self.sums.items()}, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        return {"count": self.count, "sums": dict(self.sums)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from a state."""
+        self.count = state["count"]
+        self.sums = {name: total.to(device) for name, total in state["sums"].items()}

@@ -3,51 +3,55 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode as CN
 
 from ..dataset.contrastive import ContrastiveSampler
 from ..distillers import Distiller
 from ..errors import UserError
 from ..registry import Registry
-from .checkpoint import load_checkpoint, load_state, save_checkpoint, strip_module
-from .evaluate import Score, correct_counts, evaluate_distiller
-from .logger import build_logger
+from .checkpoint import SaveError, load_state, newest_whole, prune, save_checkpoint, strip_module
+from .ema import MeanWeights
+from .evaluate import Score, correct_counts, evaluate
+from .finite import FiniteWatch, NonFiniteLossError
+from .logger import Logger, build_logger
 from .meters import Meters
-from .runtime import describe_run, peak_memory, pick_device, seed_everything
+from .progress import Clock, Progress
+from .ranks import current_ranks
+from .run_lock import run_lock
+from .runtime import (
+    choose_kernels,
+    describe_run,
+    peak_memory,
+    pick_device,
+    random_state,
+    seed_everything,
+    set_random_state,
+)
+from .schedule import adjust_learning_rate, learning_rate
+from .signals import Stopped, StopRequest
+from .sync_batchnorm import synchronize_batchnorm
+from .teacher import DTYPES, speed_up_teacher
 from .update import DotUpdate, SumUpdate
+
+__all__ = ["CRDDOT", "DOT", "BaseTrainer", "CRDTrainer", "NonFiniteLossError", "adjust_learning_rate", "learning_rate"]
 
 FIELDS = ("image", "target", "index", "contrastive_index")
 
 
-def learning_rate(epoch: int, cfg: CN) -> float:
-    """The original's steps: LR times LR_DECAY_RATE for every stage that `epoch` (from 1) has passed."""
-    return cfg.SOLVER.LR * cfg.SOLVER.LR_DECAY_RATE ** sum(epoch > stage for stage in cfg.SOLVER.LR_DECAY_STAGES)
-
-
-def adjust_learning_rate(epoch: int, cfg: CN, optimizer: torch.optim.Optimizer) -> float:
-    """Set and return the `learning_rate` of `epoch` (from 1)."""
-    lr = learning_rate(epoch, cfg)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
-class NonFiniteLossError(UserError):
-    """A loss became NaN or infinite; names the epoch and the parts."""
-
-
 class BaseTrainer:
     """Trains a distiller: epochs of steps, each epoch followed by validation, log lines and checkpoints.
+
+    Under torchrun every process trains on its share of each batch, and the first one writes.
 
     Args:
         experiment_name: the run's folder below LOG.PREFIX.
@@ -55,9 +59,12 @@ class BaseTrainer:
         train_loader: batches (image, target, index), or with contrastive_index as a fourth.
         val_loader: batches that begin with (image, target).
         cfg: the whole configuration tree.
+
+    Raises:
+        UserError: a SOLVER setting that the method or the number of processes cannot take.
     """
 
-    update_rule: ClassVar[type] = SumUpdate
+    update_rule: ClassVar[type[SumUpdate]] = SumUpdate
 
     def __init__(
         self, experiment_name: str, distiller: nn.Module, train_loader: Any, val_loader: Any, cfg: CN
@@ -65,16 +72,37 @@ class BaseTrainer:
         self.cfg = cfg
         self.name = experiment_name
         self.log_path = Path(cfg.LOG.PREFIX) / experiment_name
+        self.ranks = current_ranks()
         self.device = pick_device(cfg.EXPERIMENT.DEVICE)
+        choose_kernels(cfg.EXPERIMENT.DETERMINISTIC)
         plain: Any = getattr(distiller, "module", distiller)
-        self.distiller: Distiller = plain.to(device=self.device, memory_format=torch.channels_last)
-        self.train_loader = _on_device(train_loader, self.device)
-        self.val_loader = _on_device(val_loader, self.device)
+        layout = {"memory_format": torch.channels_last} if cfg.SOLVER.CHANNELS_LAST else {}
+        self.distiller: Distiller = plain.to(device=self.device, **layout)
+        _check_parts(self.distiller, cfg, self.ranks.world)
+        if cfg.SOLVER.SYNC_BN and self.ranks.world > 1:
+            synchronize_batchnorm(self.distiller, self.device)
+        self.train_loader = self._own_share(train_loader)
+        self.val_loader = self._own_share(val_loader)
+        self.teacher_cache = speed_up_teacher(self.distiller, self.train_loader, cfg)
         self.update = self.update_rule(self.distiller.get_learnable_parameters(), cfg)
         self.optimizer = self.update.optimizer
+        self.mean_student = MeanWeights(self.distiller.student, cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
         self.negatives = self._negatives()
+        self.module = self._module()
+        self.stop = StopRequest()
+        self.watch = FiniteWatch(self.log_path, self.device)
+        # Steps without effect (SOLVER.NAN_POLICY skip): of this epoch, and since the last that had one.
+        self.skipped = self.skipped_in_a_row = 0
         self.best_acc: dict[str, float] = {}
         self.last_acc: dict[str, float] = {}
+        # Where an interrupted epoch stood; empty at an epoch's end.
+        self._interrupted: dict[str, Any] = {}
+
+    def _own_share(self, loader: Any) -> Any:
+        """In-memory loaders keep their images on the training device; a custom one may lack either method."""
+        if self.ranks.world > 1:
+            loader = loader.shard(self.ranks.rank, self.ranks.world)
+        return loader.to(self.device) if hasattr(loader, "to") else loader
 
     def _negatives(self) -> ContrastiveSampler | None:
         """The sampler of contrastive_index, where the method asks for it and the loader does not bring it."""
@@ -84,12 +112,23 @@ class BaseTrainer:
         sampler = ContrastiveSampler(self.train_loader.targets, crd.NCE.K, crd.MODE, self.cfg.EXPERIMENT.SEED)
         return sampler.to(self.device)
 
+    def _module(self) -> nn.Module:
+        """What a step calls: the distiller, compiled or spread over the ranks where that is asked for."""
+        if self.cfg.SOLVER.COMPILE:
+            mode = "reduce-overhead" if self.device.type == "cuda" else None  # with CUDA graphs
+            self.distiller.forward_train = torch.compile(self.distiller.forward_train, mode=mode)  # type: ignore[method-assign]
+        if self.ranks.world == 1 or not self.update.one_backward:
+            return self.distiller
+        frozen = [f"teacher.{name}" for name in self.distiller.teacher.state_dict()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.distiller, frozen)
+        return DistributedDataParallel(self.distiller, broadcast_buffers=False, gradient_as_bucket_view=True)
+
     def train(self, resume: bool = False) -> None:
         """Train to SOLVER.EPOCHS, from the start or from where `latest` stands: `begin`, then `run`."""
         self.run(self.begin(resume))
 
     def begin(self, resume: bool = False, overwrite: bool = False) -> int:
-        """The first epoch to train: 1, or the one after `latest`. Writes nothing.
+        """The first epoch to train: 1, or where `latest` stands. Writes nothing.
 
         Raises:
             UserError: resuming without a fitting `latest`; or not resuming where there is one, unless `overwrite`.
@@ -106,72 +145,187 @@ class BaseTrainer:
         """Train from epoch `first` to SOLVER.EPOCHS.
 
         Raises:
-            NonFiniteLossError: a loss became NaN or infinite.
+            UserError: a loss became NaN or infinite (NonFiniteLossError), a checkpoint could not be written, or
+                another process has this run.
+            Stopped: a signal asked for it; the run can be resumed from this very step.
         """
         if first > self.cfg.SOLVER.EPOCHS:
-            print(f"{self.log_path} is trained already, to epoch {first - 1} of {self.cfg.SOLVER.EPOCHS}")
+            self._say(f"{self.log_path} is trained already, to epoch {first - 1} of {self.cfg.SOLVER.EPOCHS}")
             return
-        self.log_path.mkdir(parents=True, exist_ok=True)
-        self._record()
-        self.logger = build_logger(self.log_path, self.name, self.cfg, first)
-        for epoch in range(first, self.cfg.SOLVER.EPOCHS + 1):
-            self.train_epoch(epoch)
-        self.logger.finish(_by_head("best_acc", self.best_acc) | _by_head("last_acc", self.last_acc))
+        with ExitStack() as stack:
+            if self.ranks.first:
+                stack.enter_context(run_lock(self.log_path))
+                self._record()
+            done = (first - 1) * len(self.train_loader) + self._interrupted.get("step", 0)
+            self.logger = (
+                build_logger(self.log_path, self.name, self.cfg, first, done) if self.ranks.first else Logger({})
+            )
+            stack.enter_context(self.stop.listening())
+            for epoch in range(first, self.cfg.SOLVER.EPOCHS + 1):
+                self.train_epoch(epoch)
         for name, best in self.best_acc.items():
             label = f" ({name} head)" if name else ""
-            print(f"Best accuracy{label}: {best:.2f}, last epoch: {self.last_acc[name]:.2f}  -> {self.log_path}")
+            self._say(f"Best accuracy{label}: {best:.2f}, last epoch: {self.last_acc[name]:.2f}  -> {self.log_path}")
 
     def train_epoch(self, epoch: int) -> None:
-        """One epoch: its steps, then validation, then the log, then the checkpoints."""
-        seed_everything(self.cfg.EXPERIMENT.SEED, epoch)
-        lr = adjust_learning_rate(epoch, self.cfg, self.optimizer)
+        """One epoch, or the rest of one: its steps, then validation, then the log, then the checkpoints."""
+        seed_everything(self.cfg.EXPERIMENT.SEED, epoch, self.ranks.rank)
         if hasattr(self.train_loader, "set_epoch"):
             self.train_loader.set_epoch(epoch)
-        self.distiller.train()
-
-        meters, clock = Meters(), _Clock()
+        meters, recent, clock, done = self._take_up()
         steps = len(self.train_loader)
-        with tqdm(total=steps, disable=not sys.stderr.isatty(), desc=f"epoch {epoch}", leave=False) as bar:
-            for step, batch in enumerate(clock.around(self.train_loader), start=1):
-                self.train_iter(self.prepare_batch(batch, epoch), epoch, meters)
-                bar.update()
-                if step % self.cfg.LOG.TENSORBOARD_FREQ == 0:
-                    self.logger.step((epoch - 1) * steps + step, {"lr": lr, **meters.means()})
-        means = meters.means()  # waits for the device: the clock stops after it
+        self.distiller.train()
+        bar = Progress(epoch, steps, done, shown=self.ranks.first)
+        for step, batch in enumerate(clock.around(_batches_from(self.train_loader, done)), start=done + 1):
+            lr = adjust_learning_rate(epoch, self.cfg, self.optimizer, step - 1, steps)
+            due = step % self.cfg.LOG.TENSORBOARD_FREQ == 0
+            self.train_iter(self.prepare_batch(batch, epoch), epoch, meters, recent, step, measure=due)
+            bar.update(lr, meters, len(batch[0]) * self.ranks.world)
+            if due:
+                self.logger.step((epoch - 1) * steps + step, {"lr": lr, **recent.over(self.ranks).means()})
+                recent.reset()
+            self._pause(epoch, step, meters, recent, clock)
+        bar.close()
+        self.watch.check()
+        whole = meters.over(self.ranks)
+        if not whole.count:
+            raise NonFiniteLossError(f"epoch {epoch}: no step had finite losses; try a lower SOLVER.LR")
+        means = whole.means()  # waits for the device: the clock stops after it
         clock.stop_training()
-        _require_finite(means, epoch)
 
-        scores = evaluate_distiller(self.val_loader, self.distiller)
-        metrics = {"lr": lr, **_epoch_metrics(means, scores), **clock.metrics(steps, meters.count)}
-        metrics["peak_memory_mib"] = peak_memory(self.device)
+        scores = self.validate(epoch, steps, meters, recent, clock)
+        metrics = {"lr": self.optimizer.param_groups[0]["lr"], **_epoch_metrics(means, scores)}
+        metrics |= {**clock.metrics(steps, whole.count), "peak_memory_mib": peak_memory(self.device)}
+        if self.teacher_cache is not None:
+            metrics["teacher_cache_hits"] = self.teacher_cache.hit_rate()
+        if self.cfg.SOLVER.NAN_POLICY == "skip":
+            metrics["skipped_steps"], self.skipped = self.skipped, 0
         improved = self._note_best(scores)
         self.logger.epoch(epoch, metrics)
+        if epoch == self.cfg.SOLVER.EPOCHS:  # before `latest` says that the run is over
+            self.logger.finish(_by_head("best_acc", self.best_acc) | _by_head("last_acc", self.last_acc))
         self.save(epoch, improved)
-        print(
-            f"epoch {epoch}/{self.cfg.SOLVER.EPOCHS}: lr {lr:g}, train_acc {metrics['train_acc']:.2f}, "
+        self._say(
+            f"epoch {epoch}/{self.cfg.SOLVER.EPOCHS}: lr {metrics['lr']:g}, train_acc {metrics['train_acc']:.2f}, "
             f"train_loss {metrics['train_loss']:.4f}, test_acc {metrics['test_acc']:.2f}, "
-            f"{metrics['epoch_seconds']:.1f} s, {metrics['images_per_second']:.0f} images/s",
-            flush=True,
+            f"{metrics['epoch_seconds']:.1f} s, {metrics['images_per_second']:.0f} images/s"
         )
+        self._stop_if_asked(self.ranks.any(self.stop.signal))
 
     def prepare_batch(self, batch: Iterable[Tensor], epoch: int) -> dict[str, Tensor]:
         """The loader's tuple as named tensors on the device, with what the method needs beside them."""
         fields = {name: tensor.to(self.device, non_blocking=True) for name, tensor in zip(FIELDS, batch)}
+        if not self.cfg.SOLVER.CHANNELS_LAST:
+            fields["image"] = fields["image"].contiguous()
         if self.negatives is not None and "contrastive_index" not in fields:
             fields["contrastive_index"] = self.negatives(fields["index"], epoch)
         return fields
 
-    def train_iter(self, batch: dict[str, Tensor], epoch: int, meters: Meters) -> None:
-        """One step on one batch; its figures go to `meters`, without waiting for the device."""
-        logits, losses = self.distiller(**batch, epoch=epoch)
-        total = self.update(losses)
-        target = batch["target"]
+    def train_iter(
+        self,
+        batch: dict[str, Tensor],
+        epoch: int,
+        meters: Meters,
+        recent: Meters | None = None,
+        step: int = 0,
+        measure: bool = False,
+    ) -> None:
+        """One step on one batch, without waiting for the device.
+
+        Args:
+            meters: takes the step's figures; `recent` too, and the gradients' norm if `measure`d.
+            step: of the epoch, from 1; for the message should a loss not be finite.
+        """
+        parts = self.cfg.SOLVER.ACCUMULATE
+        kept = self._buffers() if self.cfg.SOLVER.NAN_POLICY == "skip" else None
+        figures: dict[str, Tensor] = {}
+        for number, part in enumerate(_split(batch, parts), start=1):
+            share = len(part["target"]) / len(batch["target"])
+            losses, more = self._part(part, epoch, share, last=number == parts)
+            if kept is not None and self._skips(losses, batch, epoch, step, kept):
+                return
+            if kept is None:
+                self.watch.add(epoch, step, losses, part["index"] if "index" in part else part["target"][:0])
+            figures = {name: figures[name] + value if figures else value for name, value in more.items()}
+        norm = self.update.step(measure)
+        if self.mean_student is not None:
+            self.mean_student.update(self.distiller.student)
+        meters.add(len(batch["target"]), figures)
+        if recent is not None:
+            recent.add(len(batch["target"]), figures)
+            if norm is not None:
+                recent.sums["grad_norm"] = norm.double() * recent.count
+
+    def _part(
+        self, part: dict[str, Tensor], epoch: int, share: float, last: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Forward and backward of one part of a batch; its losses, and its figures as sums over its images."""
+        if self.teacher_cache is not None:
+            self.teacher_cache.look_up(part["index"])
+        dtype = DTYPES.get(self.cfg.SOLVER.AMP)
+        spread = isinstance(self.module, DistributedDataParallel)
+        with self.module.no_sync() if spread and not last else nullcontext():  # type: ignore[operator]
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                logits, losses = self.module(**part, epoch=epoch)
+            total = self.update.backward(losses, share)
+        target = part["target"]
         top1, top5 = correct_counts(logits.detach(), target).unbind()
-        parts = {f"loss/{name}": loss.detach().mean() * len(target) for name, loss in losses.items()}
-        meters.add(
-            len(target),
-            {"train_acc": 100 * top1, "train_acc_top5": 100 * top5, "train_loss": total * len(target), **parts},
-        )
+        figures = {"train_acc": 100 * top1, "train_acc_top5": 100 * top5, "train_loss": total * len(target)}
+        return losses, figures | {f"loss/{k}": loss.detach().mean() * len(target) for k, loss in losses.items()}
+
+    def _buffers(self) -> list[Tensor]:
+        """Copies of what a bad batch would spoil beside the gradients: BatchNorm's statistics, CRD's banks."""
+        return [buffer.clone() for buffer in self.distiller.buffers()]
+
+    def _skips(
+        self, losses: dict[str, Tensor], batch: dict[str, Tensor], epoch: int, step: int, kept: list[Tensor]
+    ) -> bool:
+        """Whether the losses are bad on any rank, and the step is dropped.
+
+        Raises:
+            NonFiniteLossError: for the SOLVER.NAN_LIMIT + 1st time in a row.
+        """
+        values = {name: float(loss.detach().mean()) for name, loss in losses.items()}
+        if not self.ranks.any(not all(abs(value) < float("inf") for value in values.values())):
+            self.skipped_in_a_row = 0
+            return False
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.cfg.SOLVER.NAN_LIMIT:
+            raise self.watch.error(epoch, step, values, batch["index"])
+        self.update.drop()
+        for buffer, before in zip(self.distiller.buffers(), kept):
+            buffer.copy_(before)
+        self._say(f"warning: epoch {epoch}, iteration {step} is skipped, its losses are {values}")
+        return True
+
+    def validate(
+        self, epoch: int, steps: int, meters: Meters, recent: Meters, clock: Clock
+    ) -> dict[str, Score]:
+        """The scores of every head, and of the mean student where there is one."""
+        self.ranks.copy_buffers(self.distiller)
+        self.distiller.eval()
+
+        def batches() -> Iterator[Any]:
+            for batch in self.val_loader:
+                # Several ranks have different numbers of batches, and agree to stop only afterwards.
+                if self.stop.signal and self.ranks.world == 1:
+                    self._save_within(epoch, steps, meters, recent, clock)
+                    self._stop_if_asked(self.stop.signal)
+                yield batch
+
+        return evaluate(batches(), self._heads, self.device, self.ranks)
+
+    def _heads(self, image: Tensor) -> dict[str, Tensor]:
+        heads = self.distiller.forward_heads(image)
+        if self.mean_student is None:
+            return heads
+        student, self.distiller.student = self.distiller.student, self.mean_student.network
+        try:
+            first = next(iter(self.distiller.forward_heads(image).values()))
+        finally:
+            self.distiller.student = student
+        return {name or "student": logits for name, logits in heads.items()} | {"ema": first}
 
     def _note_best(self, scores: dict[str, Score]) -> list[str]:
         """Keep last and best top-1 of every head; returns the heads whose best this is."""
@@ -181,53 +335,141 @@ class BaseTrainer:
         return improved
 
     def save(self, epoch: int, improved: list[str]) -> None:
-        """Write `latest`, every SAVE_CHECKPOINT_FREQ epochs `epoch_N`, and `best` where a head got better."""
+        """Write `best` where a head got better, every SAVE_CHECKPOINT_FREQ epochs `epoch_N`, and `latest` at last.
+
+        So a run that is killed in between goes on from the `latest` before, and writes the others again.
+        """
         first, *others = self.last_acc
+        files = {f"student_best_{name}": self._student_state(name) for name in set(others) & set(improved)}
+        if first in improved:
+            files |= {"student_best": self._student_state(), "best": self._state(epoch)}
+        if epoch % self.cfg.LOG.SAVE_CHECKPOINT_FREQ == 0:
+            files |= {f"student_{epoch}": self._student_state(), f"epoch_{epoch}": self._state(epoch)}
+        if self.mean_student is not None:
+            files["student_latest_ema"] = self._student_state("ema")
+        self._write(files | {"student_latest": self._student_state(), "latest": self._state(epoch)})
+
+    def _pause(self, epoch: int, step: int, meters: Meters, recent: Meters, clock: Clock) -> None:
+        """After a step: write `latest` where that is due, and stop where that is asked for."""
+        every = self.cfg.LOG.SAVE_CHECKPOINT_ITERS
+        self.stop.signal = self.ranks.any(self.stop.signal)
+        if self.stop.signal or (every and step % every == 0):
+            self._save_within(epoch, step, meters, recent, clock)
+        self._stop_if_asked(self.stop.signal)
+
+    def _save_within(self, epoch: int, step: int, meters: Meters, recent: Meters, clock: Clock) -> None:
+        """Write `latest` as it is after `step` steps of `epoch`."""
+        self.watch.check()
+        position = {
+            "step": step,
+            "random": self.ranks.gather(random_state()),
+            "clock": clock.state_dict(),
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "meters": meters.over(self.ranks).state_dict(),
+            "recent": recent.over(self.ranks).state_dict(),
+        }
+        self._write({"latest": self._state(epoch - 1) | {"within_epoch": position}})
+
+    def _stop_if_asked(self, signal: int) -> None:
+        if signal:
+            self._say(f"stopped by signal {signal}; the same command with --resume goes on from here")
+            raise Stopped(signal)
+
+    def _student_state(self, head: str = "") -> dict[str, Any]:
+        mean = head == "ema" and self.mean_student is not None
+        student = self.mean_student.network if mean else self.distiller.student  # type: ignore[union-attr]
+        return {"model": student.state_dict()}
+
+    def _state(self, epoch: int) -> dict[str, Any]:
+        """All that resuming needs at the end of `epoch`; the original's keys, and more."""
         state = {
             "epoch": epoch,
             "model": self.distiller.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best_acc": self.best_acc[first],
+            **self.update.state_dict(),
+            "best_acc": next(iter(self.best_acc.values()), 0.0),
             "head_best_acc": self.best_acc,
             "head_last_acc": self.last_acc,
         }
-        student = {"model": self.distiller.student.state_dict()}
-        names = [("latest", "student_latest")]
-        if epoch % self.cfg.LOG.SAVE_CHECKPOINT_FREQ == 0:
-            names.append((f"epoch_{epoch}", f"student_{epoch}"))
-        if first in improved:
-            names.append(("best", "student_best"))
-        for whole, student_alone in names:
-            save_checkpoint(student, self.log_path / student_alone)
-            save_checkpoint(state, self.log_path / whole)
-        for name in set(others) & set(improved):
-            save_checkpoint(student, self.log_path / f"student_best_{name}")
+        if self.mean_student is not None:
+            state["ema"] = {"updates": self.mean_student.updates, "model": self.mean_student.network.state_dict()}
+        return state
+
+    def _write(self, files: Mapping[str, Any]) -> None:
+        """Write checkpoints, in order, from the first rank; the others wait.
+
+        Raises:
+            NonFiniteLossError: a weight is not finite.
+            SaveError: one could not be written, and LOG.SAVE_ERROR says stop.
+        """
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.distiller.student.parameters()]))
+        if not norms.isfinite().all():
+            raise NonFiniteLossError(
+                f"the student's weights are not finite; nothing was written over the checkpoints in {self.log_path}; "
+                "try a lower SOLVER.LR or SOLVER.CLIP_GRAD_NORM"
+            )
+        if self.ranks.first:
+            try:
+                for name, content in files.items():
+                    save_checkpoint(content, self.log_path / name, keep_previous=name == "latest")
+                prune(self.log_path, self.cfg.LOG.KEEP_CHECKPOINTS)
+            except SaveError as error:
+                if self.cfg.LOG.SAVE_ERROR == "stop":
+                    raise
+                self._say(f"warning: {error}; training goes on to the next save")
+        self.ranks.wait()
 
     def resume(self) -> int:
-        """Take up the state of `latest`; returns the epoch it ended.
+        """Take up the state of `latest`, or of the newest whole checkpoint; returns the number of whole epochs in it.
 
         Raises:
             UserError: there is none, or it belongs to another method or network.
         """
-        path = self.log_path / "latest"
-        state = load_checkpoint(path)
-        if not isinstance(state, dict) or not {"epoch", "model", "optimizer", "best_acc"} <= state.keys():
-            raise UserError(f"{path} is no run's checkpoint: it must hold epoch, model, optimizer and best_acc")
+        state, path, damaged = newest_whole(self.log_path)
+        for line in damaged:
+            self._say(f"warning: {line}; going on from {path}")
         load_state(self.distiller, strip_module(state["model"]), path)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.update.load_state_dict(state)
         except (ValueError, KeyError) as error:
             raise UserError(f"{path}: its optimizer state does not fit this run ({error})") from None
+        if self.mean_student is not None:
+            if "ema" not in state:
+                raise UserError(f"{path} has no mean of the student's weights; resume it with SOLVER.EMA 0")
+            load_state(self.mean_student.network, state["ema"]["model"], path)
+            self.mean_student.updates = state["ema"]["updates"]
+        # The teacher's weights are the checkpoint's now.
+        self.teacher_cache = speed_up_teacher(self.distiller, self.train_loader, self.cfg)
         # The original keeps one number, for the one head that it knows.
         self.best_acc = dict(state.get("head_best_acc", {"": float(state["best_acc"])}))
         self.last_acc = dict(state.get("head_last_acc", self.best_acc))
+        self._interrupted = state.get("within_epoch", {})
         return int(state["epoch"])
+
+    def _take_up(self) -> tuple[Meters, Meters, Clock, int]:
+        """Meters, clock and finished steps of the epoch that begins, or that was interrupted."""
+        state, self._interrupted = self._interrupted, {}
+        meters, recent = Meters(), Meters()
+        if not state:
+            return meters, recent, Clock(), 0
+        for own, saved in ((meters, state["meters"]), (recent, state["recent"])):
+            own.load_state_dict(saved, self.device)
+            if not self.ranks.first:  # they are sums over all ranks, which the first one goes on with
+                own.clear()
+        self.skipped, self.skipped_in_a_row = state["skipped"]
+        if len(state["random"]) == self.ranks.world:
+            set_random_state(state["random"][self.ranks.rank])
+        return meters, recent, Clock(**state["clock"]), state["step"]
 
     def _record(self) -> None:
         """Write beside the log, before training, what it takes to repeat this run."""
         (self.log_path / "config.yaml").write_text(self.cfg.dump(), encoding="utf-8")
-        record = {"seed": self.cfg.EXPERIMENT.SEED, "device": str(self.device), **describe_run()}
-        (self.log_path / "environment.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        facts = {"seed": self.cfg.EXPERIMENT.SEED, "device": str(self.device), "processes": self.ranks.world}
+        record = json.dumps({**facts, **describe_run()}, indent=2)
+        (self.log_path / "environment.json").write_text(record + "\n", encoding="utf-8")
+
+    def _say(self, line: str) -> None:
+        if self.ranks.first:
+            print(line, flush=True)
 
 
 class CRDTrainer(BaseTrainer):
@@ -247,40 +489,31 @@ class CRDDOT(DOT):
 trainer_dict = Registry("trainer", {"base": BaseTrainer, "crd": CRDTrainer, "dot": DOT, "crd_dot": CRDDOT})
 
 
-class _Clock:
-    """Seconds of one epoch: waiting for data, training, and in all."""
-
-    def __init__(self) -> None:
-        self.data = self.training = 0.0
-        self.start = time.perf_counter()
-
-    def around(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The batches of `loader`, with the time to each `next()` counted as data time."""
-        batches = iter(loader)
-        while True:
-            before = time.perf_counter()
-            batch = next(batches, None)
-            self.data += time.perf_counter() - before
-            if batch is None:
-                return
-            yield batch
-
-    def stop_training(self) -> None:
-        self.training = time.perf_counter() - self.start
-
-    def metrics(self, steps: int, images: int) -> dict[str, float]:
-        """Seconds a step (of them, for data), images a second while training, seconds of the epoch up to now."""
-        return {
-            "data_time": self.data / steps,
-            "step_time": self.training / steps,
-            "images_per_second": images / self.training,
-            "epoch_seconds": time.perf_counter() - self.start,
-        }
+def _check_parts(distiller: Distiller, cfg: CN, world: int) -> None:
+    """Refuse a batch that cannot be divided among the ranks, or in parts, as the configuration asks."""
+    batch, parts = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
+    if batch % world:
+        raise UserError(f"SOLVER.BATCH_SIZE {batch} cannot be shared evenly by {world} processes; take a multiple")
+    if parts > batch // world:
+        raise UserError(f"SOLVER.ACCUMULATE {parts} is more than the {batch // world} images of a batch")
+    if parts > 1 and distiller.compares_images:
+        raise UserError(
+            f"SOLVER.ACCUMULATE {parts}: {type(distiller).__name__} compares the images of a batch with each other, so "
+            "that parts of it give another loss; set it to 1"
+        )
 
 
-def _on_device(loader: Any, device: torch.device) -> Any:
-    """In-memory loaders keep their images on the training device; others have no `to`."""
-    return loader.to(device) if hasattr(loader, "to") else loader
+def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    """A batch in about equal parts."""
+    if parts == 1:
+        return [batch]
+    pieces = {name: tensor.chunk(parts) for name, tensor in batch.items()}
+    return [dict(zip(pieces, values)) for values in zip(*pieces.values())]
+
+
+def _batches_from(loader: Any, start: int) -> Iterator[Any]:
+    """The rest of an epoch, from batch number `start` (from 0) on."""
+    return loader.iter_from(start) if hasattr(loader, "iter_from") else islice(loader, start, None)
 
 
 def _by_head(name: str, values: Mapping[str, float]) -> dict[str, float]:
@@ -302,9 +535,3 @@ def _epoch_metrics(means: dict[str, float], scores: dict[str, Score]) -> dict[st
         "test_loss": first.loss,
     }
     return metrics | {name: mean for name, mean in means.items() if name not in metrics}
-
-
-def _require_finite(means: dict[str, float], epoch: int) -> None:
-    bad = [f"{name} = {mean}" for name, mean in means.items() if not abs(mean) < float("inf")]
-    if bad:
-        raise NonFiniteLossError(f"epoch {epoch}: {', '.join(bad)}; the checkpoints of the epoch before are kept")

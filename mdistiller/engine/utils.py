@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluate import accuracy, validate
-from .trainer import adjust_learning_rate
+from .schedule import adjust_learning_rate
 
 __all__ = ["accuracy", "adjust_learning_rate", "load_checkpoint", "save_checkpoint", "validate"]

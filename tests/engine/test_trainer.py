@@ -107,7 +107,8 @@ def test_a_run_leaves_the_originals_files(cfg_of):
     trainer.train()
     names = {p.name for p in trainer.log_path.iterdir()}
     assert names == {
-        "latest", "best", "epoch_2", "student_latest", "student_best", "student_2", "student_best_reversed",
+        "latest", "latest_previous", "best", "epoch_2", "student_latest", "student_best", "student_2",
+        "student_best_reversed",
         "worklog.txt", "metrics.csv", "train.events", "config.yaml", "environment.json",
     }  # fmt: skip
     latest = load_checkpoint(trainer.log_path / "latest")
@@ -239,8 +240,12 @@ def test_resuming_from_nothing_or_something_else_is_refused(cfg_of, content, mes
 def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_keeps_the_last_checkpoint(cfg_of):
     trainer = trainer_of(cfg_of())
     trainer.distiller.bad_epoch = 2
-    with pytest.raises(NonFiniteLossError, match=r"epoch 2: .*loss/loss_penalty = nan"):
+    with pytest.raises(NonFiniteLossError, match=r"epoch 2, iteration 1: loss_ce = \d.*, loss_penalty = nan"):
         trainer.train()
+    note = json.loads((trainer.log_path / "non_finite.json").read_text())
+    trainer.train_loader.set_epoch(2)
+    _, _, index = next(iter(trainer.train_loader))
+    assert note["index"] == index.tolist() and note["losses"]["loss_penalty"] == "nan"
     latest = load_checkpoint(trainer.log_path / "latest")
     assert latest["epoch"] == 1 and all(math.isfinite(v.sum()) for v in latest["model"].values())
 

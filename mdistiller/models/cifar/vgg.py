@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +25,12 @@ def _block(in_channels: int, out_channels: int, count: int) -> nn.Sequential:
         layers += [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()]
         in_channels = out_channels
     return nn.Sequential(*layers[:-1])
+
+
+@torch.fx.wrap  # one step to torch.fx, which cannot follow a choice by shape
+def _halve_large(x: Tensor) -> Tensor:
+    """Max-pooled by two, from 8 rows on: a 64x64 image is halved once more than one of 32x32."""
+    return F.max_pool2d(x, 2) if x.shape[-2] >= 8 else x
 
 
 class VGG(StagedNet):
@@ -68,9 +75,7 @@ class VGG(StagedNet):
 
     @staticmethod
     def forward_last(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
-        if x.shape[-2] >= 8:
-            x = F.max_pool2d(x, 2)
-        f4_pre = stage.block4(x)
+        f4_pre = stage.block4(_halve_large(x))
         f4 = F.relu(f4_pre)
         return [f4], [f4_pre], global_pool(f4)
 

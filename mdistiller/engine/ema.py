@@ -1,0 +1,38 @@
+"""A running mean of a network's weights, which often generalises better than the last weights do."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn as nn
+
+
+class MeanWeights:
+    """An exponential mean of a network's state; `network` holds it and can be used like the original.
+
+        mean <- d * mean + (1 - d) * state,   d = min(decay, (1 + n) / (10 + n)) at the n-th update
+
+    so that the random start is soon forgotten. BatchNorm's statistics are averaged too, counters are copied.
+
+    Args:
+        network: on its device.
+        decay: in (0, 1).
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Take in the present state of `network`."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        pairs = list(zip(self.network.state_dict().values(), network.state_dict().values()))
+        means, states = map(list, zip(*[pair for pair in pairs if pair[0].is_floating_point()]))
+        torch._foreach_lerp_(means, states, 1 - decay)
+        for mean, state in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(state)

@@ -1,0 +1,48 @@
+"""The learning rate, from the epoch and the step alone, so that a resumed run needs no state for it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from yacs.config import CfgNode as CN
+
+from ..registry import Registry
+
+# SOLVER.LR_SCHEDULE -> function of (epochs done, cfg.SOLVER): the learning rate.
+schedule_dict = Registry("SOLVER.LR_SCHEDULE")
+
+
+@schedule_dict.register("step")
+def step_schedule(done: float, solver: CN) -> float:
+    """The original's: LR times LR_DECAY_RATE for every stage of LR_DECAY_STAGES that has passed."""
+    return solver.LR * solver.LR_DECAY_RATE ** sum(done >= stage for stage in solver.LR_DECAY_STAGES)
+
+
+@schedule_dict.register("cosine")
+def cosine_schedule(done: float, solver: CN) -> float:
+    """From LR after the warm-up down to LR_MIN at the end, along half a cosine. arXiv 1608.03983, without restarts."""
+    share = (done - solver.WARMUP_EPOCHS) / max(solver.EPOCHS - solver.WARMUP_EPOCHS, 1)
+    return solver.LR_MIN + (solver.LR - solver.LR_MIN) * (1 + math.cos(math.pi * min(max(share, 0), 1))) / 2
+
+
+def learning_rate(epoch: int, cfg: CN, step: int = 0, steps: int = 1) -> float:
+    """The learning rate of `step` (from 0) of the `steps` of `epoch` (from 1).
+
+    While warming up, the schedule's value times the share of the warm-up that ends with this step. arXiv 1706.02677.
+    """
+    solver = cfg.SOLVER
+    lr = schedule_dict[solver.LR_SCHEDULE](epoch - 1 + step / steps, solver)
+    if epoch <= solver.WARMUP_EPOCHS:
+        lr *= (epoch - 1 + (step + 1) / steps) / solver.WARMUP_EPOCHS
+    return lr
+
+
+def adjust_learning_rate(
+    epoch: int, cfg: CN, optimizer: torch.optim.Optimizer, step: int = 0, steps: int = 1
+) -> float:
+    """Set and return the `learning_rate`."""
+    lr = learning_rate(epoch, cfg, step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

@@ -1,0 +1,70 @@
+"""BatchNorm over the images of all ranks. PyTorch has it for GPUs; here it is for processors too."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module` with every BatchNorm2d synchronised over the ranks; names, weights and statistics stay."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if type(child) is nn.BatchNorm2d:
+            child.__class__ = HostSyncBatchNorm2d  # same attributes, another forward
+    return module
+
+
+class HostSyncBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d that takes mean and variance over the images of all ranks while training.
+
+    Every rank must bring a batch of the same height and width. (B, C, H, W) -> (B, C, H, W).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
+        dims = (0, 2, 3)
+        sums = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])
+        sums = _SumOverRanks.apply(sums)
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
+        centred = x - mean[:, None, None]
+        # From the centred values: squares' mean minus the mean's square would cancel.
+        variance = _SumOverRanks.apply(centred.square().sum(dims)) / count
+        self._track(mean.detach(), variance.detach() * count / (count - 1))
+        scale = (variance + self.eps).rsqrt()
+        if self.affine:
+            scale = scale * self.weight
+        y = centred * scale[:, None, None]
+        return y + self.bias[:, None, None] if self.affine else y
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(unbiased_variance, momentum)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum is every rank's input to its own loss, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
