@@ -132,6 +132,7 @@ class Wandb:
             if mode != "online":
                 raise
             _warn(f"wandb is offline, under {folder / 'wandb'} ({_reason(error)})")
+            wandb.teardown()  # its service holds on to the run that did not begin
             self.run = wandb.init(**settings, mode="offline")
         # Its own counter of calls has no meaning over a resumed run.
         self.run.define_metric("*", step_metric="epoch")
@@ -176,7 +177,7 @@ class Logger:
 
     def __init__(self, makers: Mapping[str, Callable[[], Writer]]) -> None:
         self.writers: dict[str, Writer] = {}
-        self._failing: set[str] = set()
+        self._told: set[str] = set()
         for name, make in makers.items():
             with self._guard(name):
                 self.writers[name] = make()
@@ -202,15 +203,14 @@ class Logger:
     def _guard(self, name: str) -> Iterator[None]:
         try:
             yield
-            self._failing.discard(name)
         except Exception as error:  # whatever a network, a disk or a service comes up with
             keep = getattr(self.writers.get(name), "tries_again", False)
             if not keep:
                 self.writers.pop(name, None)
-            if name not in self._failing:
-                fate = "cannot be written now, and is tried again" if keep else "is off from here on"
+            if name not in self._told:
+                fate = "cannot be written now, and is tried again each epoch" if keep else "is off from here on"
                 _warn(f"{name} {fate} ({_reason(error)})")
-            self._failing.add(name)
+            self._told.add(name)
 
 
 def _warn(text: str) -> None:

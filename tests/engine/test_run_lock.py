@@ -7,21 +7,18 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from mdistiller.engine.run_lock import NAME, RunInUseError, run_lock
 from mdistiller.errors import UserError
 
-# Of its own so that a process starts without torch, in a tenth of a second.
+from .._processes import light
+
 HOLDER = """
-import importlib.util, os, sys, types
-root, folder, fork = sys.argv[1:]
-sys.modules["mdistiller"] = package = types.ModuleType("mdistiller"); package.__path__ = [root + "/mdistiller"]
-sys.modules["mdistiller.engine"] = engine = types.ModuleType("e"); engine.__path__ = [root + "/mdistiller/engine"]
+import os
 from mdistiller.engine.run_lock import run_lock
+folder, fork = sys.argv[1:]
 try:
     with run_lock(folder):
         if fork == "fork" and os.fork() == 0:
@@ -39,10 +36,7 @@ def holder(tmp_path):
     started = []
 
     def start(folder=tmp_path, fork=""):
-        root = Path(__file__).resolve().parents[2]
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, root, folder, fork], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        process = light(HOLDER, folder, fork, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         started.append(process)
         return process, process.stdout.readline().strip()
 
