@@ -35,6 +35,7 @@ def get_dataset(cfg: CN) -> tuple[Loader, Loader, int, int]:
         seed=cfg.EXPERIMENT.SEED,
         train_fraction=cfg.DATASET.TRAIN_FRACTION,
         val_fraction=cfg.DATASET.VAL_FRACTION,
+        skip_broken=cfg.DATASET.SKIP_BROKEN,
     )
     return *loaders, dataset_dict[cfg.DATASET.TYPE].num_classes
 

@@ -16,7 +16,12 @@ from ..errors import UserError
 from ..registry import Registry
 
 Batch = tuple[Tensor, ...]
-Read = Callable[[Path, bool], "Split"]
+
+
+class Read(Protocol):
+    """Reads the training or the test part of a data set below `root`, with `skip_broken` without its broken images."""
+
+    def __call__(self, root: Path, train: bool, skip_broken: bool = False) -> Split: ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class DatasetInfo:
         num_classes: C; labels are 0..C-1.
         image_size: height and width of the images that a network sees, in pixels.
         model_family: which model dictionary serves it: "cifar", "tiny_imagenet" or "imagenet".
-        read: (root, train) -> the training or the test part.
+        read: (root, train, skip_broken) -> the training or the test part.
     """
 
     num_classes: int
@@ -183,6 +188,7 @@ def get_dataloaders(
     seed: int = 0,
     train_fraction: float = 1.0,
     val_fraction: float = 0.0,
+    skip_broken: bool = False,
 ) -> tuple[Loader, Loader, int]:
     """Training loader, validation loader and number of training images of data set `name`.
 
@@ -193,20 +199,21 @@ def get_dataloaders(
         train_fraction: train on this fixed share of every class, in (0, 1].
         val_fraction: when > 0, this fixed share of every class of the training set, in [0, 1), is held out first and
             validated on in place of the test set.
+        skip_broken: go on without images that cannot be read, and count them.
 
     Raises:
         UserError: no such data set, data missing or unreadable, or nothing to hold out.
     """
     info: DatasetInfo = dataset_dict[name]
     folder = Path(root).expanduser()
-    train = info.read(folder, True)
+    train = info.read(folder, True, skip_broken)
     if val_fraction > 0:
         kept, held_out = stratified_split(train.targets, 1 - val_fraction)
         if len(held_out) == 0:
             raise UserError(f"DATASET.VAL_FRACTION {val_fraction} holds out no image of {name}; take a larger one")
         train, val = train.select(kept), train.select(held_out)
     else:
-        val = info.read(folder, False)
+        val = info.read(folder, False, skip_broken)
     if train_fraction < 1:
         train = train.select(stratified_split(train.targets, train_fraction)[0])
     train_loader = train.loader(batch_size, num_workers, train=True, seed=seed)

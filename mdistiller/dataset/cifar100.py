@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from tarfile import TarError
 
 import torch
 from torchvision.datasets import CIFAR100
@@ -23,8 +24,11 @@ TIMEOUT = 10.0  # seconds without an answer from the server
 
 
 @register("cifar100", num_classes=100, image_size=32, model_family="cifar")
-def read(root: Path, train: bool) -> ImageArray:
-    """`root`/cifar-100-python, downloaded when it is not there or its checksum is wrong."""
+def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
+    """`root`/cifar-100-python, downloaded when it is not there or its checksum is wrong.
+
+    Its images are bytes in one checked file: none is broken alone.
+    """
     try:
         data = CIFAR100(root, train)
     except RuntimeError:
@@ -34,10 +38,11 @@ def read(root: Path, train: bool) -> ImageArray:
 
 
 def _download(root: Path) -> None:
+    """Bring the archive; torchvision checks its sum before it unpacks, and unpacks nothing outside `root`."""
     try:
         with _quiet():
             CIFAR100(root, download=True)
-    except (OSError, HTTPException, RuntimeError) as error:
+    except (OSError, HTTPException, RuntimeError, TarError) as error:
         how = f"it is missing or its checksum is wrong, and the download failed ({error}); copy the folder there"
         raise missing("CIFAR-100", root / CIFAR100.base_folder, how) from error
 

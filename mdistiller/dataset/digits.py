@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ._base import register, stratified_split
+from .augment import CropFlip
 from .in_memory import ImageArray
 
 MEAN = (0.3050,) * 3
@@ -15,8 +16,8 @@ STD = (0.3234,) * 3
 
 
 @register("digits", num_classes=10, image_size=32, model_family="cifar")
-def read(root: Path, train: bool) -> ImageArray:
-    """Four fifths of every digit to train on, a fifth to test; the same ones always. `root` is not needed."""
+def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
+    """Four fifths of every digit to train on, a fifth to test; the same ones always. Nothing is read from `root`."""
     from sklearn.datasets import load_digits  # a second's import that no other data set needs
 
     digits = load_digits()
@@ -24,5 +25,5 @@ def read(root: Path, train: bool) -> ImageArray:
     large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
     images = (large * (255 / 16)).round().to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
     # No flip: a mirrored 2 is no digit.
-    data = ImageArray(images, torch.from_numpy(digits.target).long(), MEAN, STD, flip=False)
+    data = ImageArray(images, torch.from_numpy(digits.target).long(), MEAN, STD, CropFlip(flip=False))
     return data.select(stratified_split(data.targets, 0.8)[0 if train else 1])

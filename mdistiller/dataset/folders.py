@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import UserError
 from ._base import Batch, Loader, mix_seed
+from .image_file import BrokenImageError, silent_pillow, warn_of_broken
+from .in_memory import Normalize
 
-Transform = Callable[[Image.Image], Tensor]
+View = Callable[[str], Tensor]
 
 
 def class_folders(folder: Path, num_classes: int) -> list[str]:
@@ -54,20 +55,25 @@ class ImageFiles:
     Attributes:
         paths: (N,) bytes. An array, because a list of a million strings is copied into every worker, a page at a time.
         targets: (N,) int64.
-        train_transform: image -> (3, H, W) float32; its randomness must be torch's, on the CPU.
-        val_transform: the same without chance.
+        train_view: path -> (H, W, 3) uint8, as training shows it; its randomness must be torch's, on the CPU.
+        val_view: the same without chance.
+        mean, std: per channel, of values in [0, 1].
+        skip_broken: go on without the files that cannot be read; see `FolderLoader`.
     """
 
     paths: np.ndarray
     targets: Tensor
-    train_transform: Transform
-    val_transform: Transform
+    train_view: View
+    val_view: View
+    mean: Sequence[float]
+    std: Sequence[float]
+    skip_broken: bool = False
 
     @classmethod
-    def of(cls, files: Sequence[tuple[str, int]], train_transform: Transform, val_transform: Transform) -> ImageFiles:
-        """From (path, label) pairs."""
+    def of(cls, files: Sequence[tuple[str, int]], *args: Any, **kwargs: Any) -> ImageFiles:
+        """From (path, label) pairs; the other arguments are the attributes."""
         paths = np.array([os.fsencode(path) for path, _ in files])
-        return cls(paths, torch.tensor([label for _, label in files]), train_transform, val_transform)
+        return cls(paths, torch.tensor([label for _, label in files]), *args, **kwargs)
 
     def select(self, keep: Tensor) -> ImageFiles:
         """The images at the places `keep`."""
@@ -76,19 +82,6 @@ class ImageFiles:
     def loader(self, batch_size: int, num_workers: int, train: bool, seed: int = 0) -> FolderLoader:
         """Batches, read by `num_workers` processes, or by this one if 0."""
         return FolderLoader(self, batch_size, num_workers, train, seed)
-
-
-def read_image(path: str) -> Image.Image:
-    """The RGB image of a file, grey ones included.
-
-    Raises:
-        UserError: the file is missing or broken.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}); put the whole file there") from error
 
 
 @contextmanager
@@ -102,33 +95,68 @@ def cpu_seed(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-class _Batches(Dataset[Batch]):
-    """Whole batches by their key (epoch, indices); the key brings the epoch to workers that outlive it."""
+class _Batches(Dataset[tuple[Batch, dict[str, str]]]):
+    """Whole batches by their key (epoch, indices); the key brings the epoch to workers that outlive it.
+
+    A batch is (image, target, index) with images (B, H, W, 3) uint8, or nothing where no file could be read; with it
+    comes what is wrong with each broken file, by path.
+    """
 
     def __init__(self, data: ImageFiles, train: bool, seed: int) -> None:
         self.data, self.train, self.seed = data, train, seed
 
-    def __getitem__(self, key: tuple[int, Tensor]) -> Batch:
+    def __getitem__(self, key: tuple[int, Tensor]) -> tuple[Batch, dict[str, str]]:
         epoch, indices = key
-        image = torch.stack([self._image(epoch, i) for i in indices.tolist()])
-        return (image, self.data.targets[indices], indices)[: 3 if self.train else 2]
+        broken: dict[str, str] = {}
+        shown = []
+        with silent_pillow():
+            for index in indices.tolist():
+                shown += self._show(epoch, index, broken)
+                if broken and not self.data.skip_broken:
+                    return (), broken
+        if not shown:
+            return (), broken
+        places = torch.tensor([place for place, _ in shown])
+        return (torch.stack([image for _, image in shown]), self.data.targets[places], places), broken
 
-    def _image(self, epoch: int, index: int) -> Tensor:
-        image = read_image(os.fsdecode(self.data.paths[index]))
+    def _show(self, epoch: int, index: int, broken: dict[str, str]) -> list[tuple[int, Tensor]]:
+        """The place and the view of image `index`, or in training of the first whole one after it; [] without one."""
+        count = len(self.data.paths)
+        for step in range(count if self.train and self.data.skip_broken else 1):
+            place = (index + step) % count
+            path = os.fsdecode(self.data.paths[place])
+            try:
+                return [(place, self._view(epoch, index, path))]
+            except BrokenImageError as error:
+                broken[path] = str(error)
+        return []
+
+    def _view(self, epoch: int, index: int, path: str) -> Tensor:
         if not self.train:
-            return self.data.val_transform(image)
+            return self.data.val_view(path)
         # index + 1, because a trailing zero is as good as nothing in a seed: (seed, epoch) makes the order.
         with cpu_seed(mix_seed(self.seed, epoch, index + 1)):
-            return self.data.train_transform(image)
+            return self.data.train_view(path)
 
 
 class FolderLoader(Loader):
-    """Batches of `ImageFiles`; the workers stay from epoch to epoch."""
+    """Batches of `ImageFiles`; the workers stay from epoch to epoch and hand over bytes, normalised on the device.
+
+    With `skip_broken`, training shows in place of a broken image the next whole one of the list, mostly of its class,
+    with that one's label and index: batches stay full, on all ranks, and the same from run to run. Validation leaves
+    it out. A line at the pass's end counts them.
+
+    Attributes:
+        broken: what is wrong with each broken file met so far, by path.
+    """
 
     def __init__(self, data: ImageFiles, batch_size: int, num_workers: int, train: bool, seed: int = 0) -> None:
         super().__init__(data.targets, batch_size, train, seed)
         if num_workers < 0:
             raise UserError(f"the number of workers must be at least 0, it is {num_workers}")
+        self.broken: dict[str, str] = {}
+        self._data = data
+        self._normalize: Normalize | None = None
         self._keys: list[tuple[int, Tensor]] = []
         self._loader: DataLoader[Any] = DataLoader(
             _Batches(data, train, seed),
@@ -141,15 +169,32 @@ class FolderLoader(Loader):
         )
 
     def iter_from(self, batch: int) -> Iterator[Batch]:
-        """The epoch's batches from number `batch` (from 0, over all ranks) on."""
+        """The epoch's batches from number `batch` (from 0, over all ranks) on.
+
+        Raises:
+            UserError: a file is broken and `skip_broken` is off, or all are.
+        """
         order = self._order()
         self._keys[:] = [(self.epoch, order[share]) for share in self._shares(batch)]
-        try:
-            for fields in self._loader:
-                yield tuple(field.to(self.device, non_blocking=True) for field in fields)
-        except UserError as error:
-            # A worker's error comes with its traceback around it; the message is the last line.
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+        met: dict[str, str] = {}
+        for fields, broken in self._loader:
+            met |= broken
+            if broken and not self._data.skip_broken:
+                raise BrokenImageError(next(iter(broken.values())) + ", or set DATASET.SKIP_BROKEN True")
+            if fields:
+                yield self._on_device(*fields)[: 3 if self.train else 2]
+            elif self.train:
+                raise UserError(f"none of the {len(self.targets)} training images can be read: {met.popitem()[1]}")
+        self.broken |= met
+        if met:
+            what = "the next whole ones stood in" if self.train else "were left out"
+            warn_of_broken(met, len(self.targets), f"{what} (DATASET.SKIP_BROKEN)")
+
+    def _on_device(self, image: Tensor, *fields: Tensor) -> Batch:
+        image, *others = (field.to(self.device, non_blocking=True) for field in (image, *fields))
+        if self._normalize is None:
+            self._normalize = Normalize(self._data.mean, self._data.std, pixels=image[0, :, :, 0].numel())
+        return self._normalize.to(self.device)(image), *others
 
     def _order(self) -> Tensor:
         count = len(self.targets)

@@ -5,24 +5,38 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from torchvision import transforms as T
+from torch import Tensor
+from torchvision.transforms import v2
 
 from ._base import Loader, get_dataloaders, missing, register
 from .folders import ImageFiles, class_folders, labelled_files
+from .image_file import read_image, read_pixels, to_pixels
 
 NUM_CLASSES = 1000
-TO_INPUT = (T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-TRAIN = T.Compose([T.RandomResizedCrop(224), T.RandomHorizontalFlip(), *TO_INPUT])
-VAL = T.Compose([T.Resize(256), T.CenterCrop(224), *TO_INPUT])
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+TRAIN = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
+VAL = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
+
+
+def train_view(path: str) -> Tensor:
+    """A random part of the image, mirrored at random, resized as a tensor: (224, 224, 3) uint8."""
+    return TRAIN(read_pixels(path).permute(2, 0, 1)).permute(1, 2, 0)
+
+
+def val_view(path: str) -> Tensor:
+    """The middle of the image, (224, 224, 3) uint8: resized by Pillow, whose pixels published accuracies rest on."""
+    return to_pixels(VAL(read_image(path)))
 
 
 @register("imagenet", num_classes=NUM_CLASSES, image_size=224, model_family="imagenet")
-def read(root: Path, train: bool) -> ImageFiles:
+def read(root: Path, train: bool, skip_broken: bool = False) -> ImageFiles:
     """`root`/imagenet/train or val, with a folder <wnid> for each class."""
     part = root / "imagenet" / ("train" if train else "val")
     if not part.is_dir():
         raise missing("ImageNet", part, "put its class folders n01440764, ... there")
-    return ImageFiles.of(labelled_files(part, class_folders(part, NUM_CLASSES)), TRAIN, VAL)
+    files = labelled_files(part, class_folders(part, NUM_CLASSES))
+    return ImageFiles.of(files, train_view, val_view, MEAN, STD, skip_broken)
 
 
 # The original's names, here and below.

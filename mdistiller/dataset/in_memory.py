@@ -1,4 +1,4 @@
-"""Small images as uint8 tensors on the training device, cropped, flipped and normalised a batch at a time."""
+"""Small images as uint8 tensors on the training device, augmented and normalised a batch at a time."""
 
 from __future__ import annotations
 
@@ -8,33 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._base import Batch, Loader, mix_seed
+from .augment import Augment, CropFlip
 
-
-def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor, padding: int) -> Tensor:
-    """Pad with zeros, cut every image back to its size at its own place, mirror some left to right.
-
-    Args:
-        images: (B, H, W, C).
-        top: (B,) int64 in [0, 2 * padding], the first row of the padded image to keep.
-        left: (B,) int64, likewise the first column.
-        mirrored: (B,) bool.
-
-    Returns:
-        (B, H, W, C), as torchvision's RandomCrop(H, padding) and RandomHorizontalFlip give for these draws.
-    """
-    count, height, width, channels = images.shape
-    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
-    rows = top[:, None] + torch.arange(height, device=images.device)
-    steps = torch.arange(width, device=images.device)
-    columns = left[:, None] + torch.where(mirrored[:, None], width - 1 - steps, steps)
-    image = torch.arange(count, device=images.device)[:, None, None]
-    # All pixels in one row, each picked by its number: the fastest gather on CPU and GPU alike.
-    pixel = (image * padded.shape[1] + rows[:, :, None]) * padded.shape[2] + columns[:, None, :]
-    return padded.view(-1, channels).index_select(0, pixel.view(-1)).view(images.shape)
+CROP_AND_FLIP = CropFlip()
 
 
 class Normalize:
@@ -68,14 +47,14 @@ class ImageArray:
         images: (N, H, W, 3) uint8.
         targets: (N,) int64.
         mean, std: per channel, of values in [0, 1].
-        flip: whether a mirrored image is still an image of its class.
+        augment: what training does to them; by default random crops from 4 zeros around, and mirroring.
     """
 
     images: Tensor
     targets: Tensor
     mean: Sequence[float]
     std: Sequence[float]
-    flip: bool = True
+    augment: Augment = CROP_AND_FLIP
 
     def select(self, keep: Tensor) -> ImageArray:
         """The images at the places `keep`."""
@@ -87,18 +66,16 @@ class ImageArray:
 
 
 class InMemoryLoader(Loader):
-    """Batches of an `ImageArray`; in training cropped at random from `padding` zeros around, and mirrored at random.
+    """Batches of an `ImageArray`, in training augmented on the device.
 
-    The chances are those of torchvision's RandomCrop(size, padding) and RandomHorizontalFlip(). An epoch's draws are
-    made at its start, on the CPU for every device: 25 bytes an image.
+    An epoch's draws are made at its start, on the CPU for every device: some 30 bytes an image.
     """
 
-    def __init__(self, data: ImageArray, batch_size: int, train: bool, seed: int = 0, padding: int = 4) -> None:
+    def __init__(self, data: ImageArray, batch_size: int, train: bool, seed: int = 0) -> None:
         super().__init__(data.targets, batch_size, train, seed)
-        self.flip = data.flip
-        self.padding = padding
-        self.variants = (2 * padding + 1) ** 2 * (2 if data.flip else 1) if train else None
-        self._recipe = (*data.mean, *data.std, train, padding, data.flip)
+        self.augment = data.augment
+        self.variants = data.augment.variants if train else None
+        self._recipe = f"{data.mean} {data.std} {data.augment if train else None}"
         self._images = data.images.contiguous()
         self._labels = data.targets
         self._normalize = Normalize(data.mean, data.std, pixels=data.images[0, :, :, 0].numel())
@@ -112,14 +89,11 @@ class InMemoryLoader(Loader):
         self._drawn = None
         return self
 
-    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This epoch's order, and for every image the first row and column of its crop and whether it is mirrored."""
+    def draw(self) -> tuple[Tensor, ...]:
+        """This epoch's order, and the draws of the augmentation for every image, on the CPU."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         count = len(self.targets)
-        order = torch.randperm(count, generator=generator)
-        top, left = torch.randint(2 * self.padding + 1, (2, count), generator=generator)
-        mirrored = torch.rand(count, generator=generator) < (0.5 if self.flip else 0.0)
-        return order, top, left, mirrored
+        return torch.randperm(count, generator=generator), *self.augment.draw(count, generator)
 
     def _draws(self) -> tuple[Tensor, ...]:
         """`draw()` on the device, made once an epoch."""
@@ -133,10 +107,8 @@ class InMemoryLoader(Loader):
 
         The same image in the same variant is the same picture, bit for bit, in every epoch and under every seed.
         """
-        assert self.variants is not None, "without augmentation there are no variants"
-        top, left, mirrored = (drawn[index.to(self.device)] for drawn in self._draws()[1:])
-        place = top * (2 * self.padding + 1) + left
-        return place * 2 + mirrored if self.flip else place
+        index = index.to(self.device)
+        return self.augment.variant(*(drawn[index] for drawn in self._draws()[1:]))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -145,7 +117,7 @@ class InMemoryLoader(Loader):
         for tensor in (self._images, self._labels):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().numpy().data)
-        digest.update(repr(self._recipe).encode())
+        digest.update(self._recipe.encode())
         return digest.hexdigest()
 
     def iter_from(self, batch: int) -> Iterator[Batch]:
@@ -154,10 +126,10 @@ class InMemoryLoader(Loader):
         return self._train_batches(shares) if self.train else self._val_batches(shares)
 
     def _train_batches(self, shares: list[slice]) -> Iterator[Batch]:
-        order, top, left, mirrored = self._draws()
+        order, *draws = self._draws()
         for share in shares:
             index = order[share]
-            images = crop_and_flip(self._images[index], top[index], left[index], mirrored[index], self.padding)
+            images = self.augment.apply(self._images[index], *(drawn[index] for drawn in draws))
             yield self._normalize(images), self._labels[index], index
 
     def _val_batches(self, shares: list[slice]) -> Iterator[Batch]:

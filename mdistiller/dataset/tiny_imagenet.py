@@ -5,21 +5,28 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from torchvision import transforms as T
+import torch
 
 from ..errors import UserError
 from ._base import get_dataloaders, missing, register
-from .folders import ImageFiles, class_folders, labelled_files
+from .augment import RotateFlip
+from .decoded import read_decoded
+from .folders import class_folders, labelled_files
+from .in_memory import ImageArray
 
 NUM_CLASSES = 200
-TO_INPUT = (T.ToTensor(), T.Normalize((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)))
-TRAIN = T.Compose([T.RandomRotation(20), T.RandomHorizontalFlip(), *TO_INPUT])
-VAL = T.Compose(TO_INPUT)
+SIZE = 64
+MEAN = (0.4802, 0.4481, 0.3975)
+STD = (0.2302, 0.2265, 0.2262)
+AUGMENT = RotateFlip(degrees=20, size=SIZE)
 
 
-@register("tiny_imagenet", num_classes=NUM_CLASSES, image_size=64, model_family="tiny_imagenet")
-def read(root: Path, train: bool) -> ImageFiles:
-    """`root`/tiny-imagenet-200: `train`/<wnid>/..., and `val` with val_annotations.txt or with <wnid>/... as well."""
+@register("tiny_imagenet", num_classes=NUM_CLASSES, image_size=SIZE, model_family="tiny_imagenet")
+def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
+    """`root`/tiny-imagenet-200: `train`/<wnid>/..., and `val` with val_annotations.txt or with <wnid>/... as well.
+
+    The images are held in memory (1.2 GB for training) and kept decoded in train.npz and val.npz beside the folders.
+    """
     home = root / "tiny-imagenet-200"
     part = home / ("train" if train else "val")
     if not part.is_dir():
@@ -27,7 +34,9 @@ def read(root: Path, train: bool) -> ImageFiles:
     classes = _classes(home, part)
     in_class_folders = train or any((part / wnid).is_dir() for wnid in classes)
     files = labelled_files(part, classes) if in_class_folders else annotated_files(part, classes)
-    return ImageFiles.of(files, TRAIN, VAL)
+    paths, labels = zip(*files)
+    images, whole = read_decoded(paths, SIZE, part.with_suffix(".npz"), skip_broken)
+    return ImageArray(images, torch.tensor(labels)[whole], MEAN, STD, AUGMENT)
 
 
 def _classes(home: Path, part: Path) -> list[str]:
@@ -54,6 +63,8 @@ def annotated_files(part: Path, classes: list[str]) -> list[tuple[str, int]]:
         if wnid not in label:
             raise UserError(f"{annotations}, line {number}: {wnid!r} is no class; a line is file, wnid, box")
         files.append((str(part / "images" / name), label[wnid]))
+    if not files:
+        raise UserError(f"{annotations} names no image; unpack tiny-imagenet-200.zip anew")
     return files
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import socket
+import tarfile
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from functools import partial
 from hashlib import md5
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +86,60 @@ def test_a_damaged_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/nobody-listens.tar.gz")
     with pytest.raises(UserError, match="checksum is wrong"):
         get_dataloaders("cifar100", 8, 8, 0, str(tmp_path))
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder behind a real server, where cifar-100-python.tar.gz is looked for."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR100.filename}")
+        yield folder / CIFAR100.filename
+        server.shutdown()
+
+
+def pack(archive: Path, names: dict[str, bytes]) -> None:
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in names.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_an_archive_with_another_sum_is_not_unpacked(served: Path, tmp_path: Path) -> None:
+    pack(served, {"cifar-100-python/train": b"anything"})
+    with pytest.raises(UserError, match=r"the download failed .File not found or corrupted"):
+        get_dataloaders("cifar100", 8, 8, 0, str(tmp_path / "data"))
+    assert [p.name for p in (tmp_path / "data").rglob("*")] == [CIFAR100.filename]
+
+
+@pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="needs a Python that filters archives")
+@pytest.mark.parametrize("name", ["../outside", "/tmp/mdistiller-outside"])
+def test_an_archive_writes_nothing_outside(
+    name: str, served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even one whose sum counts as right."""
+    pack(served, {name: b"here I am"})
+    monkeypatch.setattr(CIFAR100, "tgz_md5", md5(served.read_bytes()).hexdigest())
+    with pytest.raises(UserError, match="the download failed"):
+        get_dataloaders("cifar100", 8, 8, 0, str(tmp_path / "data"))
+    assert not (tmp_path / "outside").exists() and not Path("/tmp/mdistiller-outside").exists()
+
+
+def test_a_right_archive_is_unpacked_and_read(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cifar(tmp_path / "made", monkeypatch)
+    folder = tmp_path / "made" / CIFAR100.base_folder
+    pack(served, {f"{CIFAR100.base_folder}/{path.name}": path.read_bytes() for path in folder.iterdir()})
+    monkeypatch.setattr(CIFAR100, "tgz_md5", md5(served.read_bytes()).hexdigest())
+    *_, count = get_dataloaders("cifar100", 8, 8, 0, str(tmp_path / "data"))
+    assert count == 20
 
 
 @pytest.mark.skipif(

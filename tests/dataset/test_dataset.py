@@ -13,7 +13,7 @@ from mdistiller.errors import UserError
 
 def config(**dataset: object) -> CN:
     cfg = CN({"DATASET": CN({"TYPE": "digits", "ROOT": "./data", "NUM_WORKERS": 0, "TEST": CN({"BATCH_SIZE": 100})})})
-    cfg.DATASET.update({"TRAIN_FRACTION": 1.0, "VAL_FRACTION": 0.0, **dataset})
+    cfg.DATASET.update({"TRAIN_FRACTION": 1.0, "VAL_FRACTION": 0.0, "SKIP_BROKEN": False, **dataset})
     cfg.SOLVER = CN({"BATCH_SIZE": 64})
     cfg.EXPERIMENT = CN({"SEED": 0})
     return cfg

@@ -9,13 +9,19 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from mdistiller.dataset.folders import FolderLoader, ImageFiles, class_folders, labelled_files, read_image
+from mdistiller.dataset.folders import FolderLoader, ImageFiles, class_folders, labelled_files
+from mdistiller.dataset.image_file import read_image, read_pixels, to_pixels
 from mdistiller.errors import UserError
 
-TRAIN = T.Compose([T.RandomCrop(8, padding=2), T.RandomHorizontalFlip(), T.ToTensor()])
+AUGMENT = T.Compose([T.RandomCrop(8, padding=2), T.RandomHorizontalFlip(), to_pixels])
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
 # Python 3.12 and later warn of fork() in a process with threads; torch's workers do just that.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+def train_view(path: str) -> torch.Tensor:
+    return AUGMENT(read_image(path))
 
 
 @pytest.fixture
@@ -27,7 +33,7 @@ def files(tmp_path: Path) -> ImageFiles:
         folder.mkdir(exist_ok=True)
         pixels = torch.randint(0, 256, (8, 8, 3), generator=g, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{i:02}.png")
-    return ImageFiles.of(labelled_files(tmp_path, ["a", "b"]), TRAIN, T.ToTensor())
+    return ImageFiles.of(labelled_files(tmp_path, ["a", "b"]), train_view, read_pixels, MEAN, STD)
 
 
 def batches_of(loader: FolderLoader, epoch: int, start: int = 0) -> list[tuple[torch.Tensor, ...]]:
@@ -53,7 +59,8 @@ def test_batches_hold_image_target_index(files: ImageFiles) -> None:
 
 def test_validation_is_in_order_without_chance(files: ImageFiles) -> None:
     batches = list(files.loader(4, 0, train=False))
-    expected = [T.functional.to_tensor(read_image(path.decode())) for path in files.paths]
+    to_input = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])
+    expected = [to_input(Image.open(path.decode())) for path in files.paths]
     assert torch.equal(torch.cat([x for x, _ in batches]), torch.stack(expected))
     assert torch.cat([t for _, t in batches]).tolist() == [0] * 6 + [1] * 5
 
@@ -95,9 +102,9 @@ def test_a_broken_image_is_named_in_one_line(files: ImageFiles, workers: int) ->
     assert "\n" not in str(error.value) and str(error.value).startswith(f"{path} cannot be read as an image")
 
 
-def test_grey_images_become_rgb(tmp_path: Path) -> None:
-    Image.new("L", (4, 4), 7).save(tmp_path / "grey.png")
-    assert read_image(str(tmp_path / "grey.png")).getpixel((0, 0)) == (7, 7, 7)
+def test_images_become_channels_last(files: ImageFiles) -> None:
+    image, *_ = next(iter(files.loader(4, 0, train=True)))
+    assert image.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_files_are_found_at_any_depth_and_only_images(tmp_path: Path) -> None:

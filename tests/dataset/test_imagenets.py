@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision import transforms as T
+from torchvision.transforms import v2
 
 from mdistiller.dataset import (
     dataset_dict,
@@ -18,6 +20,10 @@ from mdistiller.dataset import (
     imagenet,
     tiny_imagenet,
 )
+from mdistiller.dataset.augment import RotateFlip
+from mdistiller.dataset.folders import ImageFiles
+from mdistiller.dataset.image_file import to_pixels
+from mdistiller.dataset.imagenet import MEAN, STD
 from mdistiller.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -132,15 +138,52 @@ def test_missing_data_is_one_line_with_the_place(name: str, folder: str, tmp_pat
 
 
 def test_transforms_are_the_original_s() -> None:
-    assert [type(t) for t in tiny_imagenet.TRAIN.transforms[:2]] == [T.RandomRotation, T.RandomHorizontalFlip]
-    assert tiny_imagenet.TRAIN.transforms[0].degrees == [-20.0, 20.0]
-    assert [type(t) for t in imagenet.TRAIN.transforms[:2]] == [T.RandomResizedCrop, T.RandomHorizontalFlip]
-    assert [type(t) for t in imagenet.VAL.transforms[:2]] == [T.Resize, T.CenterCrop]
+    assert RotateFlip(degrees=20, size=64) == tiny_imagenet.AUGMENT  # its bits: test_augment.py
+    assert [type(t) for t in imagenet.TRAIN.transforms] == [v2.RandomResizedCrop, v2.RandomHorizontalFlip]
+    assert [type(t) for t in imagenet.VAL.transforms] == [v2.Resize, v2.CenterCrop]
+
+
+def photo(path: Path, width: int = 320, height: int = 240) -> Path:
+    """A JPEG of smooth coloured noise, as photographs are."""
+    noise = torch.rand(1, 3, 12, 16, generator=torch.Generator().manual_seed(width)) * 255
+    smooth = F.interpolate(noise, size=(height, width), mode="bicubic").clamp(0, 255).byte()
+    Image.fromarray(smooth[0].permute(1, 2, 0).numpy()).save(path, quality=90)
+    return path
+
+
+TO_INPUT = (T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def photos(tmp_path: Path) -> list[Path]:
+    """Real ImageNet images where there are some, else made ones."""
+    real = sorted((SHARED / "imagenet-sample" / "val").glob("*/*"))[:40]
+    return real or [photo(tmp_path / f"{i}.jpg", 300 + i, 200) for i in range(8)]
+
+
+def test_imagenet_validation_has_the_bits_of_pillow(tmp_path: Path) -> None:
+    to_input = T.Compose([T.Resize(256), T.CenterCrop(224), *TO_INPUT])
+    paths = photos(tmp_path)
+    files = ImageFiles.of([(str(p), 0) for p in paths], imagenet.train_view, imagenet.val_view, MEAN, STD)
+    images = torch.cat([image for image, _ in files.loader(7, 0, train=False)])
+    assert torch.equal(images, torch.stack([to_input(Image.open(path).convert("RGB")) for path in paths]))
+
+
+def test_imagenet_training_shows_what_pillow_shows(tmp_path: Path) -> None:
+    """The same crops and flips for the same seed; resizing rounds otherwise by two levels of 255 at most."""
+    by_pillow = T.Compose([T.RandomResizedCrop(224), T.RandomHorizontalFlip(), to_pixels])
+    for seed, path in enumerate(photos(tmp_path)):
+        torch.manual_seed(seed)
+        ours = imagenet.train_view(str(path)).int()
+        torch.manual_seed(seed)
+        difference = (ours - by_pillow(Image.open(path).convert("RGB")).int()).abs()
+        assert difference.max() <= 2 and difference.double().mean() < 0.25, path
 
 
 @pytest.mark.skipif(not (SHARED / "tiny-imagenet-200-sample").is_dir(), reason="needs the Tiny-ImageNet sample")
 def test_real_tiny_sample(tmp_path: Path) -> None:
-    (tmp_path / "tiny-imagenet-200").symlink_to(SHARED / "tiny-imagenet-200-sample")
+    (tmp_path / "tiny-imagenet-200").mkdir()  # the cache is written beside the folders
+    for name in ("train", "val", "wnids.txt"):
+        (tmp_path / "tiny-imagenet-200" / name).symlink_to(SHARED / "tiny-imagenet-200-sample" / name)
     train_loader, val_loader, count = get_tinyimagenet_dataloader(50, 50, 0, root=str(tmp_path))
     assert count == 2000 and train_loader.targets.bincount().tolist() == [10] * 200
     # By hand: val_0.JPEG is n03444034, whose place among the sorted wnids is 107 from 0.

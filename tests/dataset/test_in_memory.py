@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from mdistiller.dataset.in_memory import ImageArray, InMemoryLoader, Normalize, crop_and_flip
+from mdistiller.dataset.augment import CropFlip, crop_and_flip
+from mdistiller.dataset.in_memory import ImageArray, InMemoryLoader, Normalize
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
@@ -15,7 +16,7 @@ MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 def random_array(count: int, size: int = 32, flip: bool = True) -> ImageArray:
     g = torch.Generator().manual_seed(count)
     images = torch.randint(0, 256, (count, size, size, 3), generator=g, dtype=torch.uint8)
-    return ImageArray(images, torch.randint(0, 10, (count,), generator=g), MEAN, STD, flip)
+    return ImageArray(images, torch.randint(0, 10, (count,), generator=g), MEAN, STD, CropFlip(flip=flip))
 
 
 def by_torchvision(image: torch.Tensor, top: int, left: int, mirrored: bool, padding: int) -> torch.Tensor:
@@ -224,8 +225,8 @@ def test_the_fingerprint_tells_data_and_augmentation_apart() -> None:
         ImageArray(images, data.targets, MEAN, STD).loader(2, 0, train=True),
         ImageArray(data.images, targets, MEAN, STD).loader(2, 0, train=True),
         ImageArray(data.images, data.targets, STD, MEAN).loader(2, 0, train=True),
-        ImageArray(data.images, data.targets, MEAN, STD, flip=False).loader(2, 0, train=True),
+        ImageArray(data.images, data.targets, MEAN, STD, CropFlip(flip=False)).loader(2, 0, train=True),
         data.loader(2, 0, train=False),
-        InMemoryLoader(data, 2, train=True, padding=3),
+        ImageArray(data.images, data.targets, MEAN, STD, CropFlip(padding=3)).loader(2, 0, train=True),
     ]
     assert len({base, *(other.fingerprint for other in others)}) == 7

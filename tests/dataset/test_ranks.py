@@ -13,10 +13,12 @@ from torchvision import transforms as T
 
 from mdistiller.dataset._base import Loader
 from mdistiller.dataset.folders import ImageFiles
+from mdistiller.dataset.image_file import read_image, read_pixels, to_pixels
 from mdistiller.dataset.in_memory import ImageArray
 from mdistiller.errors import UserError
 
 COUNT = 21
+AUGMENT = T.Compose([T.RandomCrop(8, padding=2), T.RandomHorizontalFlip(), to_pixels])
 Make = Callable[..., Loader]
 
 # Python 3.12 and later warn of fork() in a process with threads; torch's workers do just that.
@@ -33,8 +35,8 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
         paths = [tmp_path / f"{i}.png" for i in range(COUNT)]
         for path, pixels in zip(paths, images):
             Image.fromarray(pixels.numpy()).save(path)
-        augment = T.Compose([T.RandomCrop(8, padding=2), T.RandomHorizontalFlip(), T.ToTensor()])
-        data = ImageFiles.of([(str(p), int(t)) for p, t in zip(paths, targets)], augment, T.ToTensor())
+        files = [(str(path), int(target)) for path, target in zip(paths, targets)]
+        data = ImageFiles.of(files, lambda path: AUGMENT(read_image(path)), read_pixels, (0.5,) * 3, (0.25,) * 3)
 
     def loader(batch_size: int, train: bool) -> Loader:
         made = data.loader(batch_size, 1 if "worker" in request.param else 0, train, seed=4)

@@ -1,0 +1,145 @@
+"""Random crops, rotations and mirrorings of whole batches of small uint8 images, with torchvision's bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Augment(Protocol):
+    """What training does to the images of a batch, by chance. A frozen dataclass: its text stands for it in keys."""
+
+    @property
+    def variants(self) -> int | None:
+        """How many pictures it can make of one image; None where they are too many to count."""
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The draws of `count` images: tensors (count, ...) on the CPU."""
+
+    def apply(self, images: Tensor, *draws: Tensor) -> Tensor:
+        """Images (B, H, W, C) uint8 as their draws (B, ...) want them, of the same shape."""
+
+    def variant(self, *draws: Tensor) -> Tensor:
+        """(B,) int64 in [0, variants): equal numbers make equal pictures of equal images."""
+
+
+def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor, padding: int) -> Tensor:
+    """Pad with zeros, cut every image back to its size at its own place, mirror some left to right.
+
+    Args:
+        images: (B, H, W, C).
+        top: (B,) int64 in [0, 2 * padding], the first row of the padded image to keep.
+        left: (B,) int64, likewise the first column.
+        mirrored: (B,) bool.
+
+    Returns:
+        (B, H, W, C), as torchvision's RandomCrop(H, padding) and RandomHorizontalFlip give for these draws.
+    """
+    count, height, width, channels = images.shape
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = left[:, None] + _columns(width, mirrored)
+    image = torch.arange(count, device=images.device)[:, None, None]
+    # All pixels in one row, each picked by its number: the fastest gather on CPU and GPU alike.
+    pixel = (image * padded.shape[1] + rows[:, :, None]) * padded.shape[2] + columns[:, None, :]
+    return padded.view(-1, channels).index_select(0, pixel.view(-1)).view(images.shape)
+
+
+def rotation(degrees: Tensor, height: int, width: int) -> Tensor:
+    """Where a rotated image takes its pixels from, in Pillow's fixed point: (N, 6) int32 in units of 2^-16 pixels.
+
+    The pixel at row y and column x shows the one at column m0 + m1 x + m2 y and row m3 + m4 x + m5 y, rounded down.
+
+    Args:
+        degrees: (N,) float64, counter-clockwise, around the middle.
+    """
+    angle = degrees.double().neg().deg2rad()
+    cos, sin = angle.cos(), angle.sin()
+    x, y = width / 2, height / 2
+    start_x = x - x * cos - y * sin + (cos + sin) / 2  # half a step: the middle of the first pixel
+    start_y = y + x * sin - y * cos + (cos - sin) / 2
+    return (torch.stack([start_x, cos, sin, start_y, -sin, cos], dim=1) * 65536 + 0.5).floor().int()
+
+
+def rotate_and_flip(images: Tensor, matrix: Tensor, mirrored: Tensor) -> Tensor:
+    """Rotate every image by its own `rotation`, black where nothing is, then mirror some left to right.
+
+    Args:
+        images: (B, H, W, C) uint8, H and W below 2^15.
+        matrix: (B, 6) int32.
+        mirrored: (B,) bool.
+
+    Returns:
+        (B, H, W, C), as torchvision's RandomRotation and RandomHorizontalFlip give for PIL images.
+    """
+    count, height, width, channels = images.shape
+    x = _columns(width, mirrored).int()[:, None, :]
+    y = torch.arange(height, device=images.device, dtype=torch.int32)[:, None]
+    m0, m1, m2, m3, m4, m5 = matrix[:, :, None, None].unbind(1)
+    column, row = m0 + m1 * x + m2 * y >> 16, m3 + m4 * x + m5 * y >> 16
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    image = torch.arange(count, device=images.device)[:, None, None]
+    pixel = torch.where(inside, (image * height + row) * width + column, 0)
+    return images.reshape(-1, channels).index_select(0, pixel.view(-1)).view(images.shape) * inside[..., None]
+
+
+def _columns(width: int, mirrored: Tensor) -> Tensor:
+    """(B, W): 0, 1, ..., or backwards for the mirrored."""
+    steps = torch.arange(width, device=mirrored.device)
+    return torch.where(mirrored[:, None], width - 1 - steps, steps)
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """Torchvision's RandomCrop(size, padding), and where `flip` holds its RandomHorizontalFlip()."""
+
+    padding: int = 4
+    flip: bool = True
+
+    @property
+    def variants(self) -> int:
+        """Places of the crop, times two with the flip."""
+        return (2 * self.padding + 1) ** 2 * (2 if self.flip else 1)
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """First row and column (count,) int64 of each crop, and whether it is mirrored."""
+        top, left = torch.randint(2 * self.padding + 1, (2, count), generator=generator)
+        return top, left, torch.rand(count, generator=generator) < (0.5 if self.flip else 0.0)
+
+    def apply(self, images: Tensor, *draws: Tensor) -> Tensor:
+        """See `crop_and_flip`."""
+        top, left, mirrored = draws
+        return crop_and_flip(images, top, left, mirrored, self.padding)
+
+    def variant(self, *draws: Tensor) -> Tensor:
+        """The crop's place, and whether it is mirrored, as one number."""
+        top, left, mirrored = draws
+        place = top * (2 * self.padding + 1) + left
+        return place * 2 + mirrored if self.flip else place
+
+
+@dataclass(frozen=True)
+class RotateFlip:
+    """Torchvision's RandomRotation(degrees) of square images of `size` pixels, and its RandomHorizontalFlip()."""
+
+    degrees: float
+    size: int
+    variants = None
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The `rotation` (count, 6) of each image, and whether it is mirrored."""
+        degrees = torch.empty(count).uniform_(-self.degrees, self.degrees, generator=generator)
+        return rotation(degrees, self.size, self.size), torch.rand(count, generator=generator) < 0.5
+
+    def apply(self, images: Tensor, *draws: Tensor) -> Tensor:
+        """See `rotate_and_flip`."""
+        matrix, mirrored = draws
+        return rotate_and_flip(images, matrix, mirrored)
+
+    def variant(self, *draws: Tensor) -> Tensor:
+        """Never asked for."""
+        raise AssertionError("an angle has no number")

@@ -1,0 +1,105 @@
+"""Many small image files as one array: decoded once, kept on disk beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .image_file import BrokenImageError, read_pixels, silent_pillow, warn_of_broken
+
+
+def read_decoded(paths: Sequence[str], size: int, cache: Path, skip_broken: bool) -> tuple[Tensor, Tensor]:
+    """The pixels (K, size, size, 3) uint8 of the whole images, and their places (K,) int64 in `paths`, ascending.
+
+    They are taken from the file `cache` where it was made of these very files (names, sizes and times of change) and
+    is undamaged; else decoded and written there, if that can be.
+
+    Raises:
+        BrokenImageError: an image is broken or of another size, unless `skip_broken`, which leaves it out and says so.
+    """
+    key = _key(paths, cache.parent)
+    images, reasons = _load(cache, key) or _decode_and_store(paths, size, cache, key, skip_broken)
+    broken = {path: reason for path, reason in zip(paths, reasons.tolist()) if reason}
+    if broken and not skip_broken:
+        raise _first(broken)
+    if broken:
+        warn_of_broken(broken, len(paths), "were left out (DATASET.SKIP_BROKEN)")
+    whole = torch.from_numpy(reasons == "").nonzero()[:, 0]
+    pixels = torch.from_numpy(images)
+    return (pixels[whole] if broken else pixels), whole
+
+
+def _first(broken: dict[str, str]) -> BrokenImageError:
+    return BrokenImageError(next(iter(broken.values())) + ", or set DATASET.SKIP_BROKEN True")
+
+
+def _key(paths: Sequence[str], folder: Path) -> str:
+    """A digest of the files' names below `folder`, sizes and times of change."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            found = os.stat(path)
+            state = f"{found.st_size} {found.st_mtime_ns}"
+        except OSError:
+            state = "missing"
+        digest.update(os.fsencode(f"{os.path.relpath(path, folder)}\0{state}\0"))
+    return digest.hexdigest()
+
+
+def _load(cache: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Pixels and what is wrong with each image ("" for nothing); None where `cache` has none for `key`."""
+    try:
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # a zip, which checks their sums
+            return (arrays["images"], arrays["reasons"]) if arrays["key"].item() == key else None
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # on damaged bytes NumPy raises nearly anything
+        _say(f"{cache} is damaged ({error}) and made anew")
+        return None
+
+
+def _decode_and_store(
+    paths: Sequence[str], size: int, cache: Path, key: str, skip_broken: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    _say(f"decoding {len(paths)} images once, for {cache}")
+    images, reasons = _decode(paths, size, skip_broken)
+    fresh = cache.with_name(f".{cache.name}.{os.getpid()}")
+    try:
+        with open(fresh, "wb") as file:
+            np.savez(file, key=np.array(key), images=images, reasons=reasons)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, cache)
+    except OSError as error:
+        _say(f"{cache} cannot be written ({error.strerror}); the images are decoded again by the next run")
+        fresh.unlink(missing_ok=True)
+    return images, reasons
+
+
+def _decode(paths: Sequence[str], size: int, skip_broken: bool) -> tuple[np.ndarray, np.ndarray]:
+    images = np.zeros((len(paths), size, size, 3), np.uint8)
+    reasons = [""] * len(paths)
+    with silent_pillow():
+        for i, path in enumerate(paths):
+            try:
+                pixels = read_pixels(path)
+                if pixels.shape != (size, size, 3):
+                    height, width, _ = pixels.shape
+                    raise BrokenImageError(f"{path} has {width}x{height} pixels, {size}x{size} are due")
+                images[i] = pixels.numpy()
+            except BrokenImageError as error:
+                reasons[i] = str(error)
+                if not skip_broken:
+                    raise _first({path: reasons[i]}) from None
+    return images, np.array(reasons)
+
+
+def _say(what: str) -> None:
+    print(f"note: {' '.join(what.split())}", file=sys.stderr, flush=True)
