@@ -24,6 +24,7 @@ from .trainer import BaseTrainer, trainer_dict
 # Overrides that say where and how a run is carried out, not what it is: they stay out of its name.
 _MACHINE_KEYS = re.compile(
     r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|NUM_WORKERS|TEST\.BATCH_SIZE)$"
+    r"|DISTILLER\.TEACHER_CACHE"
 )
 
 

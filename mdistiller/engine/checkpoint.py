@@ -8,7 +8,7 @@ hold {"model": the student's state}. They are torch.save's files, with a checksu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .atomic import SaveError, check_seal, seal, write_whole
+from .weights_file import SUFFIX, read_safetensors
 
 __all__ = [
     "SaveError", "load_checkpoint", "load_model_weights", "load_resumable", "load_state", "model_state", "newest_whole",
@@ -50,6 +51,8 @@ def save_checkpoint(obj: Any, path: str | Path, keep_previous: bool = False) -> 
 def load_checkpoint(path: str | Path) -> Any:
     """What `path` holds, on the CPU; tensors and plain containers only, so that no file can run code.
 
+    A .safetensors file is {"model": its tensors}.
+
     Raises:
         UserError: no such file, or it is not a whole checkpoint.
     """
@@ -57,6 +60,8 @@ def load_checkpoint(path: str | Path) -> Any:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
+        if path.suffix == SUFFIX:
+            return {"model": read_safetensors(path)}
         check_seal(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails anywhere inside zipfile, pickle or torch
@@ -78,6 +83,8 @@ def load_resumable(path: str | Path) -> dict[str, Any]:
     for key, kind in RESUMABLE.items():
         if not isinstance(state[key], kind):
             raise UserError(f"{path} is no run's checkpoint: its {key} is of type {type(state[key]).__name__}")
+    if not _is_state(state["model"]):
+        raise UserError(f"{path} is no run's checkpoint: its model holds other things than named tensors")
     return state
 
 
@@ -138,16 +145,22 @@ def model_state(checkpoint: Any, path: str | Path) -> State:
     for key in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not _is_state(state):
         raise UserError(f"{path} holds no network weights (neither a state dict nor one under 'model')")
     plain = strip_module(state)
     student = {k.removeprefix("student."): v for k, v in plain.items() if k.startswith("student.")}
     return student or plain
 
 
+def _is_state(state: Any) -> bool:
+    if not isinstance(state, Mapping) or not state:
+        return False
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+
+
 def strip_module(state: Mapping[str, Tensor]) -> State:
     """The state under its own names: without the `module.` that DataParallel puts in front of each."""
-    return {str(k).removeprefix("module."): v for k, v in state.items()}
+    return {k.removeprefix("module."): v for k, v in state.items()}
 
 
 def load_model_weights(model: nn.Module, path: str | Path) -> None:
@@ -167,19 +180,36 @@ def load_state(module: nn.Module, state: State, path: str | Path) -> None:
     """
     own = module.state_dict()
     unknown = sorted(state.keys() - own.keys())
-    reshaped = [
-        f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+    reshaped = {
+        k: f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
         for k in own
         if k in state and state[k].shape != own[k].shape
-    ]
+    }
     missing = sorted(own.keys() - state.keys())
     if not (unknown or reshaped):
         # A module may stand in for entries that the original's files lack (VID), so it is asked what is missing.
-        missing = list(module.load_state_dict(state, strict=False).missing_keys)
-    differences = {"missing": missing, "unknown": unknown, "of another shape": reshaped}
+        try:
+            missing = list(module.load_state_dict(state, strict=False).missing_keys)
+        except RuntimeError as error:  # tensors that cannot be copied: sparse, without data
+            raise UserError(f"{path} does not fit {type(module).__name__}: {' '.join(str(error).split())}") from None
+    if not (unknown or missing) and (classes := _classes(module, state, reshaped)):
+        which = _first_few([*reshaped.values()])
+        raise UserError(f"{path} is of {classes[0]} classes, {type(module).__name__} of {classes[1]}: {which}")
+    differences = {"missing": missing, "unknown": unknown, "of another shape": [*reshaped.values()]}
     if any(differences.values()):
         parts = [f"{len(keys)} {what} ({_first_few(keys)})" for what, keys in differences.items() if keys]
         raise UserError(f"{path} does not fit {type(module).__name__}: {'; '.join(parts)}")
+
+
+def _classes(module: nn.Module, state: State, reshaped: Iterable[str]) -> tuple[int, int] | None:
+    """The numbers of classes of `state` and of `module`, where they differ in nothing else."""
+    outputs = set()
+    for name in reshaped:
+        layer, own, other = module.get_submodule(name.rpartition(".")[0]), module.state_dict()[name], state[name]
+        if not isinstance(layer, nn.Linear) or not other.ndim or other.shape[1:] != own.shape[1:]:
+            return None
+        outputs.add((len(other), len(own)))
+    return outputs.pop() if len(outputs) == 1 else None
 
 
 def _first_few(names: list[str], count: int = 3) -> str:

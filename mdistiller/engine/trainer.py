@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
@@ -121,7 +122,10 @@ class BaseTrainer:
             return self.distiller
         frozen = [f"teacher.{name}" for name in self.distiller.teacher.state_dict()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.distiller, frozen)
-        return DistributedDataParallel(self.distiller, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Every rank keeps BatchNorm's statistics of its own images until `copy_buffers`.
+        known = inspect.signature(DistributedDataParallel).parameters
+        own_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        return DistributedDataParallel(self.distiller, gradient_as_bucket_view=True, **own_buffers)
 
     def train(self, resume: bool = False) -> None:
         """Train to SOLVER.EPOCHS, from the start or from where `latest` stands: `begin`, then `run`."""
