@@ -1,0 +1,50 @@
+"""Network weights as safetensors files, and from one form of file into the other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .atomic import write_whole
+
+SUFFIX = ".safetensors"
+
+
+def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors to `path`, whole or not at all, with a checksum among the file's metadata.
+
+    Raises:
+        SaveError: disk full, quota, read-only or vanished folder.
+    """
+    # Copies, because the format has no tensors that share memory.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    write_whole(save(tensors, {"format": "pt", "sha256": _sha256(tensors)}), path)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in `path`, on the CPU; checked where the file has our checksum.
+
+    Raises:
+        ValueError, or what safetensors comes up with: not a whole file of this format.
+    """
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        expected = (file.metadata() or {}).get("sha256")
+    if expected and expected != _sha256(tensors):
+        raise ValueError("its checksum does not match")
+    return tensors
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
