@@ -1,5 +1,6 @@
 """pip install -e .            the library and its tools
 pip install -e .[dev]       and what `make test` and `make lint` need
+pip install -e .[ray]       and Ray, for tools/table.py --ray
 """
 
 import re
@@ -22,11 +23,12 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["mdistiller", "mdistiller.*"]),
-    package_data={"mdistiller": ["py.typed", "**/*.json"]},
+    package_data={"mdistiller": ["py.typed", "**/*.json", "**/*.html"]},
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
     extras_require={
         "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.6", "mypy>=1.11",
-                "types-PyYAML", "types-tqdm"],
+                "types-PyYAML", "types-tqdm", "nbclient>=0.10", "ipykernel>=6.29", "ray>=2.30"],
+        "ray": ["ray>=2.30"],
     },
 )  # fmt: skip

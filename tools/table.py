@@ -11,6 +11,7 @@ a plan is told in mdistiller/analysis/plan.py and docs/comparing.md.
 
 import argparse
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def run(jobs: list[Job], args: argparse.Namespace, failed: dict[str, str]) -> No
     """Run what is missing of `jobs`, a line for each as it ends."""
     left = missing(jobs, failed)
     if args.dry_run:
-        print("\n".join(" ".join(task(job).command[1:]) for job in left))
+        print("\n".join(shlex.join(["python", *task(job).command[1:]]) for job in left))
         return
     gpus = visible_gpus()
     outcomes = run_on_ray(left, args.ray) if args.ray and left else run_here(left, args.jobs or len(gpus) or 1, gpus)
