@@ -22,8 +22,8 @@ def gradients(method, trainer_name, teacher, groups):
     cfg = load_cfg(
         "configs/digits/kd.yaml",
         f"""DISTILLER.TYPE {method} SOLVER.TRAINER {trainer_name} DISTILLER.TEACHER resnet14 SOLVER.BATCH_SIZE 16
-        DISTILLER.TEACHER_CKPT {teacher} DCGD.GROUPS {groups} DATASET.TRAIN_FRACTION 0.1 CRD.NCE.K 32 SOLVER.SYNC_BN True
-        EXPERIMENT.DEVICE cpu EXPERIMENT.SEED 3""".split(),
+        DISTILLER.TEACHER_CKPT {teacher} DCGD.GROUPS {groups} DATASET.TRAIN_FRACTION 0.1 CRD.NCE.K 32
+        SOLVER.SYNC_BN True EXPERIMENT.DEVICE cpu EXPERIMENT.SEED 3""".split(),
     )
     seed_everything(cfg.EXPERIMENT.SEED)
     train_loader, val_loader, num_data, num_classes = get_dataset(cfg)
