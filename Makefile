@@ -1,6 +1,7 @@
 # make quickstart   set up, train and distil on the embedded data, print a table, draw the curves (output/quickstart)
 # make test         set up and run the tests
 # make lint         ruff and mypy
+# make detection, make test-detection    set up detectron2 too; run the tests of detection/
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -33,3 +34,22 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) build *.egg-info
+
+# detection/ is a folder too.
+.PHONY: detection test-detection
+
+detection: $(VENV)/.installed-detection
+
+test-detection: $(VENV)/.installed-detection
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/detection -n auto -q
+
+# The wheel is tagged for Python 3.10 but is plain Python once its bundled binary, which nothing here needs, is gone.
+$(VENV)/.installed-detection: $(VENV)/.installed-dev detection/detectron2.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev,detection]'
+	site=$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && rm -rf "$$site/_detectron2" && \
+	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --only-binary :all: \
+		--python-version 3.10 --implementation cp --abi none --platform any \
+		--target "$$site/_detectron2" -r detection/detectron2.txt && \
+	rm -rf "$$site/_detectron2/tools" "$$site"/_detectron2/detectron2/_C.*.so && \
+	echo "$$site/_detectron2" > "$$site/_detectron2.pth"
+	touch $@

@@ -1,5 +1,6 @@
 """pip install -e .            the library and its tools
 pip install -e .[dev]       and what `make test` and `make lint` need
+pip install -e .[detection] and what detectron2 needs, which itself is installed apart: docs/detection.md
 pip install -e .[ray]       and Ray, for tools/table.py --ray
 """
 
@@ -30,5 +31,8 @@ setup(
         "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.6", "mypy>=1.11",
                 "types-PyYAML", "types-tqdm", "nbclient>=0.10", "ipykernel>=6.29", "ray>=2.30"],
         "ray": ["ray>=2.30"],
+        "detection": ["fvcore>=0.1.5,<0.1.6", "iopath>=0.1.9,<0.1.10", "omegaconf>=2.1,<2.4", "hydra-core>=1.1",
+                      "pycocotools>=2.0.7", "cloudpickle", "termcolor>=1.1", "tabulate", "tensorboard", "packaging",
+                      "Pillow>=9.4", "opencv-python-headless>=4.8", "setuptools<82"],
     },
 )  # fmt: skip

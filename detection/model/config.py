@@ -49,7 +49,7 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
             cfg.merge_from_file(str(path), allow_unsafe=False)
         cfg.merge_from_list(list(opts))
     except (KeyError, ValueError, AssertionError, SyntaxError, yaml.YAMLError) as error:
-        raise UserError(f"config {path} {' '.join(opts)}: {error.args[0] if error.args else error}") from None
+        raise UserError(f"config {path} {' '.join(opts)}: {error}") from None
     # One model, one device.
     cfg.TEACHER.MODEL.DEVICE = cfg.MODEL.DEVICE
     if cfg.MODEL.META_ARCHITECTURE == "RCNNKD":

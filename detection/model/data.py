@@ -110,4 +110,5 @@ def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
         batch_sampler=Batches(upright, cfg.SOLVER.IMS_PER_BATCH // processes, seed),
         collate_fn=list,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        generator=torch.Generator(),  # starting to load draws a number, which must not come from the model's
     )

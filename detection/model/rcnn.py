@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
-from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from torch import Tensor
 
 from mdistiller.errors import UserError
@@ -40,7 +40,7 @@ class RCNNKD(GeneralizedRCNN):
     def __init__(self, *, teacher: GeneralizedRCNN, kd_losses: dict[str, nn.Module], **student: Any) -> None:
         super().__init__(**student)
         for whose, heads in (("MODEL", self.roi_heads), ("TEACHER.MODEL", teacher.roi_heads)):
-            if not isinstance(heads, StandardROIHeads):
+            if not isinstance(getattr(heads, "box_predictor", None), FastRCNNOutputLayers):  # a cascade has several
                 raise UserError(f"{whose}.ROI_HEADS.NAME must be StandardROIHeads, it is {type(heads).__name__}")
         self.teacher = teacher.requires_grad_(False).eval()
         self.kd_names = list(kd_losses)

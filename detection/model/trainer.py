@@ -59,8 +59,14 @@ class Trainer(DefaultTrainer):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
-        if cfg.TEST.AUG.ENABLED:
-            self.register_hooks([hooks.EvalHook(0, lambda: self.test_with_TTA(cfg, self.model))])
+
+    def build_hooks(self) -> list[hooks.HookBase | None]:
+        """detectron2's, and the evaluation that TEST.AUG asks for, in front of what writes the results down."""
+        found = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            writer = next((i for i, hook in enumerate(found) if isinstance(hook, hooks.PeriodicWriter)), len(found))
+            found.insert(writer, hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model)))
+        return found
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint of OUTPUT_DIR if there is one and `resume`, else start from MODEL.WEIGHTS."""

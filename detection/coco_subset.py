@@ -1,0 +1,59 @@
+#!/usr/bin/env python
+"""Copy a few training images of a COCO folder, with their annotations, into a COCO folder of their own.
+
+    python detection/coco_subset.py --source ../shared/data/coco-tiny --images 8 --max-objects 5 -o datasets/coco
+
+For trying a setup out: the copy is found where the configs look for COCO. Takes the first images by their number.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mdistiller.engine.cli import one_line_errors
+from mdistiller.errors import UserError
+
+ANNOTATIONS = Path("annotations/instances_train2017.json")
+
+
+def copy_subset(source: Path, target: Path, count: int, max_objects: int) -> list[int]:
+    """Copy the first `count` images that show 1 to `max_objects` objects; returns their numbers.
+
+    Raises:
+        UserError: `source` has too few of them, or `target` has annotations already.
+    """
+    if (target / ANNOTATIONS).exists():
+        raise UserError(f"{target / ANNOTATIONS} is there already: choose another folder")
+    data = json.loads((source / ANNOTATIONS).read_text())
+    objects = Counter(annotation["image_id"] for annotation in data["annotations"])
+    images = sorted((i for i in data["images"] if 1 <= objects[i["id"]] <= max_objects), key=lambda i: i["id"])[:count]
+    if len(images) < count:
+        raise UserError(f"{source} has only {len(images)} images of 1 to {max_objects} objects")
+    chosen = {image["id"] for image in images}
+    data |= {"images": images, "annotations": [a for a in data["annotations"] if a["image_id"] in chosen]}
+    (target / "train2017").mkdir(parents=True, exist_ok=True)
+    for image in images:
+        shutil.copyfile(source / "train2017" / image["file_name"], target / "train2017" / image["file_name"])
+    (target / ANNOTATIONS).parent.mkdir(exist_ok=True)
+    (target / ANNOTATIONS).write_text(json.dumps(data))
+    return sorted(chosen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="a folder with annotations/ and train2017/")
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--max-objects", type=int, default=5, help="leave out images that show more (default 5)")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    with one_line_errors():
+        print("images", *copy_subset(args.source, args.output, args.images, args.max_objects))
+
+
+if __name__ == "__main__":
+    main()

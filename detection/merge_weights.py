@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Put a teacher's and a student's weights into the one file that MODEL.WEIGHTS names.
+
+    python detection/merge_weights.py --teacher model_final_f6e8b1.pkl --student resnet18.pth -o pretrained/r18-r101.pth
+    python detection/merge_weights.py --config-file C --teacher T -o F        (a student that starts from nothing)
+
+--teacher: a detector of detectron2's zoo (.pkl), or a checkpoint of this project. --student: such a detector, or an
+ImageNet network of detectron2's zoo, torchvision or timm. The pair tells its published config; --config-file, and
+KEY VALUE after it, name another one.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mdistiller.engine.cli import one_line_errors
+from mdistiller.errors import UserError
+
+with one_line_errors():
+    import detection  # noqa: F401  (says how to install detectron2 where it is not)
+
+from detection.model import merge
+from detection.model.config import load_cfg
+
+
+def report(whose: str, placed: merge.Placed) -> None:
+    """Say what found its place and list what did not."""
+    print(f"{whose}: {len(placed.weights)} tensors in their place")
+    counters = [name for name in placed.homeless if name.endswith("num_batches_tracked")]
+    others = [name for name in placed.homeless if name not in counters]
+    print(f"  not in the model: {len(others)}, and {len(counters)} num_batches_tracked", *others, sep="\n    ")
+    print(f"  not in the file, left at their start: {len(placed.missing)}", *placed.missing, sep="\n    ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="the teacher's detector")
+    parser.add_argument("--student", help="the student's ImageNet network or detector; nothing without it")
+    parser.add_argument("-o", "--output", required=True)
+    parser.add_argument("--config-file", help="the pair's config; told by the two files' networks unless given")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings over those of the config")
+    args = parser.parse_intermixed_args()
+    with one_line_errors():
+        if not (args.config_file or args.student):
+            raise UserError("without --student the pair is not known: name its config by --config-file")
+        path = args.config_file or merge.config_for(args.teacher, args.student)
+        print(f"config {path}")
+        cfg = load_cfg(path, [*args.opts, "MODEL.DEVICE", "cpu"])
+        for whose, placed in zip(("teacher", "student"), merge.merge(cfg, args.teacher, args.student, args.output)):
+            report(whose, placed)
+        note = merge.stride_note(cfg, args.student) if args.student else ""
+    print(f"wrote {args.output}", *filter(None, [note]), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

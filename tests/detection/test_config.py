@@ -1,0 +1,96 @@
+"""The configurations: every published value, the teacher's keys, and what is refused."""
+
+from ast import literal_eval
+
+import pytest
+
+pytest.importorskip("detectron2", reason="detectron2 is not installed: make detection")
+
+import yaml
+from detectron2.config import get_cfg
+
+from detection import HERE
+from detection.model.config import load_cfg
+from mdistiller.errors import UserError
+from tests import _golden
+from tests.detection import _small
+
+PUBLISHED = _golden.load("configs")["detection"]
+
+
+def leaves(tree, path=()):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def read(value):
+    """A value as yacs reads it; tuples, written as text or not, as lists."""
+    value = literal_eval(value) if isinstance(value, str) and value.startswith("(") else value
+    return list(value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("path", PUBLISHED)
+def test_published_values(path):
+    file = HERE.parent / path
+    assert yaml.safe_load(file.read_text()) == PUBLISHED[path], "the file says what the original's says"
+    cfg = load_cfg(file)
+    for keys, value in leaves(PUBLISHED[path]):
+        if keys != ("_BASE_",):
+            node = cfg
+            for key in keys:
+                node = node[key]
+            assert read(node) == read(value), keys
+
+
+@pytest.mark.parametrize("path", sorted(p for p in PUBLISHED if "Base" not in p))
+def test_a_config_opens_with_its_command(path):
+    first = (HERE.parent / path).read_text().splitlines()[0]
+    assert first == f"# python detection/train_net.py --config-file {path} --num-gpus 4"
+
+
+def test_every_published_config_is_tried():
+    assert sorted(f"detection/configs/{name}.yaml" for name in _small.CONFIGS) == sorted(
+        p for p in PUBLISHED if "Base" not in p
+    )
+
+
+def test_method_defaults_and_the_teachers_keys():
+    cfg = load_cfg("")
+    assert cfg.KD == {"TYPE": "DKD", "DKD": {"ALPHA": 1.0, "BETA": 0.25, "T": 1.0}, "REVIEWKD": {"LOSS_WEIGHT": 1.0}}
+    own = {keys for keys, _ in leaves(cfg.TEACHER) if keys[:2] != ("MODEL", "MOBILENETV2")}
+    assert own == {keys for keys, _ in leaves(get_cfg())}, "detectron2's keys, whatever its version"
+
+
+@pytest.mark.parametrize(
+    "opts, line",
+    [
+        (["KD.TYPE", "DKDD"], "unknown KD.TYPE 'DKDD'; did you mean DKD"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "20"], "the student knows 20 classes and the teacher 80"),
+        (["TEACHER.INPUT.FORMAT", "L"], "TEACHER.INPUT.FORMAT is 'L'"),
+        (["TEACHER.MODEL.WEIGHTS", "t.pth"], "TEACHER.MODEL.WEIGHTS is 't.pth', but MODEL.WEIGHTS"),
+        (["KD.DKD.ALHPA", "1.0"], "KD.DKD.ALHPA"),
+        (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
+        (["SOLVER.MAX_ITER"], "odd length"),
+    ],
+)
+def test_refused(opts, line):
+    with pytest.raises(UserError) as error:
+        load_cfg(HERE / "configs/DKD/DKD-R18-R101.yaml", opts)
+    assert line in str(error.value)
+
+
+def test_no_file_and_a_file_that_would_run_code(tmp_path):
+    with pytest.raises(UserError, match=r"no config file at nowhere\.yaml"):
+        load_cfg("nowhere.yaml")
+    file = tmp_path / "c.yaml"
+    file.write_text("OUTPUT_DIR: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(UserError, match="python/object/apply"):
+        load_cfg(file)
+
+
+def test_keys_of_the_original_that_said_nothing_are_taken():
+    cfg = load_cfg(HERE / "configs/DKD/DKD-R18-R101.yaml", ["MODEL.MOBILENETV2.DEBUG", "0"])
+    assert "DEBUG" not in cfg.MODEL.MOBILENETV2
