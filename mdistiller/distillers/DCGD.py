@@ -89,6 +89,12 @@ class DCGD(Distiller):
     def teacher_forward(self, image: Tensor) -> tuple[Tensor, Features]:
         return self._teacher_once(image)
 
+    @classmethod
+    def config_sections(cls, cfg: CN) -> set[str]:
+        """Its own, and its base method's."""
+        base = distiller_dict[cls.base or cfg.DCGD.BASE]
+        return {"DCGD"} if issubclass(base, DCGD) else {"DCGD", *base.config_sections(cfg)}
+
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         """The base method's (the plain network's among them) and the branches'."""
         branches = [*self.student.branches.parameters(), *self.student.heads.parameters()]

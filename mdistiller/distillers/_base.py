@@ -36,6 +36,7 @@ def register(name: str, defaults: CN | None = None, section: str | None = None) 
     def enter(cls: type) -> type:
         if defaults is not None:
             declare_defaults(section or name, defaults)
+        cls.config_section = section or name  # type: ignore[attr-defined]
         return distiller_dict.register(name)(cls)
 
     return enter
@@ -59,6 +60,8 @@ class Distiller(nn.Module):
     pays for them in `get_extra_parameters()`.
     """
 
+    # Its hyper-parameters' place in the config tree; `register` sets it.
+    config_section: ClassVar[str] = ""
     # Facts of the run that the constructor takes beside (student, teacher, cfg), by keyword: {"num_data"}.
     needs_run: ClassVar[tuple[str, ...]] = ()
     # Fields of the batch beside image, target and index: {"contrastive_index"}.
@@ -95,6 +98,11 @@ class Distiller(nn.Module):
     def get_extra_parameters(self) -> int:
         """How many parameters the method adds to the student while training."""
         return 0
+
+    @classmethod
+    def config_sections(cls, cfg: CN) -> set[str]:
+        """The sections of the config tree that the method reads."""
+        return {cls.config_section}
 
     def run_teacher_by(self, runner: Callable[[Tensor], Any]) -> None:
         """Let `runner` answer in the teacher's place: the same function, made faster."""

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode as CN
 
-from ..distillers import method_defaults
+from ..distillers import distiller_dict, method_defaults
 from ..errors import UserError
 from ..registry import near_names
 
@@ -150,13 +150,8 @@ def show_cfg(cfg: CN) -> str:
     """The configuration as YAML, without the sections of the methods that this run does not use."""
     used = cfg.clone()
     used.defrost()
-    # DCGD_KD takes DCGD's settings and KD's; plain DCGD those of its DCGD.BASE.
-    kinds = {cfg.DISTILLER.TYPE, *cfg.DISTILLER.TYPE.split("_")}
-    if "DCGD" in kinds:
-        kinds.add(cfg.DCGD.BASE)
-    for section in method_defaults:
-        if section not in kinds:
-            del used[section]
+    for section in method_defaults.keys() - distiller_dict[cfg.DISTILLER.TYPE].config_sections(cfg):
+        del used[section]
     return used.dump()
 
 

@@ -124,7 +124,7 @@ class BaseTrainer:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.distiller, frozen)
         # Every rank keeps BatchNorm's statistics of its own images until `copy_buffers`.
         known = inspect.signature(DistributedDataParallel).parameters
-        own_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        own_buffers: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
         return DistributedDataParallel(self.distiller, gradient_as_bucket_view=True, **own_buffers)
 
     def train(self, resume: bool = False) -> None:

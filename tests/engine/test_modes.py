@@ -1,0 +1,246 @@
+"""The opt-in ways of a step: each against the plain step, and what each refuses."""
+
+import contextlib
+import io
+import json
+import statistics
+
+import pytest
+import torch
+import torch.nn as nn
+
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine.build import build_trainer
+from mdistiller.engine.cfg import load_cfg
+from mdistiller.engine.checkpoint import load_checkpoint
+from mdistiller.engine.meters import Meters
+from mdistiller.engine.trainer import NonFiniteLossError
+from mdistiller.errors import UserError
+from mdistiller.models import build_model, cifar_model_dict
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("modes")
+    torch.manual_seed(1)
+    torch.save({"model": build_model(cifar_model_dict, "resnet14", 10).state_dict()}, folder / "resnet14")
+    (folder / "groups.json").write_text(json.dumps([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]))
+    return folder
+
+
+def trainer_of(files, overrides="", seed=0, prefix=None):
+    cfg = load_cfg(
+        "configs/digits/kd.yaml",
+        f"""LOG.WANDB False LOG.PREFIX {prefix or files} EXPERIMENT.DEVICE cpu EXPERIMENT.SEED {seed} CRD.NCE.K 32
+        DISTILLER.TEACHER resnet14 DISTILLER.TEACHER_CKPT {files / 'resnet14'} SOLVER.BATCH_SIZE 16
+        DATASET.TRAIN_FRACTION 0.1 {overrides}""".split(),
+    )
+    return build_trainer(cfg)
+
+
+def steps(trainer, count=2):
+    """Parameters after some steps, and the losses of the last."""
+    trainer.distiller.train()
+    meters = Meters()
+    for number, batch in zip(range(count), trainer.train_loader):
+        meters.reset()
+        trainer.train_iter(trainer.prepare_batch(batch, 1), 1, meters, step=number + 1)
+    return {n: p.detach().clone() for n, p in trainer.distiller.student.named_parameters()}, meters.means()
+
+
+def distance(one, other):
+    """The largest difference of two networks' parameters."""
+    return max((one[n] - other[n]).abs().max().item() for n in one)
+
+
+@pytest.mark.parametrize("method", list(distiller_dict))
+def test_bfloat16_is_near_float32_under_every_method(method, files):
+    overrides = f"DISTILLER.TYPE {method} DCGD.GROUPS {files / 'groups.json'}"
+    _, plain = steps(trainer_of(files, overrides), 1)
+    for mode in ("bf16", "bf16-teacher"):
+        parameters, means = steps(trainer_of(files, f"{overrides} SOLVER.AMP {mode}"), 1)
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in parameters.values())
+        # Sums over squared differences of maps (OFD, NST, KDSVD) take in the rounding of every element.
+        assert means["train_loss"] == pytest.approx(plain["train_loss"], rel=0.05), mode
+
+
+def test_float16_scales_the_loss_and_keeps_the_scale(files):
+    trainer = trainer_of(files, "SOLVER.AMP fp16")
+    parameters, _ = steps(trainer, 3)
+    plain, _ = steps(trainer_of(files), 3)
+    assert trainer.update.scaler.get_scale() > 1 and distance(plain, parameters) < 2e-3
+    other = trainer_of(files, "SOLVER.AMP fp16")
+    trainer.update.scaler.update(new_scale=512.0)
+    other.update.load_state_dict(trainer.update.state_dict())
+    assert other.update.scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("method", ["KD", "DKD", "FITNET", "VID", "REVIEWKD"])
+def test_parts_of_a_batch_add_up_to_its_gradient(method, files):
+    """Without BatchNorm, whose statistics are each part's own. 16 images in 3 parts: 6, 6 and 4."""
+    found = {}
+    for parts in (1, 3):
+        trainer = trainer_of(files, f"DISTILLER.TYPE {method} SOLVER.ACCUMULATE {parts}")
+        trainer.distiller.double()
+        trainer.teacher_cache, trainer.distiller._runner = None, None
+        batch = trainer.prepare_batch(next(iter(trainer.train_loader)), 1)
+        batch["image"] = batch["image"].double()
+        trainer.distiller.train()
+        for module in trainer.distiller.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        grads = found[parts] = {}
+        trainer.update.step = lambda measure=False, grads=grads, trainer=trainer: grads.update(
+            {n: p.grad.clone() for n, p in trainer.distiller.named_parameters() if p.requires_grad}
+        )
+        meters = Meters()
+        trainer.train_iter(batch, 1, meters)
+        grads["loss"] = torch.tensor(meters.means()["train_loss"])
+    assert found[1].keys() == found[3].keys()
+    for name, grad in found[1].items():
+        torch.testing.assert_close(found[3][name], grad, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_gradients_are_cut_to_the_length(files):
+    """With plain SGD the first step is LR times the gradient, so its length is LR times the norm."""
+    lengths = {}
+    for norm in (0.0, 0.1):
+        plain = "SOLVER.MOMENTUM 0.0 SOLVER.WEIGHT_DECAY 0.0 SOLVER.LR 0.5"
+        trainer = trainer_of(files, f"{plain} SOLVER.CLIP_GRAD_NORM {norm}")
+        before = {n: p.detach().clone() for n, p in trainer.distiller.student.named_parameters()}
+        after, _ = steps(trainer, 1)
+        lengths[norm] = torch.stack([(after[n] - before[n]).norm() for n in before]).norm().item()
+    assert lengths[0.1] == pytest.approx(0.05, rel=1e-4) and lengths[0.0] > 0.06
+
+
+def test_the_memory_layout_changes_nothing_but_rounding(files):
+    one, _ = steps(trainer_of(files), 3)
+    trainer = trainer_of(files, "SOLVER.CHANNELS_LAST False")
+    other, _ = steps(trainer, 3)
+    conv = trainer.distiller.student.layer1[0].conv1.weight
+    assert conv.is_contiguous() and distance(one, other) < 1e-4
+
+
+def test_the_mean_student_is_validated_saved_and_resumed(files, tmp_path):
+    trainer = trainer_of(files, "SOLVER.EMA 0.9 SOLVER.EPOCHS 1", prefix=tmp_path)
+    trainer.train()
+    assert set(trainer.last_acc) == {"student", "ema"}
+    saved = load_checkpoint(trainer.log_path / "student_latest_ema")["model"]
+    own = trainer.mean_student.network.state_dict()
+    assert all(torch.equal(saved[k], own[k]) for k in own)
+    last = load_checkpoint(trainer.log_path / "student_latest")["model"]
+    assert not torch.equal(saved["fc.weight"], last["fc.weight"])
+
+    again = trainer_of(files, "SOLVER.EMA 0.9 SOLVER.EPOCHS 2", prefix=tmp_path)
+    assert again.begin(resume=True) == 2
+    assert all(torch.equal(v, own[k]) for k, v in again.mean_student.network.state_dict().items())
+    assert again.mean_student.updates == trainer.mean_student.updates == len(trainer.train_loader)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ("DISTILLER.TYPE RKD SOLVER.ACCUMULATE 2", "RKD compares the images of a batch"),
+        ("SOLVER.ACCUMULATE 17", "more than the 16 images"),
+        ("SOLVER.TRAINER dot SOLVER.ACCUMULATE 2", r"SOLVER\.ACCUMULATE 2: DOT keeps the two gradients"),
+        ("SOLVER.TRAINER dot SOLVER.CLIP_GRAD_NORM 1.0", r"SOLVER\.CLIP_GRAD_NORM 1.0: DOT has two gradients"),
+        ("SOLVER.TRAINER dot SOLVER.AMP fp16", "DOT has two"),
+        ("SOLVER.TRAINER dot SOLVER.TYPE AdamW", "known: SGD"),
+        ("SOLVER.AMP fp8", "one of none, bf16"),
+        ("SOLVER.EMA 1.0", r"in \[0, 1\)"),
+        ("SOLVER.BETAS [0.9]", "two numbers"),
+    ],
+)
+def test_what_a_method_cannot_take_is_refused_with_the_reason(overrides, message, files):
+    with pytest.raises(UserError, match=message):
+        trainer_of(files, overrides)
+
+
+def test_modes_go_together(files):
+    modes = """SOLVER.AMP bf16 SOLVER.ACCUMULATE 2 SOLVER.CLIP_GRAD_NORM 1.0 SOLVER.EMA 0.99 SOLVER.TYPE AdamW
+    SOLVER.LR 0.001 SOLVER.LR_SCHEDULE cosine SOLVER.WARMUP_EPOCHS 1 SOLVER.NAN_POLICY skip"""
+    parameters, means = steps(trainer_of(files, modes), 3)
+    assert all(p.isfinite().all() for p in parameters.values()) and means["train_loss"] > 0
+
+
+def spoil(trainer, bad):
+    """NaN into the loss at the steps `bad`, and into a BatchNorm's statistics, as a bad batch would."""
+    forward = trainer.distiller.forward_train
+    seen = []
+
+    def forward_train(**batch):
+        seen.append(1)
+        logits, losses = forward(**batch)
+        if len(seen) in bad:
+            trainer.distiller.student.bn1.running_mean.data.fill_(float("nan"))
+            losses["loss_kd"] = losses["loss_kd"] * float("nan")
+        return logits, losses
+
+    trainer.distiller.forward_train = forward_train
+
+
+def test_a_bad_step_is_skipped_as_if_it_had_not_been_and_counted(files, tmp_path, capsys):
+    trainer = trainer_of(files, "SOLVER.NAN_POLICY skip SOLVER.EPOCHS 1", prefix=tmp_path)
+    spoil(trainer, {2, 3, 5})
+    trainer.train()
+    assert "iteration 2 is skipped" in capsys.readouterr().out
+    header, row = (trainer.log_path / "metrics.csv").read_text().splitlines()
+    assert dict(zip(header.split(","), row.split(",")))["skipped_steps"] == "3"
+    assert all(v.isfinite().all() for v in trainer.distiller.state_dict().values())
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(files, tmp_path):
+    trainer = trainer_of(files, "SOLVER.NAN_POLICY skip SOLVER.NAN_LIMIT 2 SOLVER.EPOCHS 1", prefix=tmp_path)
+    spoil(trainer, {2, 3, 4})
+    with pytest.raises(NonFiniteLossError, match=r"epoch 1, iteration 4: .*loss_kd = nan"):
+        trainer.train()
+
+
+def test_weights_that_are_not_finite_are_never_written(files, tmp_path):
+    trainer = trainer_of(files, "SOLVER.EPOCHS 2", prefix=tmp_path)
+    finish = trainer.validate
+
+    def validate(epoch, *args):
+        if epoch == 2:
+            trainer.distiller.student.fc.weight.data[0, 0] = float("inf")
+        return finish(epoch, *args)
+
+    trainer.validate = validate
+    with pytest.raises(NonFiniteLossError, match="weights are not finite"):
+        trainer.train()
+    assert load_checkpoint(trainer.log_path / "latest")["epoch"] == 1
+
+
+MODES = {
+    "bf16": "SOLVER.AMP bf16",
+    "fp16": "SOLVER.AMP fp16",
+    "bf16-teacher": "SOLVER.AMP bf16-teacher",
+    "contiguous": "SOLVER.CHANNELS_LAST False",
+    "clipped": "SOLVER.CLIP_GRAD_NORM 5.0",
+    "mean weights": "SOLVER.EMA 0.99",
+    "two parts": "SOLVER.ACCUMULATE 2",
+    "cosine": "SOLVER.LR_SCHEDULE cosine SOLVER.WARMUP_EPOCHS 1",
+    "AdamW": "SOLVER.TYPE AdamW SOLVER.LR 0.003",
+    "teacher cache": "DISTILLER.TEACHER_CACHE {folder}/cache",
+}
+
+
+def test_every_mode_trains_to_the_accuracy_of_the_default(tmp_path):
+    """Three epochs of KD on the digits. The default's spread over seeds is some points; no mode may be below it."""
+
+    def accuracy(overrides, seed=0):
+        prefix = tmp_path / "runs" / f"{seed}{overrides[7:20]}"
+        trainer = trainer_of(tmp_path, f"{full} {overrides}", seed, prefix)
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.run(1)
+        return trainer, min(trainer.last_acc.values())
+
+    full = """DATASET.TRAIN_FRACTION 1.0 SOLVER.BATCH_SIZE 32 SOLVER.EPOCHS 3 SOLVER.LR_DECAY_STAGES [2]
+    DISTILLER.STUDENT resnet8 DISTILLER.TYPE NONE"""
+    teacher, _ = accuracy("DISTILLER.STUDENT resnet14")
+    (tmp_path / "resnet14").write_bytes((teacher.log_path / "student_latest").read_bytes())
+    full = full.replace("NONE", "KD")
+    seeds = [accuracy("", seed)[1] for seed in range(3)]
+    low = statistics.mean(seeds) - 3 * max(statistics.stdev(seeds), 1.0)
+    reached = {name: accuracy(mode.format(folder=tmp_path))[1] for name, mode in MODES.items()}
+    assert min(seeds) > 80 and {name: acc for name, acc in reached.items() if acc < low} == {}, (seeds, reached)
