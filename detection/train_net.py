@@ -38,7 +38,8 @@ def read_cfg(args: argparse.Namespace) -> CfgNode:
     cfg = load_cfg(args.config_file, args.opts)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     if cuda and args.num_gpus > torch.cuda.device_count():
-        raise UserError(f"--num-gpus {args.num_gpus}, but torch sees {torch.cuda.device_count()}; MODEL.DEVICE cpu?")
+        seen = torch.cuda.device_count()
+        raise UserError(f"--num-gpus {args.num_gpus}, but torch sees {seen} GPUs; MODEL.DEVICE cpu takes the CPU")
     check_data([*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)])
     cfg.defrost()
     resumes = args.resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()

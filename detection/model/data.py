@@ -18,7 +18,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mdistiller.errors import UserError
@@ -34,14 +33,16 @@ def seed_of(*numbers: int) -> int:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Every generator on the CPU starts from `seed`, and goes on afterwards as if nothing had been drawn."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        seed_all_rng(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would turn to the GPUs too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 class Draws(Dataset):

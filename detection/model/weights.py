@@ -88,7 +88,24 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], bool]:
 
 
 class Checkpointer(DetectionCheckpointer):
-    """detectron2's, which reads files through `read_checkpoint`."""
+    """detectron2's, which reads files through `read_checkpoint`.
+
+    Attributes:
+        whole_teacher: refuse weights that leave anything of a teacher at its start; detectron2 only warns.
+    """
+
+    whole_teacher = False
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        left = super()._load_model(checkpoint)
+        lost = [name for name in left.missing_keys if name.startswith("teacher.")]
+        if lost and self.whole_teacher:
+            shapes = {name: f" of shape {model}, but {file}" for name, file, model in left.incorrect_shapes}
+            raise UserError(
+                f"MODEL.WEIGHTS holds no {lost[0]}{shapes.get(lost[0], '')}; {len(lost)} tensors of the teacher lack. Its classes and "
+                "network must be those of TEACHER.MODEL; detection/merge_weights.py makes the file"
+            )
+        return left
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return read_checkpoint(filename)
