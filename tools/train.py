@@ -17,6 +17,7 @@ from mdistiller.engine.build import build_trainer, deployment_lines
 from mdistiller.engine.cfg import load_cfg, show_cfg
 from mdistiller.engine.cli import one_line_errors
 from mdistiller.engine.ranks import joined_ranks
+from mdistiller.engine.terminal import outlive_terminal
 from mdistiller.errors import UserError
 
 
@@ -30,6 +31,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    outlive_terminal()
     args = parse_args()
     with one_line_errors():
         cfg = load_cfg(args.cfg, args.opts)
