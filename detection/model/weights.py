@@ -102,8 +102,8 @@ class Checkpointer(DetectionCheckpointer):
         if lost and self.whole_teacher:
             shapes = {name: f" of shape {model}, but {file}" for name, file, model in left.incorrect_shapes}
             raise UserError(
-                f"MODEL.WEIGHTS holds no {lost[0]}{shapes.get(lost[0], '')}; {len(lost)} tensors of the teacher lack. Its classes and "
-                "network must be those of TEACHER.MODEL; detection/merge_weights.py makes the file"
+                f"MODEL.WEIGHTS holds no {lost[0]}{shapes.get(lost[0], '')}; {len(lost)} tensors of the teacher lack. "
+                "Its classes and network must be those of TEACHER.MODEL; detection/merge_weights.py makes the file"
             )
         return left
 

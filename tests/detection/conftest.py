@@ -1,6 +1,11 @@
 """A small synthetic COCO set, and what silences detectron2's own use of what newer torch calls deprecated."""
 
+import importlib.util
+
 import pytest
+
+if importlib.util.find_spec("detectron2"):
+    import detection  # noqa: F401  (before any test: it keeps detectron2's warnings at import to itself)
 
 DEPRECATED = (
     "ignore:torch.meshgrid. in an upcoming release:UserWarning",

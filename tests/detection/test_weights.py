@@ -202,17 +202,20 @@ def test_the_exported_student_is_plain_detectron2s(tmp_path, name):
 def test_training_refuses_weights_without_a_whole_teacher(tmp_path):
     """detectron2 would warn and train on, with a teacher that knows nothing."""
     model = build(R18)
-    checkpointer = Checkpointer(model)
-    checkpointer.whole_teacher = True
+
+    def load(file, whole_teacher=True):
+        checkpointer = Checkpointer(model)
+        checkpointer.whole_teacher = whole_teacher
+        checkpointer.load(str(tmp_path / file))
+
     torch.save(student_part(model.state_dict()), tmp_path / "s.pth")
     with pytest.raises(UserError, match=r"holds no teacher\..*; 90 tensors of the teacher lack"):
-        checkpointer.load(str(tmp_path / "s.pth"))
+        load("s.pth")
     classes = "teacher.roi_heads.box_predictor.cls_score.weight"
     torch.save(model.state_dict() | {classes: torch.zeros(21, 32)}, tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"cls_score\.weight of shape \(81, 32\), but \(21, 32\); 1 tensors"):
-        checkpointer.load(str(tmp_path / "c.pth"))
-    checkpointer.whole_teacher = False  # to score the student, none is needed
-    checkpointer.load(str(tmp_path / "s.pth"))
+        load("c.pth")
+    load("s.pth", whole_teacher=False)  # to score the student, none is needed
 
 
 class Harm:
