@@ -86,3 +86,10 @@ def test_rotated_batches_are_those_of_the_drawn_angles() -> None:
     for image, _, index in loader:
         shown = rotate_and_flip(data.images[index], matrix[index], mirrored[index])
         assert torch.equal((image * 255).round().byte().permute(0, 2, 3, 1), shown)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_rotates_to_the_same_bits() -> None:
+    data = ImageArray(noise(30, 16, 16), torch.arange(30), (0.0,) * 3, (1.0,) * 3, RotateFlip(20, 16))
+    on_cpu, on_gpu = (list(data.loader(8, 0, train=True, seed=3).to(device)) for device in ("cpu", "cuda"))
+    assert all(torch.equal(a, b.cpu()) for one, two in zip(on_cpu, on_gpu) for a, b in zip(one, two))
