@@ -139,7 +139,7 @@ def _compare(out: Path, student: tuple[str, Outputs], teacher: tuple[str, Output
     (name_s, s), (name_t, t) = student, teacher
     logits = mean_logit_difference(s.logits, t.logits, s.targets)
     correlations = correlation_difference(s.logits, t.logits)
-    titles = "|student - teacher|\nof the mean logits by class", "student - teacher\nof the logits' correlation"
+    titles = "mean logits, |student - teacher|", "correlation of logits, student - teacher"
     figure = matrices_figure(dict(zip(titles, (logits, correlations))), "class", "class", signed=titles[1:])
     figure.savefig(out / "correlation.png", dpi=110)
     np.savetxt(out / "mean_logits.csv", logits, delimiter=",", fmt="%.6g")

@@ -25,7 +25,7 @@ def tsne_figure(points: Mapping[str, np.ndarray], targets: np.ndarray) -> Figure
     for ax, (name, xy) in zip(panels, points.items()):
         ax.scatter(*xy[others].T, s=5, color="#DDDDDD", label="other classes" if others.any() else None)
         for i, c in enumerate(shown):
-            look: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) + i % 2]}
+            look: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS)]}
             ax.scatter(*xy[targets == c].T, s=14, label=str(c), **look)
         ax.set(title=name, xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
     handles, labels = panels[0].get_legend_handles_labels()

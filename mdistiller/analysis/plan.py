@@ -22,7 +22,7 @@
     sources: {crd: "Tian et al. 2020, arXiv 1910.10699"}
 
 A later override wins: config, pair, method, by_pair, plan, command line. Files are looked for in the current folder,
-then in the repository. A run's folder is LOG.PREFIX/plan_<the plan's file name>/<method>,<overrides>.
+then in the repository. A run's folder is LOG.PREFIX/plan_<the plan's file name>/<method>,<pair>,<overrides>.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class Plan:
         if pair not in entry.configs:
             return []
         overrides = self.pairs[pair].overrides | entry.overrides[pair] | self.overrides | dict(override_pairs(opts))
-        place = {"EXPERIMENT.PROJECT": f"plan_{self.name}", "EXPERIMENT.NAME": f"{method},"}
+        name = "".join(f"{part}," for part in (method, pair.replace(" -> ", "-")) if part)
+        place = {"EXPERIMENT.PROJECT": f"plan_{self.name}", "EXPERIMENT.NAME": name}
         label = ", ".join(filter(None, (method, pair)))
         return [
             make_job(f"{label}, seed {seed}", entry.configs[pair], {**overrides, **place, "EXPERIMENT.SEED": seed})

@@ -72,7 +72,8 @@ def _run_content(run: Run) -> dict[str, Any]:
 
 
 def _table_content(table: Table) -> dict[str, Any]:
-    curves, runs = {}, {}
+    curves: dict[str, str] = {}
+    runs: dict[str, Run] = {}
     for pair in table.pairs:
         of_pair = {row.method.split(", head: ")[0]: _first_run(row.folders) for row in table.of_pair(pair)}
         found = {name: run for name, run in of_pair.items() if run}
