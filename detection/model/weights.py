@@ -158,9 +158,11 @@ def detectron_names(weights: Iterable[str]) -> dict[str, str]:
 
 
 def _rename(name: str, rules: Rules) -> str:
-    pattern, new = next(((p, n) for p, n in rules if re.fullmatch(p, name)), (None, None))
-    renamed = re.sub(pattern, new, name) if pattern else name
-    return f"backbone.bottom_up.{renamed}" if NETWORK.match(renamed) else renamed
+    for pattern, new in rules:
+        if re.fullmatch(pattern, name):
+            name = re.sub(pattern, new, name)
+            break
+    return f"backbone.bottom_up.{name}" if NETWORK.match(name) else name
 
 
 @dataclass

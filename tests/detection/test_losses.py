@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: make detection")
@@ -87,10 +86,11 @@ def test_proposal_logits_are_those_of_each_box_by_itself():
     heads = build_model(_small.load("DKD/DKD-R18-R101", "MODEL.FPN.OUT_CHANNELS", "4")).double().roi_heads
     nn.init.normal_(heads.box_predictor.cls_score.weight)  # the usual start is so near zero that all logits are
     maps = random_maps(channels=4, height=256, width=256)
-    boxes = [
-        Boxes(torch.tensor([[4.0, 4.0, 40.0, 50.0], [0.0, 0.0, 256.0, 250.0], [9.3, 20.1, 140.7, 170.9]])),
-        Boxes(torch.tensor([[30.0, 10.0, 90.5, 60.25]])),
+    corners = [
+        [[4.0, 4.0, 40.0, 50.0], [0.0, 0.0, 256.0, 250.0], [9.3, 20.1, 140.7, 170.9]],
+        [[30.0, 10.0, 90.5, 60.25]],
     ]
+    boxes = [Boxes(torch.tensor(image)) for image in corners]
     boxes = [Boxes(b.tensor.double()) for b in boxes]
     logits = proposal_logits(heads, maps, boxes)
     assert logits.shape == (4, 81) and not logits.requires_grad
@@ -104,8 +104,8 @@ def test_proposal_logits_are_those_of_each_box_by_itself():
 def test_dkd_counts_the_background_as_a_class():
     model = build_model(_small.load("DKD/DKD-R18-R101", "KD.DKD.BETA", "0.5", "KD.DKD.T", "2.0")).double()
     maps = random_maps()
-    boxes = [Boxes(torch.tensor([[4.0, 4.0, 40.0, 50.0], [8.0, 8.0, 60.0, 60.0]]).double()), Boxes(torch.zeros(0, 4))]
-    boxes[1] = Boxes(torch.tensor([[30.0, 10.0, 90.0, 60.0]]).double())
+    corners = [[[4.0, 4.0, 40.0, 50.0], [8.0, 8.0, 60.0, 60.0]], [[30.0, 10.0, 90.0, 60.0]]]
+    boxes = [Boxes(torch.tensor(image, dtype=torch.float64)) for image in corners]
     logits = torch.randn(3, 81, dtype=torch.float64, requires_grad=True)
     classes = torch.tensor([3, 80, 17])  # 80 is the background
     heads = model.teacher.roi_heads
@@ -200,4 +200,3 @@ def test_types_and_their_parts():
     shapes = {name: ShapeSpec(channels=8, stride=stride) for name, stride in STRIDES.items()}
     parts = {name: sorted(build(cfg, shapes, shapes)) for name, build in kd_types.items()}
     assert parts == {"DKD": ["kd_logits"], "ReviewKD": ["kd_trans"], "ReviewDKD": ["kd_logits", "kd_trans"]}
-    assert F.mse_loss(torch.zeros(1), torch.ones(1)) == 1  # the loss above is a mean, not a sum
