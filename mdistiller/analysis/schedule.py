@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -19,6 +15,7 @@ from yacs.config import CfgNode as CN
 
 from ..errors import UserError
 from .plan import REPOSITORY, Job
+from .processes import Processes, Task, run_task
 from .runs import Run, read_run
 
 # What says where and how a run is carried out, not what it is: it may differ between a plan and a run that is there.
@@ -54,64 +51,11 @@ def _flat(cfg: CN, above: str = "") -> dict[str, Any]:
     return flat
 
 
-@dataclass(frozen=True)
-class Task:
-    """A process to run: its command line, its folder, what it adds to the environment, and the file of its output."""
-
-    command: list[str]
-    cwd: str
-    environment: dict[str, str]
-    log: Path
-
-
 def task(job: Job) -> Task:
     """tools/train.py for this job; going on from `latest` where there is one."""
     resume = ["--resume"] if (job.folder / "latest").exists() else []
     command = [sys.executable, str(REPOSITORY / "tools/train.py"), "--cfg", str(job.config), *resume, *job.overrides]
     return Task(command, os.getcwd(), {}, (job.folder / LOG).absolute())
-
-
-class Processes:
-    """The processes that are running, so that all of them can be ended."""
-
-    def __init__(self) -> None:
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
-        self._ended = False
-
-    def run(self, task: Task, environment: dict[str, str] | None = None) -> str:
-        """Run to the end, with the output appended to the task's log.
-
-        Returns:
-            Empty when it went well, else the last line of what it said.
-        """
-        task.log.parent.mkdir(parents=True, exist_ok=True)
-        with task.log.open("ab") as log:
-            start = log.tell()
-            with self._lock:
-                if self._ended:
-                    return "interrupted"
-                process = subprocess.Popen(
-                    task.command, cwd=task.cwd, env=os.environ | task.environment | (environment or {}),
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                )  # fmt: skip
-                self._running.add(process)
-            try:
-                status = process.wait()
-            except BaseException:  # Ray cancels a task by an exception
-                process.terminate()
-                raise
-            finally:
-                self._running.discard(process)
-        lines = task.log.read_bytes()[start:].decode(errors="replace").split("\n")
-        return "" if status == 0 else next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
-
-    def end(self) -> None:
-        """End what is running, and start no more."""
-        with self._lock:
-            self._ended = True
-            for process in self._running:
-                process.terminate()
 
 
 def visible_gpus() -> list[str]:
@@ -170,12 +114,14 @@ def run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, str]]:
         raise UserError("--ray needs Ray: pip install -e '.[ray]'") from None
     try:
         path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-        ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False, logging_level="error")
+        started: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+        environment = {"env_vars": {"PYTHONPATH": path}}
+        ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="error", **started)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"no Ray cluster at {address}: {' '.join(str(error).split())[:200]}") from None
     try:
         gpu = 1 if ray.cluster_resources().get("GPU") else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpu, max_retries=0)(_run_task)
+        remote = ray.remote(num_cpus=1, num_gpus=gpu, max_retries=0)(run_task)
         waiting = {remote.remote(task(job)): job for job in jobs}
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
@@ -187,7 +133,3 @@ def run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, str]]:
             yield job, said
     finally:
         ray.shutdown()
-
-
-def _run_task(task: Task) -> str:
-    return Processes().run(task)

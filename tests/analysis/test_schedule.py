@@ -11,7 +11,8 @@ import pytest
 
 from mdistiller.analysis import schedule
 from mdistiller.analysis.plan import make_job
-from mdistiller.analysis.schedule import Processes, Task, finished_run, run_here, task
+from mdistiller.analysis.processes import Processes, Task
+from mdistiller.analysis.schedule import finished_run, run_here, task
 from mdistiller.errors import UserError
 
 CONFIG = Path("configs/digits/kd.yaml")

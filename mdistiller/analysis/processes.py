@@ -1,0 +1,67 @@
+"""Processes that are run to their end with their output kept. No torch here: a Ray worker imports this in no time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Task:
+    """A process to run: its command line, its folder, what it adds to the environment, and the file of its output."""
+
+    command: list[str]
+    cwd: str
+    environment: dict[str, str]
+    log: Path
+
+
+class Processes:
+    """The processes that are running, so that all of them can be ended."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def run(self, task: Task, environment: dict[str, str] | None = None) -> str:
+        """Run to the end, with the output appended to the task's log.
+
+        Returns:
+            Empty when it went well, else the last line of what it said.
+        """
+        task.log.parent.mkdir(parents=True, exist_ok=True)
+        with task.log.open("ab") as log:
+            start = log.tell()
+            with self._lock:
+                if self._ended:
+                    return "interrupted"
+                process = subprocess.Popen(
+                    task.command, cwd=task.cwd, env=os.environ | task.environment | (environment or {}),
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                )  # fmt: skip
+                self._running.add(process)
+            try:
+                status = process.wait()
+            except BaseException:  # Ray cancels a task by an exception
+                process.terminate()
+                raise
+            finally:
+                self._running.discard(process)
+        lines = task.log.read_bytes()[start:].decode(errors="replace").split("\n")
+        return "" if status == 0 else next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
+
+    def end(self) -> None:
+        """End what is running, and start no more."""
+        with self._lock:
+            self._ended = True
+            for process in self._running:
+                process.terminate()
+
+
+def run_task(task: Task) -> str:
+    """`Processes.run` of one task by itself."""
+    return Processes().run(task)
