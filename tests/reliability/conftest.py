@@ -1,0 +1,12 @@
+"""One zygote for the tests of a worker."""
+
+import pytest
+
+from .runs import Zygote
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    started = Zygote()
+    yield started
+    started.close()

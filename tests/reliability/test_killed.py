@@ -1,0 +1,40 @@
+"""tools/train.py, killed by SIGKILL at random moments and resumed, ends as if nothing had happened: bit for bit."""
+
+import os
+import random
+import signal
+from collections import Counter
+
+import pytest
+
+from .runs import METHODS, Run, differences, killed_run, timed
+
+KILLS = 10  # of each method; tests/soak.py makes 200
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_ends_as_one_that_never_was(tmp_path, zygote, method):
+    whole = Run(tmp_path / "whole", METHODS[method], zygote.launch)
+    seconds = timed(whole)
+    moments, stages, chain = random.Random(method), Counter(), 0
+    while stages.total() < KILLS:
+        killed = Run(tmp_path / f"killed{chain}", METHODS[method], zygote.launch)
+        stages += killed_run(killed, moments, KILLS - stages.total(), seconds / 6)
+        assert differences(whole.log_path, killed.log_path) == []
+        chain += 1
+    assert min(stages["steps"], stages["saving"], stages["validation"]) > 0, stages
+
+
+def test_two_ranks_killed_or_stopped_together_end_as_ones_that_never_were(tmp_path, zygote):
+    whole, stopped = (Run(tmp_path / name, METHODS["KD"], zygote.launch_pair) for name in ("whole", "stopped"))
+    seconds = timed(whole)
+    assert stopped.kill_once(seconds / 2)
+    latest = stopped.log_path / "latest"
+    before = latest.stat().st_ino
+    pair = stopped.start()
+    while latest.stat().st_ino == before:
+        assert pair.poll() is None
+    os.kill(pair.ranks[1].pid, signal.SIGTERM)  # one is asked, both stop
+    assert [rank.wait() for rank in pair.ranks] == [143, 143]
+    stopped.finish()
+    assert differences(whole.log_path, stopped.log_path) == []

@@ -1,0 +1,167 @@
+"""Signals, bad numbers, full disks, two runs in one folder: real processes of tools/train.py."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from .runs import METHODS, SETTINGS, Run, differences, launch, timeless
+
+KD = METHODS["KD"]
+LONG = KD | {"SOLVER.EPOCHS": "100"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, zygote):
+    run = Run(tmp_path_factory.mktemp("whole"), KD, zygote.launch)
+    run.finish()
+    return run
+
+
+def wait_for(run, file):
+    """Until the run has written `file`."""
+    until = time.monotonic() + 60
+    while not list(run.folder.glob(f"output/p/*/{file}")):
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("number, forked", [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_signal_ends_the_step_saves_says_how_to_resume_and_the_run_ends_the_same(
+    tmp_path, zygote, whole, number, forked
+):
+    run = Run(tmp_path, KD, zygote.launch if forked else launch)
+    process = run.start()
+    wait_for(run, "latest")
+    os.kill(process.pid, number)
+    assert process.wait() == 128 + number
+    last = run.output.read_text().splitlines()[-1]
+    assert last == f"stopped by signal {number}; the same command with --resume goes on from here"
+    latest = torch.load(run.log_path / "latest", weights_only=True)
+    assert latest["epoch"] < 3 and latest["within_epoch"]["step"] >= 1
+    run.launcher = zygote.launch
+    run.finish()
+    assert differences(whole.log_path, run.log_path) == []
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path, zygote):
+    slow = {"DISTILLER.TYPE": "NONE", "DISTILLER.STUDENT": "wrn_16_2", "DATASET.TRAIN_FRACTION": "1.0"}
+    for attempt in range(5):
+        run = Run(tmp_path / str(attempt), slow | {"SOLVER.BATCH_SIZE": "256"}, zygote.launch)  # seconds a step
+        process = run.start()
+        wait_for(run, "train.events/steps/*")
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.3)
+        os.kill(process.pid, signal.SIGINT)
+        status = process.wait()
+        if status != 143:  # else the step was over before the second
+            break
+    assert status == -signal.SIGINT
+    assert not list(run.log_path.glob("*latest"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(tmp_path, zygote):
+    explode = {"SOLVER.LR_DECAY_STAGES": "[1]", "SOLVER.LR_DECAY_RATE": "1e30", "SOLVER.EMA": "0"}
+    run = Run(tmp_path, KD | explode, zygote.launch)
+    assert run.start().wait() == 2
+    error = run.output.read_text().splitlines()[-1]
+    note = run.log_path / "non_finite.json"
+    record = json.loads(note.read_text())
+    assert error.startswith(f"error: epoch 2, iteration {record['iteration']}: loss_ce = ")
+    assert "loss_kd = " in error and str(note.relative_to(tmp_path)) in error
+    assert record["epoch"] == 2 and record["losses"].keys() == {"loss_ce", "loss_kd"}
+    assert len(set(record["index"])) == 16 and all(0 <= index < 1438 for index in record["index"])
+    latest = torch.load(run.log_path / "latest", weights_only=True)
+    assert latest["epoch"] == 1 and all(tensor.isfinite().all() for tensor in latest["model"].values())
+
+
+def test_skipping_has_its_limit(tmp_path, zygote):
+    explode = {"SOLVER.LR": "1e30", "SOLVER.NAN_POLICY": "skip", "SOLVER.NAN_LIMIT": "2", "SOLVER.EMA": "0"}
+    run = Run(tmp_path, KD | explode | {"LOG.SAVE_CHECKPOINT_ITERS": "0"}, zygote.launch)
+    assert run.start().wait() == 2
+    *_, first, second, error = run.output.read_text().splitlines()
+    assert first.startswith("warning: epoch 1, iteration 2 is skipped")
+    assert second.startswith("warning: epoch 1, iteration 3 is skipped")
+    assert error.startswith("error: epoch 1, iteration 4: ")
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, whole, zygote):
+    same, other = Run(tmp_path / "same", KD, zygote.launch), Run(tmp_path / "other", KD, zygote.launch)
+    same.finish()
+    assert differences(whole.log_path, same.log_path) == []
+    other.settings = KD | {"EXPERIMENT.SEED": "1"}
+    other.finish()
+    latest = [torch.load(run.log_path / "student_latest", weights_only=True)["model"] for run in (same, other)]
+    assert not any(torch.equal(latest[0][k], latest[1][k]) for k in latest[0] if k.endswith("conv1.weight"))
+    assert timeless(same.log_path / "metrics.csv") != timeless(other.log_path / "metrics.csv")
+
+
+def no_space(run, process):
+    """As on a full disk: from now on the process's files may have 600 kB; `latest` is larger."""
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (600_000, 600_000))
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path, zygote, policy):
+    run = Run(tmp_path, KD | {"LOG.SAVE_CHECKPOINT_ITERS": "1", "LOG.SAVE_ERROR": policy}, zygote.launch)
+    process = run.start()
+    wait_for(run, "latest")
+    no_space(run, process)
+    status = process.wait()
+    state = torch.load(run.log_path / "latest", weights_only=True)
+    said = [line for line in run.output.read_text().splitlines() if "cannot write" in line]
+    assert "latest (File too large): 1," in said[0] and "bytes needed" in said[0] and "free in output" in said[0]
+    assert not list(run.log_path.glob(".*.partial"))
+    assert state["epoch"] == 0 and state["within_epoch"]["step"] >= 1
+    if policy == "stop":
+        assert status == 2 and said == [run.output.read_text().splitlines()[-1]] and said[0].startswith("error: ")
+    else:
+        assert status == 0 and len(said) > 20 and said[0].endswith("training goes on to the next save")
+    run.finish()
+
+
+def test_a_folder_that_vanishes_stops_the_run_and_is_named(tmp_path, zygote):
+    run = Run(tmp_path, LONG, zygote.launch)
+    process = run.start()
+    wait_for(run, "latest")
+    folder = run.log_path
+    shutil.rmtree(folder)
+    assert process.wait() == 2
+    assert "latest (No such file or directory): " in run.output.read_text().splitlines()[-1]
+
+
+def test_a_second_run_in_the_folder_is_refused_with_the_firsts_process(tmp_path, zygote):
+    run = Run(tmp_path, LONG, zygote.launch)
+    first = run.start()
+    wait_for(run, "latest")
+    before = {path.name for path in run.log_path.iterdir()}
+    for flag in ("--resume", "--overwrite"):
+        second = Run(tmp_path, LONG, zygote.launch)
+        second.output = tmp_path / f"second{flag}.txt"
+        assert second.start(*([flag] if flag == "--overwrite" else [])).wait() == 2
+        line = second.output.read_text().splitlines()[-1]
+        assert line.startswith(f"error: {run.log_path.relative_to(tmp_path)} is in use by process {first.pid} on host ")
+    assert before <= {path.name for path in run.log_path.iterdir()}
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    third = run.start()  # the first is dead
+    assert run.begun(third)
+    third.kill()
+    third.wait()
+
+
+def test_a_finished_run_is_not_trained_over(tmp_path, whole):
+    before = {path.name: path.read_bytes() for path in whole.log_path.iterdir() if path.is_file()}
+    settings = [word for pair in (SETTINGS | KD).items() for word in pair]
+    output = tmp_path / "output.txt"
+    process = whole.launcher(["--cfg", "empty.yaml", *settings], whole.folder, output, {})
+    assert process.wait() == 2
+    assert "holds a run already; add --resume" in output.read_text().splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in whole.log_path.iterdir() if path.is_file()} == before
