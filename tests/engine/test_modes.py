@@ -1,8 +1,10 @@
 """The opt-in ways of a step: each against the plain step, and what each refuses."""
 
 import contextlib
+import csv
 import io
 import json
+import shutil
 import statistics
 
 import pytest
@@ -156,6 +158,30 @@ def test_what_a_method_cannot_take_is_refused_with_the_reason(overrides, message
         trainer_of(files, overrides)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile builds its kernels with a C++ compiler")
+def test_a_compiled_step_is_the_plain_step(files):
+    """After five steps of DKD, whose loss reads the epoch, a short batch among them: the same but for rounding.
+
+    At a learning rate of 0.001: large steps from a fresh student magnify what is rounded.
+    """
+    dkd = f"SOLVER.LR 0.001 DISTILLER.TYPE DKD DISTILLER.TEACHER resnet8 DISTILLER.TEACHER_CKPT {files}/resnet8"
+    torch.manual_seed(1)
+    torch.save({"model": build_model(cifar_model_dict, "resnet8", 10).state_dict()}, files / "resnet8")
+    found = []
+    for mode in ("", "SOLVER.COMPILE True"):
+        trainer = trainer_of(files, f"{dkd} {mode}")
+        trainer.distiller.train()
+        meters = Meters()
+        batches = [trainer.prepare_batch(batch, 1) for batch in trainer.train_loader][-3:]
+        assert len({len(batch["target"]) for batch in batches}) == 2
+        for epoch in (1, 2):
+            for batch in batches[: 3 if epoch == 1 else 2]:
+                trainer.train_iter(batch, epoch, meters)
+        found.append(dict(trainer.distiller.student.named_parameters()))
+    assert hasattr(trainer.distiller.forward_train, "_torchdynamo_orig_callable")
+    assert 0 < distance(*found) < 1e-4
+
+
 def test_modes_go_together(files):
     modes = """SOLVER.AMP bf16 SOLVER.ACCUMULATE 2 SOLVER.CLIP_GRAD_NORM 1.0 SOLVER.EMA 0.99 SOLVER.TYPE AdamW
     SOLVER.LR 0.001 SOLVER.LR_SCHEDULE cosine SOLVER.WARMUP_EPOCHS 1 SOLVER.NAN_POLICY skip"""
@@ -211,36 +237,57 @@ def test_weights_that_are_not_finite_are_never_written(files, tmp_path):
     assert load_checkpoint(trainer.log_path / "latest")["epoch"] == 1
 
 
+# Of the student; fp16 is emulated on processors, a hundred times slower than float32.
 MODES = {
     "bf16": "SOLVER.AMP bf16",
-    "fp16": "SOLVER.AMP fp16",
-    "bf16-teacher": "SOLVER.AMP bf16-teacher",
     "contiguous": "SOLVER.CHANNELS_LAST False",
     "clipped": "SOLVER.CLIP_GRAD_NORM 5.0",
-    "mean weights": "SOLVER.EMA 0.99",
+    "mean weights": "SOLVER.EMA 0.97",
     "two parts": "SOLVER.ACCUMULATE 2",
     "cosine": "SOLVER.LR_SCHEDULE cosine SOLVER.WARMUP_EPOCHS 1",
     "AdamW": "SOLVER.TYPE AdamW SOLVER.LR 0.003",
-    "teacher cache": "DISTILLER.TEACHER_CACHE {folder}/cache",
 }
+# Of the teacher.
+TEACHER_MODES = {
+    "bf16-teacher": "SOLVER.AMP bf16-teacher",
+    "teacher cache": "DISTILLER.TEACHER_CACHE {folder}/cache",
+    "teacher cache, second run": "DISTILLER.TEACHER_CACHE {folder}/cache LOG.PREFIX {folder}/second",
+}
+WHOLE = """DATASET.TRAIN_FRACTION 1.0 SOLVER.EPOCHS 3 SOLVER.LR_DECAY_STAGES [2] DISTILLER.STUDENT resnet8
+DISTILLER.TEACHER resnet8 DISTILLER.TEACHER_CKPT {folder}/resnet8"""
 
 
-def test_every_mode_trains_to_the_accuracy_of_the_default(tmp_path):
-    """Three epochs of KD on the digits. The default's spread over seeds is some points; no mode may be below it."""
+def trained(folder, overrides, seed=0):
+    """A trainer after three epochs on all digits, and the lowest accuracy of its heads."""
+    prefix = folder / f"{seed}{abs(hash(overrides))}"
+    trainer = trainer_of(folder, f"{WHOLE} {overrides}".format(folder=folder), seed, prefix)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.run(1)
+    return trainer, min(trainer.last_acc.values())
 
-    def accuracy(overrides, seed=0):
-        prefix = tmp_path / "runs" / f"{seed}{overrides[7:20]}"
-        trainer = trainer_of(tmp_path, f"{full} {overrides}", seed, prefix)
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer.run(1)
-        return trainer, min(trainer.last_acc.values())
 
-    full = """DATASET.TRAIN_FRACTION 1.0 SOLVER.BATCH_SIZE 32 SOLVER.EPOCHS 3 SOLVER.LR_DECAY_STAGES [2]
-    DISTILLER.STUDENT resnet8 DISTILLER.TYPE NONE"""
-    teacher, _ = accuracy("DISTILLER.STUDENT resnet14")
-    (tmp_path / "resnet14").write_bytes((teacher.log_path / "student_latest").read_bytes())
-    full = full.replace("NONE", "KD")
-    seeds = [accuracy("", seed)[1] for seed in range(3)]
-    low = statistics.mean(seeds) - 3 * max(statistics.stdev(seeds), 1.0)
-    reached = {name: accuracy(mode.format(folder=tmp_path))[1] for name, mode in MODES.items()}
-    assert min(seeds) > 80 and {name: acc for name, acc in reached.items() if acc < low} == {}, (seeds, reached)
+def too_low(reached, seeds):
+    """The modes whose accuracy lies further below the seeds' mean than three of their standard deviations (of 1.5
+    points at least: 359 images are tested, and the whole spread of three seeds is a chancy thing)."""
+    low = statistics.mean(seeds) - 3 * max(statistics.stdev(seeds), 1.5)
+    return {name: accuracy for name, accuracy in reached.items() if accuracy < low}
+
+
+def test_every_mode_of_the_student_trains_to_the_accuracy_of_the_default(tmp_path):
+    seeds = [trained(tmp_path, "DISTILLER.TYPE NONE", seed)[1] for seed in range(3)]
+    reached = {name: trained(tmp_path, f"DISTILLER.TYPE NONE {mode}")[1] for name, mode in MODES.items()}
+    assert min(seeds) > 88 and not too_low(reached, seeds), (seeds, reached)
+
+
+def test_every_mode_of_the_teacher_trains_to_the_accuracy_of_the_default(tmp_path):
+    """A network that learns from itself; the cache's second run asks the teacher for nothing."""
+    teacher, own = trained(tmp_path, "DISTILLER.TYPE NONE")
+    (tmp_path / "resnet8").write_bytes((teacher.log_path / "student_latest").read_bytes())
+    seeds = [own, *(trained(tmp_path, "DISTILLER.TYPE KD", seed)[1] for seed in range(2))]
+    reached = {}
+    for name, mode in TEACHER_MODES.items():
+        trainer, reached[name] = trained(tmp_path, f"DISTILLER.TYPE KD {mode}")
+    assert min(seeds) > 88 and not too_low(reached, seeds), (seeds, reached)
+    assert reached["teacher cache, second run"] == reached["teacher cache"]
+    with (trainer.log_path / "metrics.csv").open() as file:
+        assert [float(row["teacher_cache_hits"]) for row in csv.DictReader(file)] == [100.0] * 3
