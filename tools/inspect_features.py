@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.analysis.inspection import inspect_network, run_arguments
+from mdistiller.analysis.inspection import inspect_network, run_networks
 from mdistiller.engine.cli import one_line_errors, trained_network_arguments
 
 
@@ -37,7 +37,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of t-SNE")
     parser.add_argument("-o", "--out", type=Path, default=Path("output/inspect"), help="the pictures' folder")
     with one_line_errors():
-        told = run_arguments(run.run) if run.run else []
+        networks = run_networks(run.run) if run.run else {}
+    told = [f"--{name.replace('_', '-')}={value}" for name, value in networks.items()]
     args = parser.parse_args([*told, *rest])
     del args.run
     return args

@@ -60,7 +60,8 @@ def run(jobs: list[Job], args: argparse.Namespace, failed: dict[str, str]) -> No
     """Run what is missing of `jobs`, a line for each as it ends."""
     left = missing(jobs, failed)
     if args.dry_run:
-        print("\n".join(shlex.join(["python", *task(job).command[1:]]) for job in left))
+        for job in left:
+            print(shlex.join(["python", *task(job).command[1:]]))
         return
     gpus = visible_gpus()
     outcomes = run_on_ray(left, args.ray) if args.ray and left else run_here(left, args.jobs or len(gpus) or 1, gpus)

@@ -28,17 +28,26 @@ from .pictures import cka_figure, matrices_figure, reliability_figure, tsne_figu
 from .runs import read_run
 
 
-def run_arguments(folder: Path) -> list[str]:
-    """A run's networks as command-line arguments: its student after the last epoch, its teacher where it has one."""
+def run_networks(folder: Path) -> dict[str, str]:
+    """A run's networks as arguments of `inspect_network`: its student after the last epoch, its teacher if it has one.
+
+    Raises:
+        UserError: it is no run's folder.
+    """
     run = read_run(folder)
     cfg = run.cfg
-    arguments = ["-m", cfg.DISTILLER.STUDENT, "-c", str(folder / "student_latest"), "-d", cfg.DATASET.TYPE]
-    arguments += ["--data-root", cfg.DATASET.ROOT, "-o", str(folder / "inspect")]
+    networks = {
+        "model": cfg.DISTILLER.STUDENT,
+        "ckpt": str(folder / "student_latest"),
+        "dataset": cfg.DATASET.TYPE,
+        "data_root": cfg.DATASET.ROOT,
+        "out": str(folder / "inspect"),
+    }
     if distiller_dict[cfg.DISTILLER.TYPE].needs_teacher:
-        arguments += ["--teacher", cfg.DISTILLER.TEACHER, "--teacher-ckpt", cfg.DISTILLER.TEACHER_CKPT or "pretrain"]
+        networks |= {"teacher": cfg.DISTILLER.TEACHER, "teacher_ckpt": cfg.DISTILLER.TEACHER_CKPT or "pretrain"}
     if len(run.heads) > 1 and cfg.DCGD.GROUPS:
-        arguments += ["--groups", cfg.DCGD.GROUPS]
-    return arguments
+        networks["groups"] = cfg.DCGD.GROUPS
+    return networks
 
 
 def network_outputs(

@@ -22,9 +22,9 @@ from .table import footnotes, pair_heading, table_cells
 # What tools/inspect_features.py draws, in the order of the page.
 PICTURES = {
     "tsne": "t-SNE of the pooled features: neighbourhoods mean something, distances do not",
+    "correlation": "Differences between student and teacher: mean logits by class, correlation of the logits",
     "confusion": "Confusion matrix",
     "reliability": "Reliability: accuracy by confidence",
-    "correlation": "Differences between student and teacher: mean logits by class, correlation of the logits",
     "cka": "CKA between the stages of teacher and student",
 }
 

@@ -1,28 +1,15 @@
-"""Runs made by hand: a config and figures, no training."""
-
-import csv
-import json
+"""Runs made by hand, in a temporary folder."""
 
 import pytest
 
-from mdistiller.engine.cfg import load_cfg
+from .hand_made import write_run
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """make_run(name, rows, *overrides) writes a run's folder; each row a dict of figures, the epoch is added."""
+    """make_run(name, rows, *overrides, config=, folder=): see `write_run`; `folder` in place of a new one."""
 
     def make(name, rows, *overrides, config="configs/digits/kd.yaml", folder=None):
-        folder = folder or tmp_path / name
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(load_cfg(config, overrides).dump())
-        rows = [{"epoch": epoch, **row} for epoch, row in enumerate(rows, start=1)]
-        with (folder / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
-            writer.writeheader()
-            writer.writerows(rows)
-        record = {"processor": "a slide rule", "threads": 1, "torch": "0.1", "git_commit": "0123456789abcdef-dirty"}
-        (folder / "environment.json").write_text(json.dumps(record))
-        return folder
+        return write_run(folder or tmp_path / name, rows, *overrides, config=config)
 
     return make
