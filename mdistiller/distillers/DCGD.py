@@ -81,7 +81,7 @@ class DCGD(Distiller):
         self.method.__dict__["teacher_forward"] = self._teacher_once
         for fact in ("needs_batch", "teacher_in_train_mode", "compares_images"):
             setattr(self, fact, getattr(self.method, fact))
-        self.teacher_outputs = tuple({"logits", *self.method.teacher_outputs})  # type: ignore[misc]
+        self.teacher_outputs = ("logits", *self.method.reads_of_teacher())
 
     def run_teacher_by(self, runner: Callable[[Tensor], Any]) -> None:
         self.method.run_teacher_by(runner)

@@ -70,8 +70,9 @@ class Distiller(nn.Module):
     needs_teacher: ClassVar[bool] = True
     # OFD trains with its teacher in training mode, as its paper's code does; everybody else's teacher is in eval mode.
     teacher_in_train_mode: ClassVar[bool] = False
-    # What the method reads of the teacher: "logits" or "pooled_feat" may come from DISTILLER.TEACHER_CACHE.
-    teacher_outputs: ClassVar[tuple[str, ...]] = ("feature maps",)
+    # What this very class reads of the teacher; a subclass declares its own. Where it is "logits" and "pooled_feat" at
+    # most, no maps are kept for it, and the outputs may come from DISTILLER.TEACHER_CACHE.
+    teacher_outputs: tuple[str, ...] = ("feature maps",)
     # The loss compares the images of a batch with each other, so a batch cannot be taken in parts (SOLVER.ACCUMULATE).
     compares_images: ClassVar[bool] = False
 
@@ -103,6 +104,10 @@ class Distiller(nn.Module):
     def config_sections(cls, cfg: CN) -> set[str]:
         """The sections of the config tree that the method reads."""
         return {cls.config_section}
+
+    def reads_of_teacher(self) -> tuple[str, ...]:
+        """`teacher_outputs` as the class itself declares it: one that inherits it may read more."""
+        return {**vars(type(self)), **vars(self)}.get("teacher_outputs", Distiller.teacher_outputs)
 
     def run_teacher_by(self, runner: Callable[[Tensor], Any]) -> None:
         """Let `runner` answer in the teacher's place: the same function, made faster."""

@@ -8,6 +8,7 @@ hold {"model": the student's state}. They are torch.save's files, with a checksu
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import BytesIO
@@ -63,7 +64,9 @@ def load_checkpoint(path: str | Path) -> Any:
         if path.suffix == SUFFIX:
             return {"model": read_safetensors(path)}
         check_seal(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on the form of a file that it then refuses, or takes
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails anywhere inside zipfile, pickle or torch
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -15,7 +15,7 @@ from yacs.config import CfgNode as CN
 from ..dataset import dataset_info
 from ..distillers import Distiller
 from ..models.fold import fold_batchnorm
-from .teacher_cache import TeacherCache, require_cacheable
+from .teacher_cache import OUTPUTS, TeacherCache, require_cacheable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,19 +42,20 @@ def speed_up_teacher(distiller: Distiller, loader: Any, cfg: CN) -> TeacherCache
     size = dataset_info[cfg.DATASET.TYPE].image_size
     like = next(distiller.teacher.parameters())
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(like)
-    runner: Callable[[Tensor], Any] = _faster(distiller.teacher, image, cfg)
+    features = None if set(distiller.reads_of_teacher()) - set(OUTPUTS) else ["pooled_feat"]
+    runner: Callable[[Tensor], Any] = _faster(distiller.teacher, image, features, cfg)
     cache = None
     if cfg.DISTILLER.TEACHER_CACHE:
         runner = cache = TeacherCache(
-            Path(cfg.DISTILLER.TEACHER_CACHE), distiller.teacher, runner, image, loader, distiller.teacher_outputs,
+            Path(cfg.DISTILLER.TEACHER_CACHE), distiller.teacher, runner, image, loader, distiller.reads_of_teacher(),
             cfg.DISTILLER.TEACHER_CACHE_DTYPE, int(cfg.DISTILLER.TEACHER_CACHE_GIB * 2**30),
         )  # fmt: skip
     distiller.run_teacher_by(runner)
     return cache
 
 
-def _faster(teacher: nn.Module, image: Tensor, cfg: CN) -> Callable[[Tensor], Any]:
-    network = fold_batchnorm(teacher.eval(), image) or teacher
+def _faster(teacher: nn.Module, image: Tensor, features: list[str] | None, cfg: CN) -> Callable[[Tensor], Any]:
+    network = fold_batchnorm(teacher.eval(), image, features) or teacher
     if cfg.SOLVER.CHANNELS_LAST:
         network.to(memory_format=torch.channels_last)
     precision, _, only = cfg.SOLVER.AMP.partition("-")

@@ -49,6 +49,32 @@ def test_a_folded_network_gives_the_same_with_fewer_batchnorms(name):
             torch.testing.assert_close(other, own, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_network_for_its_logits_alone_keeps_no_maps_and_writes_over_them(name):
+    network = trained(name).double()
+    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    folded = fold_batchnorm(network, image[:1], ["pooled_feat"])
+    assert "relu_" in folded.code
+    kept = image.clone()
+    with torch.no_grad():
+        logits, features = network(image)
+        for _ in range(2):  # a second time, should the first have written over what it needs
+            own, own_features = folded(image)
+            torch.testing.assert_close(own, logits, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(own_features["pooled_feat"], features["pooled_feat"], rtol=1e-9, atol=1e-9)
+    assert set(own_features) == {"pooled_feat"} and torch.equal(image, kept)
+
+
+def test_a_method_derived_from_another_gets_all_that_the_teacher_gives():
+    class ReadsMaps(KD):
+        pass
+
+    for cls, keys in ((KD, {"pooled_feat"}), (ReadsMaps, {"feats", "preact_feats", "pooled_feat"})):
+        model = distiller(cls)
+        speed_up_teacher(model, loader(), config())
+        assert model.teacher_forward(torch.randn(1, 3, 32, 32))[1].keys() == keys
+
+
 def test_what_torch_fx_cannot_follow_is_not_folded():
     class Foreign(nn.Module):
         def __init__(self):
