@@ -80,7 +80,12 @@ class Zygote:
 
     def launch(self, arguments: list[str], folder: Path, output: Path, environment: dict[str, str]) -> Process:
         """As `launch` above."""
-        words = {"tool": str(TOOL), "arguments": arguments, "folder": str(folder), "output": str(output)}
+        return self.start(TOOL, arguments, folder, output, environment)
+
+    def start(
+        self, tool: Path, arguments: list[str], folder: Path, output: Path, environment: dict[str, str]
+    ) -> Process:
+        words = {"tool": str(tool), "arguments": arguments, "folder": str(folder), "output": str(output)}
         return Forked(self, self.ask(start=words | {"environment": environment}))
 
     def launch_pair(self, arguments: list[str], folder: Path, output: Path, environment: dict[str, str]) -> Process:

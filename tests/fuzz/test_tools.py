@@ -1,0 +1,115 @@
+"""Damaged and hostile files through the real tools: one line, exit status 2, nothing executed, nothing harmed."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from mdistiller.engine.checkpoint import save_checkpoint
+
+from ..reliability.runs import METHODS, REPOSITORY, SETTINGS, Run, Zygote
+
+NONE = METHODS["KD"] | {"SOLVER.EMA": "0", "SOLVER.EPOCHS": "1", "LOG.SAVE_CHECKPOINT_ITERS": "0"}
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    started = Zygote()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, zygote):
+    run = Run(tmp_path_factory.mktemp("finished"), NONE, zygote.launch)
+    run.finish()
+    return run
+
+
+class WritesAFile:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def hostile(path):
+    torch.save({"model": WritesAFile(), "epoch": 1, "optimizer": {}, "best_acc": 1.0}, path)
+
+
+DAMAGE = {
+    "bit-flipped": lambda path: path.write_bytes(flipped(path.read_bytes())),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "empty": lambda path: path.write_bytes(b""),
+    "hostile": hostile,
+    "other content": lambda path: save_checkpoint({"model": 3}, path),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+def run_tool(zygote, folder, name, *arguments):
+    """(exit status, what it printed) of a tool run in `folder`."""
+    output = folder / "said.txt"
+    output.unlink(missing_ok=True)
+    words = [str(argument) for argument in arguments]
+    status = zygote.start(REPOSITORY / "tools" / name, words, folder, output, {}).wait()
+    return status, output.read_text()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_eval_refuses_it(tmp_path, zygote, finished, damage):
+    shutil.copy(finished.log_path / "student_best", tmp_path)
+    DAMAGE[damage](tmp_path / "student_best")
+    status, said = run_tool(zygote, tmp_path, "eval.py", "-m", "resnet8", "-d", "digits", "-c", "student_best")
+    assert status == 2 and len(said.splitlines()) == 1 and said.startswith("error: ") and "student_best" in said
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_resuming_goes_back_to_what_is_whole_and_says_so(tmp_path, zygote, finished, damage):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    run = Run(tmp_path / "run", NONE, zygote.launch)
+    DAMAGE[damage](run.log_path / "latest")
+    settings = [word for pair in (SETTINGS | NONE).items() for word in pair]
+    status, said = run_tool(zygote, run.folder, "train.py", "--cfg", "empty.yaml", "--resume", *settings)
+    best = (run.log_path / "best").relative_to(run.folder)
+    assert status == 0, said
+    (warning,) = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert "latest" in warning and warning.endswith(f"; going on from {best}")
+    assert not list(run.folder.rglob("executed"))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_resuming_where_nothing_is_whole_is_refused_and_harms_nothing(tmp_path, zygote, finished, damage):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    run = Run(tmp_path / "run", NONE, zygote.launch)
+    for name in ("latest", "best"):
+        DAMAGE[damage](run.log_path / name)
+    before = {path.name: path.read_bytes() for path in run.log_path.iterdir() if path.is_file()}
+    settings = [word for pair in (SETTINGS | NONE).items() for word in pair]
+    status, said = run_tool(zygote, run.folder, "train.py", "--cfg", "empty.yaml", "--resume", *settings)
+    assert status == 2 and len(said.splitlines()) == 1 and said.startswith("error: ") and "latest" in said
+    assert {path.name: path.read_bytes() for path in run.log_path.iterdir() if path.is_file()} == before
+    assert not list(run.folder.rglob("executed"))
+
+
+BAD_CONFIGS = {
+    "runs code": "SOLVER: !!python/object/apply:os.system ['touch executed']",
+    "breaks the parser": "SOLVER: {LR: !!timestamp x}",
+    "never closes": "{" * 300,
+    "is no text": "\0",
+    "is a list": "- a",
+    "is beyond all floats": f"SOLVER: {{LR: {'9' * 400}}}",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CONFIGS)
+def test_train_refuses_a_configuration(tmp_path, zygote, kind):
+    (tmp_path / "bad.yaml").write_text(BAD_CONFIGS[kind])
+    status, said = run_tool(zygote, tmp_path, "train.py", "--cfg", "bad.yaml", "LOG.WANDB", "False")
+    assert status == 2 and len(said.splitlines()) == 1 and said.startswith("error: ")
+    assert sorted(os.listdir(tmp_path)) == ["bad.yaml", "said.txt"]
