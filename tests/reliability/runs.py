@@ -24,8 +24,10 @@ TOOL = REPOSITORY / "tools" / "train.py"
 STEPS = 9  # of an epoch, below
 # The bits of a sum depend on how many threads share it.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-# Times and memory differ between any two runs.
-TIMES = {"data_time", "step_time", "images_per_second", "epoch_seconds", "peak_memory_mib"}
+# Times, memory and what a cache had at hand differ between any two runs.
+TIMES = {
+    "data_time", "step_time", "images_per_second", "epoch_seconds", "peak_memory_mib", "teacher_cache_hits",
+}  # fmt: skip
 
 SETTINGS = {
     "EXPERIMENT.PROJECT": "p", "EXPERIMENT.NAME": "run", "EXPERIMENT.DEVICE": "cpu", "LOG.WANDB": "False",
@@ -219,7 +221,9 @@ class Run:
         if not latest:
             return "steps"
         within = torch.load(latest[0], weights_only=True).get("within_epoch")
-        return "validation" if within and within["step"] == STEPS else "steps"
+        if not within:
+            return "between epochs"
+        return "validation" if within["step"] == STEPS else "steps"
 
 
 def killed_run(run: Run, moments: random.Random, kills: int, longest: float) -> Counter[str]:
