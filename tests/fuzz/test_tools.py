@@ -97,6 +97,25 @@ def test_resuming_where_nothing_is_whole_is_refused_and_harms_nothing(tmp_path, 
     assert not list(run.folder.rglob("executed"))
 
 
+MALFORMED = {
+    "best_acc": torch.zeros(2), "head_best_acc": 3, "head_last_acc": [1], "optimizer": {"state": 3},
+    "within_epoch": {"step": 1}, "within_epoch ": 7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", MALFORMED)
+def test_resuming_from_a_whole_file_of_nonsense_is_refused_and_harms_nothing(tmp_path, zygote, finished, key):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    run = Run(tmp_path / "run", NONE, zygote.launch)
+    state = torch.load(run.log_path / "latest", weights_only=True) | {key.strip(): MALFORMED[key]}
+    save_checkpoint(state, run.log_path / "latest")
+    before = {path.name: path.read_bytes() for path in run.log_path.iterdir() if path.is_file()}
+    settings = [word for pair in (SETTINGS | NONE).items() for word in pair]
+    status, said = run_tool(zygote, run.folder, "train.py", "--cfg", "empty.yaml", "--resume", *settings)
+    assert status == 2 and len(said.splitlines()) == 1 and said.startswith("error: ") and "latest" in said
+    assert {path.name: path.read_bytes() for path in run.log_path.iterdir() if path.is_file()} == before
+
+
 BAD_CONFIGS = {
     "runs code": "SOLVER: !!python/object/apply:os.system ['touch executed']",
     "breaks the parser": "SOLVER: {LR: !!timestamp x}",

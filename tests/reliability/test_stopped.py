@@ -1,16 +1,21 @@
 """Signals, bad numbers, full disks, two runs in one folder: real processes of tools/train.py."""
 
+import fcntl
 import json
 import os
+import pty
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import termios
 import time
 
 import pytest
 import torch
 
-from .runs import METHODS, SETTINGS, Run, differences, launch, timeless
+from .runs import METHODS, ONE_THREAD, SETTINGS, TOOL, Run, differences, launch, timeless
 
 KD = METHODS["KD"]
 LONG = KD | {"SOLVER.EPOCHS": "100"}
@@ -165,3 +170,25 @@ def test_a_finished_run_is_not_trained_over(tmp_path, whole):
     assert process.wait() == 2
     assert "holds a run already; add --resume" in output.read_text().splitlines()[-1]
     assert {path.name: path.read_bytes() for path in whole.log_path.iterdir() if path.is_file()} == before
+
+
+def test_a_closed_terminal_does_not_stop_the_run(tmp_path, whole):
+    controller, terminal = pty.openpty()
+
+    def in_terminal(arguments, folder, output, environment):
+        def take():
+            os.setsid()
+            fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+        return subprocess.Popen(
+            [sys.executable, TOOL, *arguments], cwd=folder, env=os.environ | ONE_THREAD, preexec_fn=take,
+            stdin=terminal, stdout=terminal, stderr=terminal,
+        )  # fmt: skip
+
+    run = Run(tmp_path, KD, in_terminal)
+    process = run.start()
+    os.close(terminal)
+    wait_for(run, "latest")
+    os.close(controller)  # which sends SIGHUP
+    assert process.wait() == 0
+    assert differences(whole.log_path, run.log_path) == []
