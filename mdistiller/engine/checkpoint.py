@@ -148,7 +148,7 @@ def model_state(checkpoint: Any, path: str | Path) -> State:
     for key in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not state or not _is_state(state):
+    if not _is_state(state) or not state:
         raise UserError(f"{path} holds no network weights (neither a state dict nor one under 'model')")
     plain = strip_module(state)
     student = {k.removeprefix("student."): v for k, v in plain.items() if k.startswith("student.")}
