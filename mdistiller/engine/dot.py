@@ -40,7 +40,7 @@ class DistillationOrientedTrainer(Optimizer):
     Raises:
         ValueError: a value out of range.
 
-    Reference: Zhao et al. 2023, arXiv 2304.08827, algorithm 1.
+    Reference: Zhao et al. 2023, arXiv 2307.08436, algorithm 1.
     """
 
     def __init__(

@@ -481,7 +481,7 @@ class CRDTrainer(BaseTrainer):
 
 
 class DOT(BaseTrainer):
-    """Distillation-oriented training: task and distillation gradients with their own momenta. arXiv 2304.08827."""
+    """Distillation-oriented training: task and distillation gradients with their own momenta. arXiv 2307.08436."""
 
     update_rule = DotUpdate
 

@@ -137,7 +137,7 @@ class SumUpdate:
 
 
 class DotUpdate(SumUpdate):
-    """One step of DOT: the losses "ce" and "loss_ce" are the task, all others the distillation. arXiv 2304.08827."""
+    """One step of DOT: the losses "ce" and "loss_ce" are the task, all others the distillation. arXiv 2307.08436."""
 
     optimizers = dot_optimizer_dict
     optimizer: DistillationOrientedTrainer
