@@ -18,6 +18,7 @@ from ..registry import Registry
 from .cfg import override_pairs
 from .checkpoint import load_model_weights
 from .cost import network_cost
+from .ranks import current_ranks
 from .runtime import seed_everything
 from .trainer import BaseTrainer, trainer_dict
 
@@ -106,7 +107,8 @@ def build_trainer(cfg: CN, overrides: Sequence[str] = ()) -> BaseTrainer:
     trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
     dataset_info[cfg.DATASET.TYPE], distiller_dict[cfg.DISTILLER.TYPE]
     seed_everything(cfg.EXPERIMENT.SEED)
-    train_loader, val_loader, num_data, num_classes = get_dataset(cfg)
+    with current_ranks().one_first():  # data may have to be fetched, or decoded once for all
+        train_loader, val_loader, num_data, num_classes = get_dataset(cfg)
     distiller = build_distiller(cfg, num_data, num_classes)
     return trainer_class(experiment_name(cfg, overrides), distiller, train_loader, val_loader, cfg)
 

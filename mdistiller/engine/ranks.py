@@ -64,6 +64,15 @@ class Ranks:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
+    @contextmanager
+    def one_first(self) -> Iterator[None]:
+        """What is inside is done by rank 0, then by the others."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world > 1:
