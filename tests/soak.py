@@ -28,12 +28,15 @@ EXPERIMENTS = METHODS | {"KD and modes": EVERYTHING}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="in all, spread evenly over the experiments")
+    parser.add_argument("--only", choices=EXPERIMENTS, help="one of the experiments, with its share of the kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     begun, failed = time.time(), 0
     print("| experiment | kills | runs | at a step | saving | validating | between epochs | differences |")
     print("|---|---:|---:|---:|---:|---:|---:|---|", flush=True)
     for number, (name, settings) in enumerate(EXPERIMENTS.items()):
+        if args.only not in (None, name):
+            continue
         kills = args.kills * (number + 1) // len(EXPERIMENTS) - args.kills * number // len(EXPERIMENTS)
         with tempfile.TemporaryDirectory() as folder:
             found, stages, runs = soak(Path(folder), settings, kills, random.Random(f"{args.seed} {name}"))

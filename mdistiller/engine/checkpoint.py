@@ -25,7 +25,7 @@ from .weights_file import SUFFIX, read_safetensors
 
 __all__ = [
     "SaveError", "load_checkpoint", "load_model_weights", "load_resumable", "load_state", "model_state", "newest_whole",
-    "prune", "save_checkpoint", "strip_module",
+    "prune", "remove_run", "save_checkpoint", "strip_module",
 ]  # fmt: skip
 
 State = dict[str, Tensor]
@@ -127,6 +127,15 @@ def prune(folder: str | Path, keep: int) -> None:
         for epoch in sorted(kept)[:-keep]:
             with suppress(OSError):
                 kept[epoch].unlink()
+
+
+def remove_run(folder: str | Path) -> None:
+    """Remove a run's checkpoints, before another takes its folder: else it could fall back to one of them."""
+    folder = Path(folder)
+    names = ["latest_previous", "best", *(path.name for path in folder.glob("student_*"))]
+    names += [path.name for path in _kept_epochs(folder, "epoch").values()]
+    for name in (*names, "latest"):  # `latest` last: while any is there, the folder is known to hold a run
+        (folder / name).unlink(missing_ok=True)
 
 
 def _kept_epochs(folder: Path, stem: str) -> dict[int, Path]:

@@ -19,6 +19,7 @@ from mdistiller.engine.checkpoint import (
     load_state,
     newest_whole,
     prune,
+    remove_run,
     save_checkpoint,
 )
 from mdistiller.errors import UserError
@@ -349,3 +350,13 @@ def test_pruning_keeps_the_last_pairs_and_everything_else(tmp_path):
     assert set(os.listdir(tmp_path)) == everything
     prune(tmp_path, 2)
     assert set(os.listdir(tmp_path)) == others | {"epoch_120", "epoch_200", "student_120", "student_200"}
+
+
+def test_a_run_is_removed_and_what_is_no_checkpoint_stays(tmp_path):
+    others = {"worklog.txt", "metrics.csv", "config.yaml", "epoch_notes", ".run_lock"}
+    checkpoints = {"latest", "latest_previous", "best", "epoch_40", "student_40", "student_best", "student_best_single"}
+    for name in others | checkpoints:
+        (tmp_path / name).touch()
+    remove_run(tmp_path)
+    assert set(os.listdir(tmp_path)) == others
+    remove_run(tmp_path / "none")

@@ -171,7 +171,7 @@ class Run:
     def start(self, *more: str) -> Process:
         """Begin, or go on where there is something to go on from."""
         self.stale = self._partial()  # what a kill left before
-        begun = list((self.folder / "output").glob("p/*/latest"))
+        begun = "--overwrite" not in more and list((self.folder / "output").glob("p/*/latest"))
         settings = [word for pair in (SETTINGS | self.settings).items() for word in pair]
         arguments = ["--cfg", "empty.yaml", *(["--resume"] if begun else []), *more, *settings]
         return self.launcher(arguments, self.folder, self.output, self.environment)

@@ -172,6 +172,21 @@ def test_a_finished_run_is_not_trained_over(tmp_path, whole):
     assert {path.name: path.read_bytes() for path in whole.log_path.iterdir() if path.is_file()} == before
 
 
+def test_a_run_that_is_overwritten_leaves_no_checkpoint_to_fall_back_to(tmp_path, zygote, whole):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    run = Run(tmp_path / "run", KD, zygote.launch)
+    assert (run.log_path / "epoch_2").exists()
+    before = (run.log_path / "latest").stat().st_mtime_ns
+    process = run.start("--overwrite")
+    while not (latest := run.log_path / "latest").exists() or latest.stat().st_mtime_ns == before:
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not {path.name for path in run.log_path.iterdir()} & {"best", "epoch_2", "student_2", "student_best"}
+    run.finish()
+    assert differences(whole.log_path, run.log_path) == []
+
+
 def test_a_closed_terminal_does_not_stop_the_run(tmp_path, whole):
     controller, terminal = pty.openpty()
 
