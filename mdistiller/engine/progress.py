@@ -1,15 +1,18 @@
-"""What a run shows while it goes on: its clock and its progress bar."""
+"""Where a run stands: its clock, the state of its epoch, its progress bar."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from .meters import Meters
+from .ranks import Ranks
 
 # Seconds between two looks at the losses for the bar: each makes the host wait for the device.
 _REFRESH = 1.0
@@ -55,6 +58,37 @@ class Clock:
             "images_per_second": images / self.training,
             "epoch_seconds": self.elapsed(),
         }
+
+
+@dataclass
+class EpochState:
+    """How far an epoch has come.
+
+    Attributes:
+        epoch: from 1.
+        step: steps that are done.
+        meters: figures of the whole epoch up to now.
+        recent: those since the last line to TensorBoard.
+    """
+
+    epoch: int
+    step: int = 0
+    meters: Meters = field(default_factory=Meters)
+    recent: Meters = field(default_factory=Meters)
+    clock: Clock = field(default_factory=Clock)
+
+    def state_dict(self, ranks: Ranks) -> dict[str, Any]:
+        """What `load_state_dict` takes; every rank must ask."""
+        meters, recent = (m.over(ranks).state_dict() for m in (self.meters, self.recent))
+        return {"step": self.step, "clock": self.clock.state_dict(), "meters": meters, "recent": recent}
+
+    def load_state_dict(self, state: dict[str, Any], ranks: Ranks, device: torch.device) -> None:
+        """Go on from a state. Its figures are sums over all ranks, which the first one takes over."""
+        for own, saved in ((self.meters, state["meters"]), (self.recent, state["recent"])):
+            own.load_state_dict(saved, device)
+            if not ranks.first:
+                own.clear()
+        self.step, self.clock = state["step"], Clock(**state["clock"])
 
 
 class Progress:

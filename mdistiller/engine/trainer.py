@@ -26,7 +26,7 @@ from .evaluate import Score, correct_counts, evaluate
 from .finite import FiniteWatch, NonFiniteLossError
 from .logger import Logger, build_logger
 from .meters import Meters
-from .progress import Clock, Progress
+from .progress import EpochState, Progress
 from .ranks import current_ranks
 from .run_lock import run_lock
 from .runtime import (
@@ -176,30 +176,35 @@ class BaseTrainer:
         seed_everything(self.cfg.EXPERIMENT.SEED, epoch, self.ranks.rank)
         if hasattr(self.train_loader, "set_epoch"):
             self.train_loader.set_epoch(epoch)
-        meters, recent, clock, done = self._take_up()
+        at = self._take_up(epoch)
         steps = len(self.train_loader)
         self.distiller.train()
-        bar = Progress(epoch, steps, done, shown=self.ranks.first)
-        for step, batch in enumerate(clock.around(_batches_from(self.train_loader, done)), start=done + 1):
-            lr = adjust_learning_rate(epoch, self.cfg, self.optimizer, step - 1, steps)
-            due = step % self.cfg.LOG.TENSORBOARD_FREQ == 0
-            self.train_iter(self.prepare_batch(batch, epoch), epoch, meters, recent, step, measure=due)
-            bar.update(lr, meters, len(batch[0]) * self.ranks.world)
+        bar = Progress(epoch, steps, at.step, shown=self.ranks.first)
+        for batch in at.clock.around(_batches_from(self.train_loader, at.step)):
+            lr = adjust_learning_rate(epoch, self.cfg, self.optimizer, at.step, steps)
+            at.step += 1
+            due = at.step % self.cfg.LOG.TENSORBOARD_FREQ == 0
+            self.train_iter(self.prepare_batch(batch, epoch), epoch, at.meters, at.recent, at.step, measure=due)
+            bar.update(lr, at.meters, len(batch[0]) * self.ranks.world)
             if due:
-                self.logger.step((epoch - 1) * steps + step, {"lr": lr, **recent.over(self.ranks).means()})
-                recent.reset()
-            self._pause(epoch, step, meters, recent, clock)
+                self.logger.step((epoch - 1) * steps + at.step, {"lr": lr, **at.recent.over(self.ranks).means()})
+                at.recent.reset()
+            self._pause(at)
         bar.close()
         self.watch.check()
-        whole = meters.over(self.ranks)
+        whole = at.meters.over(self.ranks)
         if not whole.count:
             raise NonFiniteLossError(f"epoch {epoch}: no step had finite losses; try a lower SOLVER.LR")
         means = whole.means()  # waits for the device: the clock stops after it
-        clock.stop_training()
+        at.clock.stop_training()
 
-        scores = self.validate(epoch, steps, meters, recent, clock)
-        metrics = {"lr": self.optimizer.param_groups[0]["lr"], **_epoch_metrics(means, scores)}
-        metrics |= {**clock.metrics(steps, whole.count), "peak_memory_mib": peak_memory(self.device)}
+        scores = self.validate(at)
+        self._end_epoch(epoch, scores, _epoch_metrics(means, scores) | at.clock.metrics(steps, whole.count))
+        self._stop_if_asked(self.ranks.any(self.stop.signal))
+
+    def _end_epoch(self, epoch: int, scores: dict[str, Score], metrics: dict[str, float]) -> None:
+        """Log and save what an epoch came to, and say so."""
+        metrics = {"lr": self.optimizer.param_groups[0]["lr"], **metrics, "peak_memory_mib": peak_memory(self.device)}
         if self.teacher_cache is not None:
             metrics["teacher_cache_hits"] = self.teacher_cache.hit_rate()
         if self.cfg.SOLVER.NAN_POLICY == "skip":
@@ -214,7 +219,6 @@ class BaseTrainer:
             f"train_loss {metrics['train_loss']:.4f}, test_acc {metrics['test_acc']:.2f}, "
             f"{metrics['epoch_seconds']:.1f} s, {metrics['images_per_second']:.0f} images/s"
         )
-        self._stop_if_asked(self.ranks.any(self.stop.signal))
 
     def prepare_batch(self, batch: Iterable[Tensor], epoch: int) -> dict[str, Tensor]:
         """The loader's tuple as named tensors on the device, with what the method needs beside them."""
@@ -303,9 +307,7 @@ class BaseTrainer:
         self._say(f"warning: epoch {epoch}, iteration {step} is skipped, its losses are {values}")
         return True
 
-    def validate(
-        self, epoch: int, steps: int, meters: Meters, recent: Meters, clock: Clock
-    ) -> dict[str, Score]:
+    def validate(self, at: EpochState) -> dict[str, Score]:
         """The scores of every head, and of the mean student where there is one."""
         self.ranks.copy_buffers(self.distiller)
         self.distiller.eval()
@@ -314,7 +316,7 @@ class BaseTrainer:
             for batch in self.val_loader:
                 # Several ranks have different numbers of batches, and agree to stop only afterwards.
                 if self.stop.signal and self.ranks.world == 1:
-                    self._save_within(epoch, steps, meters, recent, clock)
+                    self._save_within(at)
                     self._stop_if_asked(self.stop.signal)
                 yield batch
 
@@ -353,26 +355,23 @@ class BaseTrainer:
             files["student_latest_ema"] = self._student_state("ema")
         self._write(files | {"student_latest": self._student_state(), "latest": self._state(epoch)})
 
-    def _pause(self, epoch: int, step: int, meters: Meters, recent: Meters, clock: Clock) -> None:
+    def _pause(self, at: EpochState) -> None:
         """After a step: write `latest` where that is due, and stop where that is asked for."""
         every = self.cfg.LOG.SAVE_CHECKPOINT_ITERS
         self.stop.signal = self.ranks.any(self.stop.signal)
-        if self.stop.signal or (every and step % every == 0):
-            self._save_within(epoch, step, meters, recent, clock)
+        if self.stop.signal or (every and at.step % every == 0):
+            self._save_within(at)
         self._stop_if_asked(self.stop.signal)
 
-    def _save_within(self, epoch: int, step: int, meters: Meters, recent: Meters, clock: Clock) -> None:
-        """Write `latest` as it is after `step` steps of `epoch`."""
+    def _save_within(self, at: EpochState) -> None:
+        """Write `latest` as it is within an epoch."""
         self.watch.check()
         position = {
-            "step": step,
+            **at.state_dict(self.ranks),
             "random": self.ranks.gather(random_state()),
-            "clock": clock.state_dict(),
             "skipped": [self.skipped, self.skipped_in_a_row],
-            "meters": meters.over(self.ranks).state_dict(),
-            "recent": recent.over(self.ranks).state_dict(),
         }
-        self._write({"latest": self._state(epoch - 1) | {"within_epoch": position}})
+        self._write({"latest": self._state(at.epoch - 1) | {"within_epoch": position}})
 
     def _stop_if_asked(self, signal: int) -> None:
         if signal:
@@ -449,20 +448,16 @@ class BaseTrainer:
         self._interrupted = state.get("within_epoch", {})
         return int(state["epoch"])
 
-    def _take_up(self) -> tuple[Meters, Meters, Clock, int]:
-        """Meters, clock and finished steps of the epoch that begins, or that was interrupted."""
+    def _take_up(self, epoch: int) -> EpochState:
+        """The state of the epoch that begins, or that was interrupted."""
         state, self._interrupted = self._interrupted, {}
-        meters, recent = Meters(), Meters()
-        if not state:
-            return meters, recent, Clock(), 0
-        for own, saved in ((meters, state["meters"]), (recent, state["recent"])):
-            own.load_state_dict(saved, self.device)
-            if not self.ranks.first:  # they are sums over all ranks, which the first one goes on with
-                own.clear()
-        self.skipped, self.skipped_in_a_row = state["skipped"]
-        if len(state["random"]) == self.ranks.world:
-            set_random_state(state["random"][self.ranks.rank])
-        return meters, recent, Clock(**state["clock"]), state["step"]
+        at = EpochState(epoch)
+        if state:
+            at.load_state_dict(state, self.ranks, self.device)
+            self.skipped, self.skipped_in_a_row = state["skipped"]
+            if len(state["random"]) == self.ranks.world:
+                set_random_state(state["random"][self.ranks.rank])
+        return at
 
     def _record(self) -> None:
         """Write beside the log, before training, what it takes to repeat this run."""

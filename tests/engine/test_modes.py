@@ -226,10 +226,10 @@ def test_weights_that_are_not_finite_are_never_written(files, tmp_path):
     trainer = trainer_of(files, "SOLVER.EPOCHS 2", prefix=tmp_path)
     finish = trainer.validate
 
-    def validate(epoch, *args):
-        if epoch == 2:
+    def validate(at):
+        if at.epoch == 2:
             trainer.distiller.student.fc.weight.data[0, 0] = float("inf")
-        return finish(epoch, *args)
+        return finish(at)
 
     trainer.validate = validate
     with pytest.raises(NonFiniteLossError, match="weights are not finite"):
