@@ -20,7 +20,7 @@ from ..dataset.contrastive import ContrastiveSampler
 from ..distillers import Distiller
 from ..errors import UserError
 from ..registry import Registry
-from .checkpoint import SaveError, load_state, newest_whole, prune, save_checkpoint, strip_module
+from .checkpoint import SaveError, load_state, newest_whole, prune, remove_run, save_checkpoint, strip_module
 from .ema import MeanWeights
 from .evaluate import Score, correct_counts, evaluate
 from .finite import FiniteWatch, NonFiniteLossError
@@ -159,6 +159,8 @@ class BaseTrainer:
         with ExitStack() as stack:
             if self.ranks.first:
                 stack.enter_context(run_lock(self.log_path))
+                if first == 1 and not self._interrupted:
+                    remove_run(self.log_path)
                 self._record()
             done = (first - 1) * len(self.train_loader) + self._interrupted.get("step", 0)
             self.logger = (

@@ -215,7 +215,9 @@ def test_a_run_that_is_there_is_not_trained_over(cfg_of):
 def test_training_over_a_run_starts_its_files_anew(cfg_of):
     trainer_of(cfg_of()).train()
     again = trainer_of(cfg_of("SOLVER.EPOCHS", "1"))
+    (again.log_path / "epoch_40").write_bytes((again.log_path / "latest").read_bytes())
     again.run(again.begin(overwrite=True))
+    assert not (again.log_path / "epoch_40").exists()  # it is of the run that was lost
     assert len(rows_of(again)) == 1
     assert (again.log_path / "worklog.txt").read_text().count("epoch: 1\n") == 1
 
