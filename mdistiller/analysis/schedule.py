@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -116,7 +117,7 @@ def run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, str]]:
         path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
         started: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         environment = {"env_vars": {"PYTHONPATH": path}}
-        ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="error", **started)
+        ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **started)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"no Ray cluster at {address}: {' '.join(str(error).split())[:200]}") from None
     try:
