@@ -7,6 +7,7 @@ join the tree through `method_defaults`. A method that declares none there may a
 from __future__ import annotations
 
 import ast
+import reprlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -164,7 +165,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read config {path}: {error.strerror}; configs/ holds the published ones") from None
     try:
         tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # PyYAML lets those of its parts through: ValueError, AttributeError, KeyError, ...
         raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -183,10 +184,20 @@ def _merge(cfg: CN, tree: dict[Any, Any], above: tuple[str, ...]) -> None:
             raise UserError(f"unknown config key {name!r}; {hint}")
         if isinstance(cfg[key], CN):
             if not isinstance(value, dict):
-                raise UserError(f"{name} is a section with keys {', '.join(cfg[key])}; it cannot be set to {value!r}")
+                keys = ", ".join(cfg[key])
+                raise UserError(f"{name} is a section with keys {keys}; it cannot be set to {_shown(value)}")
             _merge(cfg[key], value, (*above, str(key)))
         else:
             cfg[key] = _coerce(name, value, cfg[key])
+
+
+# A few lines of YAML aliases can stand for a value that no memory holds when it is written out.
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 2, 200, 200, 200
+
+
+def _shown(value: Any) -> str:
+    return _short.repr(value)
 
 
 def _coerce(name: str, value: Any, default: Any) -> Any:
@@ -195,7 +206,7 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
         # TAG: 1 and NAME: true are names that happen to look like something else to YAML.
         if isinstance(value, (str, int, float)):
             return str(value)
-        raise UserError(f"{name} must be text, not {value!r}")
+        raise UserError(f"{name} must be text, not {_shown(value)}")
     if isinstance(value, str):
         # Command-line values arrive as text, and so does YAML's 1e-4.
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
@@ -203,16 +214,18 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
     if isinstance(default, bool):
         if isinstance(value, bool):
             return value
-        raise UserError(f"{name} must be True or False, not {value!r}")
+        raise UserError(f"{name} must be True or False, not {_shown(value)}")
     if isinstance(default, (int, float)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{name} must be a number such as {default}, not {value!r}")
-        return float(value) if isinstance(default, float) else value
+            raise UserError(f"{name} must be a number such as {default}, not {_shown(value)}")
+        with suppress(OverflowError):  # an int beyond all floats
+            return float(value) if isinstance(default, float) else value
+        raise UserError(f"{name} must be finite, not {_shown(value)}")
     if isinstance(default, (list, tuple)):
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{name} must be a list such as {list(default)}, not {value!r}")
+            raise UserError(f"{name} must be a list such as {list(default)}, not {_shown(value)}")
         if any(isinstance(item, bool) or not isinstance(item, (int, float)) for item in value):
-            raise UserError(f"{name} must be a list of numbers such as {list(default)}, not {value!r}")
+            raise UserError(f"{name} must be a list of numbers such as {list(default)}, not {_shown(value)}")
         return list(value)
     raise AssertionError(f"default of {name} has the unforeseen type {type(default).__name__}")
 
@@ -273,4 +286,4 @@ def check_cfg(cfg: CN) -> None:
         for part in key.split("."):
             node = node[part]
         if not holds(node):
-            raise UserError(f"{key} must be {due}, not {node!r}")
+            raise UserError(f"{key} must be {due}, not {_shown(node)}")

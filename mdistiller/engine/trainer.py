@@ -360,10 +360,11 @@ class BaseTrainer:
     def _pause(self, at: EpochState) -> None:
         """After a step: write `latest` where that is due, and stop where that is asked for."""
         every = self.cfg.LOG.SAVE_CHECKPOINT_ITERS
-        self.stop.signal = self.ranks.any(self.stop.signal)
-        if self.stop.signal or (every and at.step % every == 0):
+        # Asked once: a signal that comes while this is under way is for the next step, on every rank alike.
+        signal = self.ranks.any(self.stop.signal)
+        if signal or (every and at.step % every == 0):
             self._save_within(at)
-        self._stop_if_asked(self.stop.signal)
+        self._stop_if_asked(signal)
 
     def _save_within(self, at: EpochState) -> None:
         """Write `latest` as it is within an epoch."""
@@ -432,6 +433,17 @@ class BaseTrainer:
         state, path, damaged = newest_whole(self.log_path)
         for line in damaged:
             self._say(f"warning: {line}; going on from {path}")
+        try:
+            self._restore(state, path)
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"{path} does not fit this run ({reason})") from None
+        return int(state["epoch"])
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
+        """Take up a checkpoint's content, of which only `load_resumable`'s checks are sure."""
         load_state(self.distiller, strip_module(state["model"]), path)
         try:
             self.update.load_state_dict(state)
@@ -448,7 +460,8 @@ class BaseTrainer:
         self.best_acc = dict(state.get("head_best_acc", {"": float(state["best_acc"])}))
         self.last_acc = dict(state.get("head_last_acc", self.best_acc))
         self._interrupted = state.get("within_epoch", {})
-        return int(state["epoch"])
+        self._take_up(1)  # to see whether that can be done
+        self._interrupted = state.get("within_epoch", {})
 
     def _take_up(self, epoch: int) -> EpochState:
         """The state of the epoch that begins, or that was interrupted."""

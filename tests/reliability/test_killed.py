@@ -17,12 +17,17 @@ def test_a_killed_run_ends_as_one_that_never_was(tmp_path, zygote, method):
     whole = Run(tmp_path / "whole", METHODS[method], zygote.launch)
     seconds = timed(whole)
     moments, stages, chain = random.Random(method), Counter(), 0
-    while stages.total() < KILLS:
+    # On a busy machine chance may pass a stage by: then some kills more.
+    while stages.total() < KILLS or (missed(stages) and stages.total() < 4 * KILLS):
         killed = Run(tmp_path / f"killed{chain}", METHODS[method], zygote.launch)
-        stages += killed_run(killed, moments, KILLS - stages.total(), seconds / 6)
+        stages += killed_run(killed, moments, max(KILLS - stages.total(), 3), seconds / 6)
         assert differences(whole.log_path, killed.log_path) == []
         chain += 1
-    assert min(stages["steps"], stages["saving"], stages["validation"]) > 0, stages
+    assert not missed(stages), stages
+
+
+def missed(stages):
+    return {"steps", "saving", "validation"} - stages.keys()
 
 
 def test_two_ranks_killed_or_stopped_together_end_as_ones_that_never_were(tmp_path, zygote):
