@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from mdistiller.errors import UserError
@@ -48,7 +47,7 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
         if path:
             cfg.merge_from_file(str(path), allow_unsafe=False)
         cfg.merge_from_list(list(opts))
-    except (KeyError, ValueError, AssertionError, SyntaxError, yaml.YAMLError) as error:
+    except Exception as error:  # yacs, literal_eval and PyYAML let those of their parts through
         raise UserError(f"config {path} {' '.join(opts)}: {error}") from None
     # One model, one device.
     cfg.TEACHER.MODEL.DEVICE = cfg.MODEL.DEVICE

@@ -209,7 +209,8 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
         raise UserError(f"{name} must be text, not {_shown(value)}")
     if isinstance(value, str):
         # Command-line values arrive as text, and so does YAML's 1e-4.
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        # TypeError: the set {{}}, whose member is no key.
+        with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
     if isinstance(default, bool):
         if isinstance(value, bool):

@@ -74,6 +74,7 @@ def test_method_defaults_and_the_teachers_keys():
         (["KD.DKD.ALHPA", "1.0"], "KD.DKD.ALHPA"),
         (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
         (["SOLVER.MAX_ITER"], "odd length"),
+        (["SOLVER.MAX_ITER", "{{}}"], "unhashable"),
     ],
 )
 def test_refused(opts, line):

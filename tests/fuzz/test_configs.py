@@ -124,6 +124,13 @@ def test_overrides(config, words, pairs):
     load(config, [*words, *(word for pair in pairs for word in pair)])
 
 
+def test_evil_values_for_every_key(config):
+    config.write_text("")
+    for key in KEYS:
+        for value in EVIL:
+            load(config, [key, value])
+
+
 def test_values_that_are_too_large_for_every_key(config):
     config.write_text("")
     for key in KEYS:
