@@ -15,13 +15,15 @@ from yacs.config import CfgNode as CN
 from ..dataset import dataset_info
 from ..distillers import Distiller
 from ..models.fold import fold_batchnorm
+from ..models.winograd import use_winograd
 from .teacher_cache import OUTPUTS, TeacherCache, require_cacheable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def speed_up_teacher(distiller: Distiller, loader: Any, cfg: CN) -> TeacherCache | None:
-    """Fold the teacher's BatchNorms, bring it to half precision (SOLVER.AMP), put a cache before it, as `cfg` asks.
+    """Fold the teacher's BatchNorms, bring it to half precision (SOLVER.AMP) or, on the CPU, its wide convolutions to
+    half the multiplications, put a cache before it, as `cfg` asks.
 
     The module `distiller.teacher` stays as it is, and so do checkpoints. A teacher that runs in training mode (OFD) is
     left alone: its BatchNorms take part.
@@ -55,12 +57,15 @@ def speed_up_teacher(distiller: Distiller, loader: Any, cfg: CN) -> TeacherCache
 
 
 def _faster(teacher: nn.Module, image: Tensor, features: list[str] | None, cfg: CN) -> Callable[[Tensor], Any]:
-    network = fold_batchnorm(teacher.eval(), image, features) or teacher
+    folded = fold_batchnorm(teacher.eval(), image, features)
+    network = folded or teacher
     if cfg.SOLVER.CHANNELS_LAST:
         network.to(memory_format=torch.channels_last)
     precision, _, only = cfg.SOLVER.AMP.partition("-")
     if precision in DTYPES:
         network = HalfPrecision(network, DTYPES[precision], full_output=bool(only))
+    elif folded is not None and image.device.type == "cpu" and cfg.SOLVER.CHANNELS_LAST and not cfg.SOLVER.COMPILE:
+        use_winograd(folded)
     # Dynamo compiles the teacher into the student's graph, which inference mode would break.
     return network if cfg.SOLVER.COMPILE else Inference(network)
 

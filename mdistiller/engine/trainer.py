@@ -25,6 +25,7 @@ from .ema import MeanWeights
 from .evaluate import Score, correct_counts, evaluate
 from .finite import FiniteWatch, NonFiniteLossError
 from .logger import Logger, build_logger
+from .memory import keep_freed_memory
 from .meters import Meters
 from .progress import EpochState, Progress
 from .ranks import current_ranks
@@ -76,6 +77,8 @@ class BaseTrainer:
         self.ranks = current_ranks()
         self.device = pick_device(cfg.EXPERIMENT.DEVICE)
         choose_kernels(cfg.EXPERIMENT.DETERMINISTIC)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         plain: Any = getattr(distiller, "module", distiller)
         layout = {"memory_format": torch.channels_last} if cfg.SOLVER.CHANNELS_LAST else {}
         self.distiller: Distiller = plain.to(device=self.device, **layout)
