@@ -20,6 +20,7 @@ from ..dataset.contrastive import ContrastiveSampler
 from ..distillers import Distiller
 from ..errors import UserError
 from ..registry import Registry
+from .atomic import write_whole
 from .checkpoint import SaveError, load_state, newest_whole, prune, remove_run, save_checkpoint, strip_module
 from .ema import MeanWeights
 from .evaluate import Score, correct_counts, evaluate
@@ -478,11 +479,15 @@ class BaseTrainer:
         return at
 
     def _record(self) -> None:
-        """Write beside the log, before training, what it takes to repeat this run."""
-        (self.log_path / "config.yaml").write_text(self.cfg.dump(), encoding="utf-8")
+        """Write beside the log, before training, what it takes to repeat this run.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        write_whole(self.cfg.dump().encode(), self.log_path / "config.yaml")
         facts = {"seed": self.cfg.EXPERIMENT.SEED, "device": str(self.device), "processes": self.ranks.world}
         record = json.dumps({**facts, **describe_run()}, indent=2)
-        (self.log_path / "environment.json").write_text(record + "\n", encoding="utf-8")
+        write_whole(f"{record}\n".encode(), self.log_path / "environment.json")
 
     def _say(self, line: str) -> None:
         if self.ranks.first:

@@ -237,9 +237,10 @@ def test_weights_that_are_not_finite_are_never_written(files, tmp_path):
     assert load_checkpoint(trainer.log_path / "latest")["epoch"] == 1
 
 
-# Of the student; fp16 is emulated on processors, a hundred times slower than float32.
+# Of the student; fp16 is emulated on processors, far slower than float32.
 MODES = {
     "bf16": "SOLVER.AMP bf16",
+    "fp16": "SOLVER.AMP fp16",
     "contiguous": "SOLVER.CHANNELS_LAST False",
     "clipped": "SOLVER.CLIP_GRAD_NORM 5.0",
     "mean weights": "SOLVER.EMA 0.97",
@@ -247,6 +248,8 @@ MODES = {
     "cosine": "SOLVER.LR_SCHEDULE cosine SOLVER.WARMUP_EPOCHS 1",
     "AdamW": "SOLVER.TYPE AdamW SOLVER.LR 0.003",
 }
+if shutil.which("c++"):
+    MODES["compiled"] = "SOLVER.COMPILE True"
 # Of the teacher.
 TEACHER_MODES = {
     "bf16-teacher": "SOLVER.AMP bf16-teacher",

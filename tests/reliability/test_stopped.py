@@ -131,6 +131,26 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path, zygote, 
     run.finish()
 
 
+def cramped(arguments, folder, output, environment):
+    """As `launch`, where no file may have more than two kilobytes."""
+    with output.open("w") as out:
+        command = ["sh", "-c", 'ulimit -f 4; exec "$0" "$@"', sys.executable, str(TOOL), *arguments]
+        return subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env=os.environ | ONE_THREAD | environment)
+
+
+@pytest.mark.parametrize("more", [["--overwrite"], []])
+def test_a_disk_that_is_full_at_the_start_costs_a_line(tmp_path, whole, more):
+    """Whether the run begins or goes on; what it was resumed from is as it was."""
+    shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
+    run = Run(tmp_path, KD, cramped)
+    shutil.copy(run.log_path / "epoch_2", run.log_path / "latest")
+    before = {path.name: path.read_bytes() for path in run.log_path.iterdir() if path.is_file()}
+    assert run.start(*more).wait() == 2
+    (error,) = [line for line in run.output.read_text().splitlines() if "rror" in line]
+    assert error.startswith("error: cannot write output/p/") and "config.yaml (File too large): " in error
+    assert more or {path.name: path.read_bytes() for path in run.log_path.iterdir() if path.is_file()} == before
+
+
 def test_a_folder_that_vanishes_stops_the_run_and_is_named(tmp_path, zygote):
     run = Run(tmp_path, LONG, zygote.launch)
     process = run.start()
