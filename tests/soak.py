@@ -2,7 +2,7 @@
 """Kill real runs of tools/train.py at random moments, many times, and see that each ends bit for bit as one that never
 was. Its last result stands in docs/reliability.md.
 
-    python tests/soak.py --kills 200        # an hour or so on one core
+    python tests/soak.py --kills 200        # half an hour on one core
 """
 
 import argparse
