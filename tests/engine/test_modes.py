@@ -253,6 +253,7 @@ if shutil.which("c++"):
 # Of the teacher.
 TEACHER_MODES = {
     "bf16-teacher": "SOLVER.AMP bf16-teacher",
+    "fp16-teacher": "SOLVER.AMP fp16-teacher",
     "teacher cache": "DISTILLER.TEACHER_CACHE {folder}/cache",
     "teacher cache, second run": "DISTILLER.TEACHER_CACHE {folder}/cache LOG.PREFIX {folder}/second",
 }
