@@ -20,7 +20,8 @@ def keep_freed_memory(keep: bool = True) -> bool:
     tens of thousands of page faults a step for maps of 16 MiB. The process stays at its highest mark instead.
 
     Args:
-        keep: False undoes it: glibc gives freed memory back again.
+        keep: False has glibc give freed memory back again, by the highest thresholds that it sets itself; its own
+            adaptation of them cannot be had back.
 
     Returns:
         Whether it has been set: not without glibc, nor where the environment (MALLOC_TRIM_THRESHOLD_, say) has set
