@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.engine.runtime import pick_device
+from mdistiller.engine.runtime.environment import pick_device
 from mdistiller.grouping import published_groups
 from mdistiller.models import GroupedStudent, build_model, cifar_model_dict
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from mdistiller.engine.cost import network_cost
 from mdistiller.models import build_model, cifar_model_dict
+from mdistiller.models.cost import network_cost
 
 # (channels, height and width) of a batch of 64: 2 to 10 GMAC each.
 LARGE = ((64, 32), (128, 16), (256, 16), (512, 8))

@@ -52,9 +52,9 @@ from mdistiller.dataset.cifar100 import MEAN, STD
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.build import build_distiller, build_trainer
 from mdistiller.engine.cfg import load_cfg
-from mdistiller.engine.memory import keep_freed_memory
 from mdistiller.engine.meters import Meters
-from mdistiller.engine.runtime import describe_run, pick_device, seed_everything
+from mdistiller.engine.runtime.environment import describe_run, pick_device, seed_everything
+from mdistiller.engine.runtime.malloc import keep_freed_memory
 from mdistiller.errors import UserError
 from mdistiller.models import build_model, cifar_model_dict, teacher_checkpoint
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.engine.cli import one_line_errors, trained_network_arguments
-from mdistiller.engine.report import evaluate_checkpoint
+from mdistiller.commands._arguments import one_line_errors, trained_network_arguments
+from mdistiller.commands.eval import evaluate_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

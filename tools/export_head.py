@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.engine.cli import one_line_errors
-from mdistiller.engine.export import export_head
+from mdistiller.commands._arguments import one_line_errors
+from mdistiller.commands.export_head import export_head
 
 
 def parse_args() -> argparse.Namespace:

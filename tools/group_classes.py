@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.engine.cli import one_line_errors, trained_network_arguments
-from mdistiller.engine.group_classes import group_classes
+from mdistiller.commands._arguments import one_line_errors, trained_network_arguments
+from mdistiller.commands.group_classes import group_classes
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.analysis.curves import draw_curves
-from mdistiller.analysis.runs import read_runs
-from mdistiller.engine.cli import one_line_errors
+from mdistiller.analysis.plots.curves import draw_curves
+from mdistiller.commands._arguments import one_line_errors
+from mdistiller.experiments.runs import read_runs
 
 
 def parse_args() -> argparse.Namespace:

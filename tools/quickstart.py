@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.analysis.curves import draw_curves
-from mdistiller.analysis.runs import read_run
-from mdistiller.analysis.table import runs_table
+from mdistiller.analysis.plots.curves import draw_curves
 from mdistiller.engine.build import experiment_name
 from mdistiller.engine.cfg import load_cfg
+from mdistiller.experiments.runs import read_run
+from mdistiller.experiments.table_text import runs_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXPERIMENTS = {"teacher": "teacher", "plain student": "vanilla", "student by KD": "kd", "student by DKD": "dkd"}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.analysis.report import report
-from mdistiller.engine.cli import one_line_errors
+from mdistiller.analysis.html_report import report
+from mdistiller.commands._arguments import one_line_errors
 
 
 def parse_args() -> argparse.Namespace:

@@ -18,13 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.analysis.bars import draw_bars
-from mdistiller.analysis.plan import Job, Plan, read_plan
-from mdistiller.analysis.schedule import finished_run, run_here, run_on_ray, task, visible_gpus
-from mdistiller.analysis.summary import save_table, summarise
-from mdistiller.analysis.table import table_markdown, write_csv
-from mdistiller.engine.cli import one_line_errors
+from mdistiller.analysis.plots.bars import draw_bars
+from mdistiller.commands._arguments import one_line_errors
 from mdistiller.errors import UserError
+from mdistiller.experiments.launch import finished_run, run_here, run_on_ray, task, visible_gpus
+from mdistiller.experiments.plan import Job, Plan, read_plan
+from mdistiller.experiments.summary import save_table, summarise
+from mdistiller.experiments.table_text import table_markdown, write_csv
 
 
 def parse_args() -> argparse.Namespace:

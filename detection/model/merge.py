@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from mdistiller.engine.checkpoint import save_checkpoint
+from mdistiller.engine.files.checkpoint import save_checkpoint
 from mdistiller.errors import UserError
 
 from .. import HERE

@@ -12,7 +12,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ._base import Features, register
-from ._common import FeatureDistiller, align, full_precision, get_stage_shapes, pair_stages, require_paired_maps
+from ._feature_maps import FeatureDistiller, align, full_precision, get_stage_shapes, pair_stages, require_paired_maps
 
 
 @full_precision

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from yacs.config import CfgNode as CN
 
+from ..distributed.gather import gather_batch, mean_over_ranks
 from ..errors import UserError
 from ._base import Distiller, Features, Losses, register
-from ._common import count_parameters, full_precision, probe_pair
-from ._ranks import gather_batch, mean_over_ranks
+from ._feature_maps import count_parameters, full_precision, probe_pair
 
 _EPS = 1e-7
 # Elements of the largest temporary tensor: 16 MiB in float32, about what a processor's cache holds.

@@ -11,7 +11,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ._base import Distiller, Losses, register
-from ._common import check_logits, full_precision
+from ._feature_maps import check_logits, full_precision
 
 
 @full_precision

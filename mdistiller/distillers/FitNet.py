@@ -10,7 +10,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ._base import Features, Losses, register
-from ._common import ConvReg, FeatureDistiller, count_parameters, get_feat_shapes, require_maps
+from ._feature_maps import ConvReg, FeatureDistiller, count_parameters, get_feat_shapes, require_maps
 
 DEFAULTS = CN(
     {

@@ -13,7 +13,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ._base import Features, register
-from ._common import FeatureDistiller, full_precision, get_stage_shapes, pair_stages, require_paired_maps
+from ._feature_maps import FeatureDistiller, full_precision, get_stage_shapes, pair_stages, require_paired_maps
 
 
 def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int, dtype: torch.dtype | None = None) -> Tensor:

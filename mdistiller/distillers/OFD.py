@@ -15,7 +15,7 @@ from torch.func import functional_call
 from yacs.config import CfgNode as CN
 
 from ._base import Features, register
-from ._common import FeatureDistiller, count_parameters, full_precision
+from ._feature_maps import FeatureDistiller, count_parameters, full_precision
 
 
 @full_precision

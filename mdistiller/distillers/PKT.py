@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from yacs.config import CfgNode as CN
 
+from ..distributed.gather import gather_batch
 from ._base import Features, register
-from ._common import FeatureDistiller, full_precision
-from ._ranks import gather_batch
+from ._feature_maps import FeatureDistiller, full_precision
 
 
 @full_precision

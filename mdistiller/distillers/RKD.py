@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from yacs.config import CfgNode as CN
 
+from ..distributed.gather import gather_batch
 from ._base import Features, register
-from ._common import FeatureDistiller, full_precision
-from ._ranks import gather_batch
+from ._feature_maps import FeatureDistiller, full_precision
 
 # Elements of the largest temporary tensor, unless one vertex alone has more.
 _CHUNK = 2**20

@@ -12,7 +12,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ._base import Distiller, Features, Losses, register
-from ._common import count_parameters, full_precision, probe_pair
+from ._feature_maps import count_parameters, full_precision, probe_pair
 
 Size = int | Sequence[int]
 

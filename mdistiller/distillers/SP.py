@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..distributed.gather import gather_batch
 from ._base import Features, register
-from ._common import FeatureDistiller, align, full_precision
-from ._ranks import gather_batch
+from ._feature_maps import FeatureDistiller, align, full_precision
 
 
 @full_precision

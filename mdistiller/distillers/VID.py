@@ -12,7 +12,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ._base import Features, register
-from ._common import (
+from ._feature_maps import (
     FeatureDistiller,
     align,
     count_parameters,

@@ -11,15 +11,15 @@ from yacs.config import CfgNode as CN
 
 from ..dataset import dataset_info, get_dataset
 from ..distillers import Distiller, distiller_dict
+from ..distributed.ranks import current_ranks
 from ..grouping import load_groups
 from ..models import build_model, cifar_model_dict, imagenet_model_dict, teacher_checkpoint, tiny_imagenet_model_dict
+from ..models.cost import network_cost
 from ..models.grouped import GroupedStudent
 from ..registry import Registry
 from .cfg import override_pairs
-from .checkpoint import load_model_weights
-from .cost import network_cost
-from .ranks import current_ranks
-from .runtime import seed_everything
+from .files.checkpoint import load_model_weights
+from .runtime.environment import seed_everything
 from .trainer import BaseTrainer, trainer_dict
 
 # Overrides that say where and how a run is carried out, not what it is: they stay out of its name.

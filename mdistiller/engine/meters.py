@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ranks import Ranks
+from ..distributed.ranks import Ranks
 
 
 class Meters:

@@ -18,20 +18,20 @@ from yacs.config import CfgNode as CN
 
 from ..dataset.contrastive import ContrastiveSampler
 from ..distillers import Distiller
+from ..distributed.ranks import current_ranks
+from ..distributed.sync_batchnorm import synchronize_batchnorm
 from ..errors import UserError
 from ..registry import Registry
-from .atomic import write_whole
-from .checkpoint import SaveError, load_state, newest_whole, prune, remove_run, save_checkpoint, strip_module
 from .ema import MeanWeights
-from .evaluate import Score, correct_counts, evaluate
-from .finite import FiniteWatch, NonFiniteLossError
-from .logger import Logger, build_logger
-from .memory import keep_freed_memory
+from .files.atomic import write_whole
+from .files.checkpoint import SaveError, load_state, newest_whole, prune, remove_run, save_checkpoint, strip_module
+from .files.run_lock import run_lock
+from .logs.logger import Logger, build_logger
+from .lr_schedule import adjust_learning_rate, learning_rate
 from .meters import Meters
-from .progress import EpochState, Progress
-from .ranks import current_ranks
-from .run_lock import run_lock
-from .runtime import (
+from .nan_watch import FiniteWatch, NonFiniteLossError
+from .progress_bar import EpochState, Progress
+from .runtime.environment import (
     choose_kernels,
     describe_run,
     peak_memory,
@@ -40,10 +40,10 @@ from .runtime import (
     seed_everything,
     set_random_state,
 )
-from .schedule import adjust_learning_rate, learning_rate
-from .signals import Stopped, StopRequest
-from .sync_batchnorm import synchronize_batchnorm
-from .teacher import DTYPES, speed_up_teacher
+from .runtime.malloc import keep_freed_memory
+from .runtime.signals import Stopped, StopRequest
+from .scores import Score, correct_counts, evaluate
+from .teacher.fast_teacher import DTYPES, speed_up_teacher
 from .update import DotUpdate, SumUpdate
 
 __all__ = ["CRDDOT", "DOT", "BaseTrainer", "CRDTrainer", "NonFiniteLossError", "adjust_learning_rate", "learning_rate"]

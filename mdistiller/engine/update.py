@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from yacs.config import CfgNode as CN
 
-from ..distillers._ranks import mean_over_ranks
+from ..distributed.gather import mean_over_ranks
 from ..errors import UserError
 from ..registry import Registry
 from .dot import DistillationOrientedTrainer

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .checkpoint import load_checkpoint, save_checkpoint
-from .evaluate import accuracy, validate
-from .schedule import adjust_learning_rate
+from .files.checkpoint import load_checkpoint, save_checkpoint
+from .lr_schedule import adjust_learning_rate
+from .scores import accuracy, validate
 
 __all__ = ["accuracy", "adjust_learning_rate", "load_checkpoint", "save_checkpoint", "validate"]

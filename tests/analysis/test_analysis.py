@@ -3,11 +3,11 @@
 import pytest
 from PIL import Image
 
-from mdistiller.analysis.curves import draw_curves
-from mdistiller.analysis.runs import read_run
-from mdistiller.analysis.table import COLUMNS, markdown_table, run_row, runs_table
+from mdistiller.analysis.plots.curves import draw_curves
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.errors import UserError
+from mdistiller.experiments.runs import read_run
+from mdistiller.experiments.table_text import COLUMNS, markdown_table, run_row, runs_table
 
 HEADER = "epoch,lr,train_loss,test_acc,epoch_seconds\n"
 

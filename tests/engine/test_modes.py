@@ -14,7 +14,7 @@ import torch.nn as nn
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.build import build_trainer
 from mdistiller.engine.cfg import load_cfg
-from mdistiller.engine.checkpoint import load_checkpoint
+from mdistiller.engine.files.checkpoint import load_checkpoint
 from mdistiller.engine.meters import Meters
 from mdistiller.engine.trainer import NonFiniteLossError
 from mdistiller.errors import UserError

@@ -11,7 +11,7 @@ import torch.nn as nn
 from mdistiller.dataset import ImageArray
 from mdistiller.distillers import Distiller
 from mdistiller.engine.cfg import load_cfg
-from mdistiller.engine.checkpoint import load_checkpoint
+from mdistiller.engine.files.checkpoint import load_checkpoint
 from mdistiller.engine.trainer import BaseTrainer, NonFiniteLossError, learning_rate, trainer_dict
 from mdistiller.engine.utils import adjust_learning_rate
 from mdistiller.errors import UserError

@@ -14,8 +14,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from mdistiller.engine.atomic import seal
-from mdistiller.engine.checkpoint import (
+from mdistiller.engine.files.atomic import seal
+from mdistiller.engine.files.checkpoint import (
     load_checkpoint,
     load_resumable,
     load_state,

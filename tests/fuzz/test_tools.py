@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from mdistiller.engine.checkpoint import save_checkpoint
+from mdistiller.engine.files.checkpoint import save_checkpoint
 
 from ..reliability.runs import METHODS, REPOSITORY, SETTINGS, Run, Zygote
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn as nn
 
+from mdistiller.engine.teacher.fold_batchnorm import fold_batchnorm
 from mdistiller.models import build_model, cifar_model_dict
-from mdistiller.models.fold import fold_batchnorm
 from mdistiller.models.winograd import WinogradConv2d, use_winograd
 
 on_x86 = pytest.mark.skipif(

@@ -13,7 +13,7 @@ import sys
 import matplotlib.backends.backend_agg  # noqa: F401
 import sklearn.datasets  # noqa: F401
 
-import mdistiller.analysis.curves
+import mdistiller.analysis.plots.curves
 import mdistiller.engine.build  # noqa: F401
 
 

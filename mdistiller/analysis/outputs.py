@@ -1,0 +1,74 @@
+"""What a network makes of a data set's images: logits, pooled features, and the mean of every stage's maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+from sklearn.manifold import TSNE
+from torch import Tensor
+
+from ..commands.eval import model_heads
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A network's outputs on N images, float64.
+
+    Attributes:
+        logits: (N, C).
+        pooled: (N, D), what the classifier sees.
+        stages: for the stem and every stage, (N, channels): its map after the activation, averaged over space.
+        targets: (N,) int64.
+    """
+
+    logits: np.ndarray
+    pooled: np.ndarray
+    stages: list[np.ndarray]
+    targets: np.ndarray
+
+
+def collect(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], head: str | None = None) -> Outputs:
+    """Run `model`, in eval mode, over the loader's (image, target) batches.
+
+    Args:
+        head: of a network with several: whose logits; None for its first.
+
+    Raises:
+        UserError: it has no head of that name.
+    """
+    device = next(model.parameters()).device
+    heads = model_heads(model, head) if head else None
+    logits, pooled, stages, targets = [], [], [], []
+    with torch.inference_mode():
+        for image, target, *_ in loader:
+            image = image.to(device)
+            out, features = model(image)
+            logits.append(heads(image)[str(head)].cpu() if heads else out.cpu())
+            pooled.append(features["pooled_feat"].cpu())
+            stages.append([f.mean(dim=(2, 3)).cpu() for f in features["feats"]])
+            targets.append(target.cpu())
+    by_stage = [_joined(parts) for parts in zip(*stages)]
+    return Outputs(_joined(logits), _joined(pooled), by_stage, torch.cat(targets).numpy())
+
+
+def _joined(parts: Iterable[Tensor]) -> np.ndarray:
+    return torch.cat(list(parts)).double().numpy()
+
+
+def tsne(features: np.ndarray, seed: int = 0) -> np.ndarray:
+    """(N, D) features laid out on a plane: (N, 2). Only neighbourhoods mean something, not distances.
+
+    Raises:
+        UserError: fewer than four images.
+
+    Reference: van der Maaten and Hinton 2008, JMLR 9.
+    """
+    if len(features) < 4:
+        raise UserError(f"t-SNE needs four images at least, not {len(features)}")
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(features)

@@ -1,0 +1,1 @@
+"""Matplotlib figures; none needs a display."""

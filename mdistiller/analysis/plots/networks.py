@@ -1,0 +1,73 @@
+"""Pictures of what `inspection` measures; each function returns a matplotlib figure, which no display is needed for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..measures import Calibration
+from .curves import COLOURS
+
+MARKERS = "osD^v"
+# More classes than this cannot be told apart by colour: the others are grey.
+SHOWN_CLASSES = 10
+
+
+def tsne_figure(points: Mapping[str, np.ndarray], targets: np.ndarray) -> Figure:
+    """t-SNE layouts (N, 2) by the networks' names, side by side, the first ten classes marked."""
+    figure = Figure(figsize=(5.2 * len(points), 5.6), layout="constrained")
+    panels = figure.subplots(1, len(points), squeeze=False)[0]
+    shown = np.unique(targets)[:SHOWN_CLASSES]
+    others = ~np.isin(targets, shown)
+    for ax, (name, xy) in zip(panels, points.items()):
+        ax.scatter(*xy[others].T, s=5, color="#DDDDDD", label="other classes" if others.any() else None)
+        for i, c in enumerate(shown):
+            look: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS)]}
+            ax.scatter(*xy[targets == c].T, s=14, label=str(c), **look)
+        ax.set(title=name, xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, title="class", markerscale=1.5)
+    return figure
+
+
+def matrices_figure(matrices: Mapping[str, np.ndarray], xlabel: str, ylabel: str, signed: Sequence[str] = ()) -> Figure:
+    """Matrices by their titles as heat maps side by side; of those in `signed`, zero is white and the ends differ."""
+    figure = Figure(figsize=(5.4 * len(matrices), 4.8), layout="constrained")
+    for ax, (title, matrix) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items()):
+        most = float(np.nanmax(np.abs(matrix))) or 1.0
+        look: Any = {"cmap": "PuOr", "vmin": -most, "vmax": most} if title in signed else {"cmap": "viridis", "vmin": 0}
+        image = ax.imshow(matrix, interpolation="nearest", **look)
+        figure.colorbar(image, ax=ax, shrink=0.85)
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        if len(matrix) <= 20:
+            ax.set_xticks(range(matrix.shape[1]))
+            ax.set_yticks(range(matrix.shape[0]))
+    return figure
+
+
+def cka_figure(cka: np.ndarray, student: str, teacher: str) -> Figure:
+    """CKA of every teacher's stage (row) with every student's (column), the figures written in."""
+    labels = f"stage of the student {student}", f"stage of the teacher {teacher}"
+    figure = matrices_figure({"linear CKA (0 to 1)": cka}, *labels)
+    ax = figure.axes[0]
+    for (i, j), value in np.ndenumerate(cka):
+        ax.annotate(f"{value:.2f}", (j, i), ha="center", va="center", color="white" if value < 0.6 else "black")
+    return figure
+
+
+def reliability_figure(calibrations: Mapping[str, Calibration]) -> Figure:
+    """Accuracy by confidence for each network; on the diagonal it is as sure as it is right."""
+    figure = Figure(figsize=(5.4, 5.4), layout="constrained")
+    ax = figure.add_subplot()
+    ax.plot([0, 100], [0, 100], color="#999999", linestyle="--", label="calibrated")
+    for (name, c), colour, marker in zip(calibrations.items(), COLOURS, MARKERS):
+        some = c.count > 0
+        label = f"{name}, ECE {c.ece:.1f} %"
+        ax.plot(100 * c.confidence[some], 100 * c.accuracy[some], color=colour, marker=marker, label=label)
+    ax.set(xlabel="confidence, mean of the bin (%)", ylabel="accuracy of the bin (%)", xlim=(0, 100), ylim=(0, 100))
+    ax.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", frameon=False)
+    return figure

@@ -1,0 +1,61 @@
+"""The plain head of a grouped student as a checkpoint of the plain network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from ..dataset import dataset_info
+from ..engine.build import model_dict
+from ..engine.files.checkpoint import load_checkpoint, load_state, model_state, save_checkpoint
+from ..errors import UserError
+from ..models import build_model
+from ..models.grouped import published_students
+
+PREFIX = "base."
+
+
+def export_head(ckpt: Path, out: Path, model: str | None = None, dataset: str | None = None) -> str:
+    """Write the plain head in the grouped student's checkpoint `ckpt` to `out`, as a checkpoint of the network `model`.
+
+    Args:
+        model: the plain network's name, DISTILLER.STUDENT of the run; None: as the run's config.yaml says, beside
+            `ckpt`.
+        dataset: the same of DATASET.TYPE.
+
+    Returns:
+        What was written, for the terminal.
+
+    Raises:
+        UserError: no such file, no grouped student in it, the network is unknown, another one, or one of the published
+            students, whose plain head is no ordinary ResNet.
+    """
+    grouped = model_state(load_checkpoint(ckpt), ckpt)
+    run_model, run_dataset = _run_of(ckpt)
+    model, dataset = model or run_model, dataset or run_dataset or "cifar100"
+    if model is None:
+        raise UserError(f"no config.yaml beside {ckpt} tells its network; name the plain one, such as -m resnet20")
+    published = next((name for name in (model, run_model) if name in published_students), None)
+    if published:
+        raise UserError(
+            f"the plain head of {published} has no ReLU behind its stem, as published, so that no ordinary ResNet "
+            f"computes it; score it by tools/eval.py -m {published} --head single, or train with DISTILLER.STUDENT "
+            f"resnet{published.rsplit('r', 1)[1]} and DCGD.GROUPS, whose head can be exported"
+        )
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in grouped.items() if name.startswith(PREFIX)}
+    if not state:
+        raise UserError(f"{ckpt} holds no grouped student (no entry begins with {PREFIX!r})")
+    load_state(build_model(model_dict(dataset), model, dataset_info[dataset].num_classes), state, ckpt)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint({"model": state}, out)
+    return f"wrote {out}; score it by tools/eval.py -m {model} -d {dataset} -c {out}"
+
+
+def _run_of(ckpt: Path) -> tuple[str | None, str | None]:
+    """DISTILLER.STUDENT and DATASET.TYPE of the run that wrote `ckpt`, where its config.yaml lies beside it."""
+    try:
+        cfg = yaml.safe_load((ckpt.parent / "config.yaml").read_text(encoding="utf-8"))
+        return cfg["DISTILLER"]["STUDENT"], cfg["DATASET"]["TYPE"]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        return None, None

@@ -1,0 +1,187 @@
+"""What `tools/group_classes.py` does: a teacher's mistakes on a data set, and the groups of classes that follow."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..dataset import Loader, dataset_info, get_val_loader, stratified_split
+from ..engine.build import build_pretrained
+from ..engine.runtime.environment import pick_device
+from ..errors import UserError
+from ..grouping import count_confusions, draw_confusion, expand, group_by_confusion, merge_classes, save_groups
+from ..grouping.cifar100 import SUPERCLASS, SUPERCLASS_NAMES
+from ..registry import unknown_name
+
+SPLITS = ("train", "heldout", "kfold", "test")
+# Super-class of each class, and the super-classes' names, of the data sets that have them.
+SUPERCLASSES = {"cifar100": (SUPERCLASS, SUPERCLASS_NAMES)}
+LEAK = (
+    "warning: groups from the test images let the test set into training; accuracies on it are no longer clean. "
+    "Use this to compare with groups that were made so, not to make new ones."
+)
+# With fewer errors than this for each class, their shares are mostly chance.
+ENOUGH_ERRORS = 10
+
+
+def group_classes(
+    model: str,
+    ckpt: str,
+    dataset: str,
+    num_groups: int,
+    out: Path,
+    split: str = "train",
+    single_classes: bool = False,
+    val_fraction: float = 0.1,
+    folds: int = 5,
+    batch_size: int = 256,
+    data_root: str = "./data",
+    num_workers: int = 2,
+    device: str = "auto",
+) -> str:
+    """Group a data set's classes by a teacher's mistakes; write them to `out` (JSON) and a picture beside it (PNG).
+
+    Args:
+        ckpt: the teacher's checkpoint; "pretrain" is the published one.
+        split: the images it is judged on. "train": the training images, not augmented. "heldout": those of the
+            training set that DATASET.VAL_FRACTION `val_fraction` keeps from training; the teacher must have been
+            trained so. "kfold": the training images by cross-validation of its last layer, see `cross_predict`.
+            "test": the test images, which leaks them.
+        single_classes: group classes where the data set has super-classes.
+
+    Returns:
+        What was found, for the terminal.
+
+    Raises:
+        UserError: an unknown name, missing data, an unfit checkpoint, or counts that tell no groups.
+    """
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS)
+    info = dataset_info[dataset]
+    superclass, names = SUPERCLASSES.get(dataset, (None, None))
+    if single_classes or superclass is None:
+        superclass, names = list(range(info.num_classes)), [str(c) for c in range(info.num_classes)]
+    assert names is not None
+    if not 1 <= num_groups <= len(names) // 2:
+        raise UserError(f"--num-groups must be from 1 to {len(names) // 2} for {len(names)} classes, not {num_groups}")
+    if split == "test":
+        print(LEAK, file=sys.stderr)
+
+    where = pick_device(device)
+    teacher = build_pretrained(dataset, model, info.num_classes, "" if ckpt == "pretrain" else ckpt).to(where).eval()
+    loader = _loader(dataset, split, val_fraction, data_root, batch_size, num_workers)
+    loader.to(where)
+    if split == "kfold":
+        features, targets = _run(teacher, loader, "pooled_feat")
+        predictions = cross_predict(features, targets, folds)
+    else:
+        logits, targets = _run(teacher, loader, "logits")
+        predictions = logits.argmax(dim=1)
+    classes = count_confusions(targets.numpy(), predictions.numpy(), info.num_classes)
+    confusion = merge_classes(classes, superclass)
+    groups = group_by_confusion(confusion, num_groups)
+
+    accuracy = 100 * np.trace(classes) / classes.sum()
+    errors = int(confusion.sum() - np.trace(confusion))
+    if errors < ENOUGH_ERRORS * len(names):
+        print(
+            f"warning: {errors} errors between {len(names)} classes are too few to trust the groups; count them on "
+            "more images that the teacher was not trained on (--split heldout), or by cross-validation (--split kfold)",
+            file=sys.stderr,
+        )
+    content = {
+        "groups": expand(groups, superclass),
+        "superclass_groups": groups,
+        "dataset": dataset,
+        "teacher": model,
+        "checkpoint": ckpt,
+        "split": split,
+        "val_fraction": val_fraction if split == "heldout" else None,
+        "folds": folds if split == "kfold" else None,
+        "images": int(classes.sum()),
+        "accuracy": round(float(accuracy), 2),
+        "errors_between_superclasses": errors,
+        "date": datetime.date.today().isoformat(),
+        "superclasses": names,
+        "confusion": confusion.tolist(),
+    }
+    save_groups(out, content)
+    picture = out.with_suffix(".png")
+    draw_confusion(picture, confusion, groups, names, f"{model} on {dataset} ({split}), {num_groups} groups")
+    lines = [f"{model} on {len(targets)} images of {dataset} ({split}): top-1 {accuracy:.2f}, {errors} errors counted"]
+    lines += [f"group {g}: {', '.join(names[i] for i in group)}" for g, group in enumerate(groups)]
+    return "\n".join([*lines, f"wrote {out} and {picture}; train with DCGD.GROUPS {out}"])
+
+
+def _loader(
+    dataset: str, split: str, val_fraction: float, data_root: str, batch_size: int, num_workers: int
+) -> Loader:
+    """The images that `split` means, in order and not augmented."""
+    if split != "heldout":
+        return get_val_loader(dataset, data_root, batch_size, num_workers, train=split != "test")
+    if not 0 < val_fraction < 1:
+        raise UserError(f"--val-fraction must be between 0 and 1, not {val_fraction}")
+    train = dataset_info[dataset].read(Path(data_root).expanduser(), True)
+    _, held_out = stratified_split(train.targets, 1 - val_fraction)
+    return train.select(held_out).loader(batch_size, num_workers, train=False)
+
+
+def _run(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], field: str) -> tuple[Tensor, Tensor]:
+    """The model's logits, or a field of its features, for all images; and the targets. Both on the CPU."""
+    device = next(model.parameters()).device
+    outputs, targets = [], []
+    with torch.inference_mode():
+        for image, target, *_ in loader:
+            logits, features = model(image.to(device))
+            outputs.append((logits if field == "logits" else features[field]).cpu())
+            targets.append(target.cpu())
+    return torch.cat(outputs), torch.cat(targets)
+
+
+def cross_predict(features: Tensor, targets: Tensor, folds: int, ridge: float = 1e-3) -> Tensor:
+    """Each image's class by a linear classifier that was fitted without it, on a teacher's pooled features.
+
+    The images of each class are dealt to the folds in turn. For every fold, ridge regression of the one-hot targets
+    on the other folds' features (with a constant) is solved exactly and scored on the fold:
+
+        W = (X^T X + ridge * mean(diag X^T X) * I)^-1 X^T Y
+
+    The features themselves were learnt from all the images, so that this still flatters the teacher; but it leaves
+    errors to count where the teacher has none.
+
+    Args:
+        features: (N, D).
+        targets: (N,) int64.
+        folds: K >= 2.
+
+    Returns:
+        (N,) int64 predicted classes.
+
+    Raises:
+        UserError: fewer than two folds.
+
+    Cost: O(N D^2 + K D^3).
+    """
+    if folds < 2:
+        raise UserError(f"cross-validation needs two folds at least, --folds is {folds}")
+    x = torch.cat([features.double(), torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
+    y = nn.functional.one_hot(targets).double()
+    fold = torch.empty_like(targets)
+    for c in targets.unique():
+        members = (targets == c).nonzero()[:, 0]
+        fold[members] = torch.arange(len(members)) % folds
+    gram, moment = x.T @ x, x.T @ y
+    penalty = ridge * gram.diagonal().mean() * torch.eye(x.shape[1], dtype=torch.float64)
+    predictions = torch.empty_like(targets)
+    for k in range(folds):
+        part = fold == k
+        others = gram - x[part].T @ x[part] + penalty, moment - x[part].T @ y[part]
+        predictions[part] = (x[part] @ torch.linalg.solve(*others)).argmax(dim=1)
+    return predictions

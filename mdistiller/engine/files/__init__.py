@@ -1,0 +1,1 @@
+"""Durable files: whole or not there, checked, locked."""

@@ -1,0 +1,138 @@
+"""One run in one folder at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ...errors import UserError
+
+NAME = ".run_lock"
+_held: set[BinaryIO] = set()
+
+
+def _let_go() -> None:
+    # A forked worker (of a DataLoader) shares the open file, and would hold the lock after a killed parent's death.
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+class RunInUseError(UserError):
+    """Another run has the folder; names its host, process, start and command."""
+
+
+@contextmanager
+def run_lock(folder: str | Path) -> Iterator[None]:
+    """Have the run's `folder` for this process alone; it is made where it is missing.
+
+    The lock is the operating system's: it ends with the process, however that ends, and is not handed on to worker
+    processes. On a network file system it holds between hosts where that knows locks. Where a file system has
+    none at all, what the file tells is believed: a run on another host is alive, one on this host while its process is.
+
+    Raises:
+        RunInUseError: another run has it.
+        UserError: the folder cannot be written to.
+    """
+    path = Path(folder) / NAME
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _acquire(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to {folder} ({reason}); LOG.PREFIX names another place") from None
+    _held.add(file)
+    try:
+        yield
+    finally:
+        if file in _held:  # not in a forked child
+            _held.remove(file)
+            with suppress(OSError):
+                path.unlink()
+            file.close()
+
+
+def _acquire(path: Path) -> BinaryIO:
+    while True:
+        file = path.open("r+b" if path.exists() else "a+b")
+        try:
+            _lock(file, path)
+            # The run before may have taken the file away between our opening and locking it.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                file.write(json.dumps(_own_facts()).encode())
+                file.flush()
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(path) from None
+    except OSError:  # a file system without locks
+        facts = _facts(path)
+        if facts and _alive(facts):
+            raise _in_use(path) from None
+
+
+def _own_facts() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_start": _process_start(os.getpid()),
+        "since": datetime.now().astimezone().isoformat(" ", "seconds"),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # just being written
+        return {}
+    return facts if isinstance(facts, dict) and facts.keys() >= _own_facts().keys() else {}
+
+
+def _alive(facts: dict[str, Any]) -> bool:
+    if facts["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(facts["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    # Process numbers are used again.
+    return _process_start(facts["pid"]) == facts["process_start"]
+
+
+def _process_start(pid: int) -> str:
+    """When a process began, in the kernel's clock ticks; empty where /proc does not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _in_use(path: Path) -> RunInUseError:
+    facts = _facts(path)
+    who = "process {pid} on host {host}, started {since} ({command})".format(**facts) if facts else "another process"
+    return RunInUseError(
+        f"{path.parent} is in use by {who}; wait for it or stop it, or give this run another EXPERIMENT.NAME"
+    )

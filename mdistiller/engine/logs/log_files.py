@@ -1,0 +1,147 @@
+"""worklog.txt and metrics.csv: a block and a row an epoch.
+
+Resuming drops what was written of epochs that will be run again, and what a kill left half written, so that a run ends
+with the same files whether it was stopped or not. What a full disk refuses is written with the next epoch.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterator, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ..files.atomic import write_whole
+
+Metrics = Mapping[str, float]
+
+
+class LogFile:
+    """A text file that grows; `kept` of it is what it holds at first."""
+
+    def __init__(self, path: Path, kept: str) -> None:
+        self.path = path
+        self._pending = ""
+        if kept:
+            self.rewrite(kept)
+        else:
+            self.path.unlink(missing_ok=True)
+            self._whole = 0
+
+    def rewrite(self, text: str) -> None:
+        """Have the file hold `text`, and what was refused before no longer wait."""
+        data = text.encode()
+        write_whole(data, self.path)
+        self._whole, self._pending = len(data), ""
+
+    def append(self, text: str) -> None:
+        """Write `text`, after what could not be written before.
+
+        Raises:
+            OSError: it cannot be written now; the next call tries again.
+        """
+        torn, self._pending = bool(self._pending), self._pending + text
+        with self.path.open("ab") as file:
+            size = file.seek(0, os.SEEK_END)
+            if torn:
+                size = file.truncate(min(size, self._whole))
+            self._whole = size
+            file.write(self._pending.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._pending = ""
+
+
+class Worklog:
+    """worklog.txt in the original's form: a block of `name: value` lines an epoch."""
+
+    tries_again = True
+    shown = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
+    rule = "-" * 25
+
+    def __init__(self, folder: Path, start_epoch: int) -> None:
+        path = folder / "worklog.txt"
+        text, end = _read(path), 0
+        for block in re.finditer(rf"^{self.rule}\nepoch: (\d+)\n(?:.*\n)*?{self.rule}\n", text, re.MULTILINE):
+            if int(block[1]) >= start_epoch:
+                break
+            end = block.end()
+        self.file = LogFile(path, text[:end])
+
+    def epoch(self, epoch: int, metrics: Metrics) -> None:
+        # The original prints the learning rate with two decimals: 0.00 at 0.0005.
+        lines = [f"epoch: {epoch}", f"lr: {metrics['lr']:g}"]
+        lines += [f"{name}: {metrics[name]:.2f}" for name in self.shown]
+        lines += [f"{name}: {value:.2f}" for name, value in metrics.items() if name.startswith("test_acc_head_")]
+        self.file.append("\n".join([self.rule, *lines, self.rule, ""]))
+
+    def step(self, step: int, scalars: Metrics) -> None:
+        pass
+
+    def finish(self, summary: Metrics) -> None:
+        self.file.append("".join(f"{name}\t{value:.2f}\n" for name, value in summary.items()))
+
+
+class MetricsCsv:
+    """metrics.csv: a row an epoch, a column a figure. A figure that comes up later gets a column then."""
+
+    tries_again = True
+
+    def __init__(self, folder: Path, start_epoch: int) -> None:
+        path = folder / "metrics.csv"
+        self.rows = [row for row in _whole_rows(_read(path)) if int(row["epoch"]) < start_epoch]
+        self.columns = list(self.rows[0]) if self.rows else []
+        self.file = LogFile(path, _csv(self.columns, self.rows, header=True) if self.rows else "")
+
+    def epoch(self, epoch: int, metrics: Metrics) -> None:
+        row = {"epoch": str(epoch), **{name: f"{value:.6g}" for name, value in metrics.items()}}
+        self.rows.append(row)
+        new = [name for name in row if name not in self.columns]
+        self.columns += new
+        if new:
+            self.file.rewrite(_csv(self.columns, self.rows, header=True))
+        else:
+            self.file.append(_csv(self.columns, [row]))
+
+    def step(self, step: int, scalars: Metrics) -> None:
+        pass
+
+    def finish(self, summary: Metrics) -> None:
+        pass
+
+
+def _read(path: Path) -> str:
+    """The text at `path` with its own line ends; "" where there is none."""
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _whole_rows(text: str) -> Iterator[dict[str, str]]:
+    """The rows that are as long as the first line is, and have an epoch."""
+    first, *lines = text.split("\n")[:-1] or [""]
+    columns = _cells(first)
+    for line in lines:
+        row = dict(zip(columns, _cells(line)))
+        if row.get("epoch", "").isdecimal() and len(row) == len(columns) == len(_cells(line)):
+            yield row
+
+
+def _cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
+
+
+def _csv(columns: list[str], rows: list[dict[str, str]], header: bool = False) -> str:
+    text = StringIO(newline="")
+    writer: Any = csv.DictWriter(text, columns, restval="")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

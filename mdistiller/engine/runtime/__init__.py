@@ -1,0 +1,1 @@
+"""The process: device, seeds, signals, memory, and the record of its environment."""

@@ -1,0 +1,94 @@
+"""Scoring a network on a data set: on the device, with one synchronisation at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..distillers import Distiller
+from ..distributed.ranks import Ranks
+
+Heads = Callable[[Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean over a data set: top-1 and top-5 accuracy in percent, cross-entropy in nats."""
+
+    top1: float
+    top5: float
+    loss: float
+
+
+def correct_counts(logits: Tensor, target: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
+    """How many of the targets are among the k highest logits, for each k: (len(topk),) int64, on the device.
+
+    Args:
+        logits: (B, C). A k above C counts as C.
+        target: (B,) int64.
+    """
+    highest = logits.topk(min(max(topk), logits.shape[1]), dim=1).indices
+    hits = highest == target[:, None]
+    return torch.stack([hits[:, :k].sum() for k in topk])
+
+
+def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
+    """Top-k accuracies of a batch in percent, one () tensor for each k."""
+    return list(correct_counts(output, target, topk) * (100.0 / len(target)))
+
+
+def evaluate(
+    loader: Iterable[tuple[Tensor, ...]], heads: Heads, device: torch.device, ranks: Ranks | None = None
+) -> dict[str, Score]:
+    """Score every head on a data set.
+
+    Args:
+        loader: batches that begin with (image, target).
+        heads: maps an image batch on `device` to logits (B, C) by head name.
+        ranks: that each have a share of the data set, and get the scores of the whole.
+
+    Raises:
+        ValueError: the loader is empty.
+    """
+    totals: dict[str, Tensor] = {}
+    count = 0
+    with torch.inference_mode():
+        for image, target, *_ in loader:
+            image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
+            count += len(target)
+            for name, logits in heads(image).items():
+                loss = F.cross_entropy(logits.float(), target, reduction="sum").double()
+                sums = torch.cat([correct_counts(logits, target).double(), loss[None]])
+                totals[name] = totals[name] + sums if name in totals else sums
+    shares = (ranks or Ranks()).gather((count, {name: sums.tolist() for name, sums in totals.items()}))
+    count = sum(own for own, _ in shares)
+    if not count:
+        raise ValueError("nothing to evaluate on: the validation set is empty")
+    names = next(sums for own, sums in shares if own)
+    return {name: _score([sums[name] for own, sums in shares if own], count) for name in names}
+
+
+def _score(shares: list[list[float]], count: int) -> Score:
+    """From the ranks' sums of hits, hits among five, and losses."""
+    top1, top5, loss = (sum(values) / count for values in zip(*shares))
+    return Score(100 * top1, 100 * top5, loss)
+
+
+def evaluate_distiller(loader: Iterable[tuple[Tensor, ...]], distiller: Distiller) -> dict[str, Score]:
+    """Score every head of a distiller; leaves it in eval mode."""
+    distiller.eval()
+    device = next(distiller.parameters()).device
+    return evaluate(loader, distiller.forward_heads, device)
+
+
+def validate(val_loader: Iterable[tuple[Tensor, ...]], distiller: nn.Module) -> tuple[float, float, float]:
+    """(top-1 in percent, top-5 in percent, cross-entropy) of a distiller's first head."""
+    plain: Any = getattr(distiller, "module", distiller)
+    score = next(iter(evaluate_distiller(val_loader, plain).values()))
+    return score.top1, score.top5, score.loss

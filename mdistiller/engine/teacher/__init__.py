@@ -1,0 +1,1 @@
+"""A frozen network, in less time."""

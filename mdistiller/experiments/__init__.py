@@ -1,0 +1,1 @@
+"""Running many experiments, reading them back, and their tables."""

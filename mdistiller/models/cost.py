@@ -1,0 +1,31 @@
+"""What a network costs to deploy: its parameters and its multiply-accumulates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..distillers._feature_maps import count_parameters, evaluating
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Number of parameters, and multiply-accumulates for one image (convolutions and matrix products)."""
+
+    parameters: int
+    macs: int
+
+    def __str__(self) -> str:
+        return f"{self.parameters / 1e6:.2f} M parameters, {self.macs / 1e6:.1f} M MACs"
+
+
+def network_cost(model: nn.Module, image_size: int) -> Cost:
+    """Count `model` on one image of 3 x image_size x image_size, with torch's own flop counter."""
+    like = next(model.parameters())
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), counter:
+        model(torch.zeros(1, 3, image_size, image_size, dtype=like.dtype, device=like.device))
+    return Cost(count_parameters(model), counter.get_total_flops() // 2)

@@ -1,0 +1,63 @@
+"""Run by test_ranks.py, alone or under torchrun: the gradients of every method's first step on one global batch.
+
+    python ranks_worker.py TEACHER GROUPS OUT
+"""
+
+import sys
+
+import torch
+
+from mdistiller.dataset import get_dataset
+from mdistiller.distillers import distiller_dict
+from mdistiller.distributed.ranks import joined_ranks
+from mdistiller.engine.build import build_distiller
+from mdistiller.engine.cfg import load_cfg
+from mdistiller.engine.meters import Meters
+from mdistiller.engine.runtime.environment import seed_everything
+from mdistiller.engine.trainer import trainer_dict
+
+
+def gradients(method, trainer_name, teacher, groups):
+    """Of the first batch, by parameter name, in float64; with the mean loss and CRD's memory beside them."""
+    cfg = load_cfg(
+        "configs/digits/kd.yaml",
+        f"""DISTILLER.TYPE {method} SOLVER.TRAINER {trainer_name} DISTILLER.TEACHER resnet14 SOLVER.BATCH_SIZE 16
+        DISTILLER.TEACHER_CKPT {teacher} DCGD.GROUPS {groups} DATASET.TRAIN_FRACTION 0.1 CRD.NCE.K 32
+        SOLVER.SYNC_BN True EXPERIMENT.DEVICE cpu EXPERIMENT.SEED 3""".split(),
+    )
+    seed_everything(cfg.EXPERIMENT.SEED)
+    train_loader, val_loader, num_data, num_classes = get_dataset(cfg)
+    distiller = build_distiller(cfg, num_data, num_classes).double()
+    trainer = trainer_dict[trainer_name]("run", distiller, train_loader, val_loader, cfg)
+    batch = trainer.prepare_batch(next(iter(trainer.train_loader)), epoch=1)
+    batch["image"] = batch["image"].double()
+    trainer.distiller.train()
+
+    grads = {}
+
+    def note(measure=False):
+        names = {p: name for name, p in trainer.distiller.named_parameters()}
+        for p in trainer.update.parameters:
+            parts = [g for g in (p.grad, getattr(trainer.optimizer, "_kd_grads", {}).get(p)) if g is not None]
+            grads[names[p]] = torch.stack(parts)
+
+    trainer.update.step = note
+    meters = Meters()
+    trainer.train_iter(batch, 1, meters)
+    grads["train_loss"] = torch.tensor(meters.over(trainer.ranks).means()["train_loss"])
+    memory = {n: b.clone() for n, b in trainer.distiller.named_buffers() if "memory" in n}
+    return grads | memory
+
+
+def main():
+    teacher, groups, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    with joined_ranks("cpu") as ranks:
+        found = {}
+        for method, trainer_name in [*((m, "base") for m in distiller_dict), ("KD", "dot"), ("CRD", "crd_dot")]:
+            found[f"{method}/{trainer_name}"] = gradients(method, trainer_name, teacher, groups)
+        torch.save(found, f"{out}.{ranks.rank}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The teacher as training runs it: folded, in half precision, from the cache; and left as it is."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+from mdistiller.dataset import ImageArray
+from mdistiller.dataset.augment import CropFlip
+from mdistiller.distillers import KD, OFD, distiller_dict
+from mdistiller.engine.cfg import CFG
+from mdistiller.engine.teacher.cache import TeacherCache
+from mdistiller.engine.teacher.fast_teacher import HalfPrecision, Inference, speed_up_teacher
+from mdistiller.engine.teacher.fold_batchnorm import fold_batchnorm
+from mdistiller.errors import UserError
+from mdistiller.models import build_model, cifar_model_dict
+
+TEACHERS = ["resnet8x4", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2", "ResNet18"]
+
+
+def trained(name, num_classes=10):
+    """A network whose BatchNorms do something, as after training."""
+    torch.manual_seed(0)
+    network = build_model(cifar_model_dict, name, num_classes).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return network
+
+
+def tensors(output):
+    logits, features = output
+    return [logits, *features["feats"], *features["preact_feats"], features["pooled_feat"]]
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_folded_network_gives_the_same_with_fewer_batchnorms(name):
+    network = trained(name).double()
+    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    folded = fold_batchnorm(network, image)
+    counts = [sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) for net in (network, folded)]
+    assert counts[1] < counts[0] and (name.startswith("wrn") or counts[1] == 0)
+    with torch.no_grad():
+        for own, other in zip(tensors(network(image)), tensors(folded(image))):
+            torch.testing.assert_close(other, own, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_network_for_its_logits_alone_keeps_no_maps_and_writes_over_them(name):
+    network = trained(name).double()
+    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    folded = fold_batchnorm(network, image[:1], ["pooled_feat"])
+    assert "relu_" in folded.code
+    kept = image.clone()
+    with torch.no_grad():
+        logits, features = network(image)
+        for _ in range(2):  # a second time, should the first have written over what it needs
+            own, own_features = folded(image)
+            torch.testing.assert_close(own, logits, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(own_features["pooled_feat"], features["pooled_feat"], rtol=1e-9, atol=1e-9)
+    assert set(own_features) == {"pooled_feat"} and torch.equal(image, kept)
+
+
+def test_a_method_derived_from_another_gets_all_that_the_teacher_gives():
+    class ReadsMaps(KD):
+        pass
+
+    for cls, keys in ((KD, {"pooled_feat"}), (ReadsMaps, {"feats", "preact_feats", "pooled_feat"})):
+        model = distiller(cls)
+        speed_up_teacher(model, loader(), config())
+        assert model.teacher_forward(torch.randn(1, 3, 32, 32))[1].keys() == keys
+
+
+def test_what_torch_fx_cannot_follow_is_not_folded():
+    class Foreign(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.bn(self.conv(x))
+            return (x if x.sum() > 0 else -x), {}
+
+    assert fold_batchnorm(Foreign().eval(), torch.randn(1, 3, 8, 8)) is None
+
+
+def test_a_network_that_folding_would_change_is_not_folded():
+    """The convolution's weight is used a second time by a function, which folding does not see."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+            nn.init.constant_(self.bn.weight, 2.0)
+
+        def forward(self, x):
+            return self.bn(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight), {}
+
+    assert fold_batchnorm(Shared().eval(), torch.randn(1, 3, 8, 8)) is None
+
+
+def test_what_is_read_of_an_inference_teacher_can_be_kept_for_the_backward_pass():
+    run = Inference(trained("resnet8"))
+    logits, features = run(torch.randn(2, 3, 32, 32))
+    kept = features["feats"][-1]
+    student = torch.randn(kept.shape, requires_grad=True)
+    (student * kept).sum().backward()
+    assert torch.equal(student.grad, kept)
+    assert not logits.is_inference() and not features["pooled_feat"].is_inference()
+    assert features["feats"][-1] is kept  # copied once
+
+
+@pytest.mark.parametrize("full_output", [True, False])
+def test_half_precision_is_near_and_of_the_promised_type(full_output):
+    network = trained("resnet8x4")
+    image = torch.randn(4, 3, 32, 32)
+    half = HalfPrecision(network, torch.bfloat16, full_output)
+    with torch.no_grad():
+        expected, (logits, features) = network(image)[0], half(image)
+    assert logits.dtype == features["feats"][0].dtype == (torch.float32 if full_output else torch.bfloat16)
+    assert (logits.float() - expected).norm() < 0.03 * expected.norm()
+    assert next(network.parameters()).dtype == torch.float32
+
+
+def config(method="KD", **distiller):
+    cfg = CFG.clone()
+    cfg.DATASET.TYPE = "digits"
+    cfg.DISTILLER.TYPE = method
+    cfg.DISTILLER.update(distiller)
+    return cfg
+
+
+def loader(flip=True, seed=0):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (40, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    data = ImageArray(images, torch.arange(40) % 10, (0.5,) * 3, (0.25,) * 3, CropFlip(flip=flip))
+    return data.loader(8, 0, True, seed)
+
+
+def distiller(cls=KD, cfg=None):
+    return cls(build_model(cifar_model_dict, "resnet8", 10), trained("resnet14"), cfg or config())
+
+
+def test_the_teacher_itself_stays_as_it_was():
+    model = distiller()
+    before = copy.deepcopy(model.state_dict())
+    speed_up_teacher(model, loader(), config())
+    image = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.teacher_forward(image)[0], model.teacher(image)[0].detach(), rtol=1e-5, atol=1e-5)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_teacher_in_training_mode_is_left_alone():
+    model = distiller(OFD, config("OFD"))
+    assert speed_up_teacher(model, loader(), config("OFD")) is None and model._runner is None
+
+
+def counting(network):
+    """The network's function, and how many images it was asked for."""
+    seen = []
+
+    def run(image):
+        seen.append(len(image))
+        with torch.no_grad():
+            return network(image)
+
+    return run, seen
+
+
+def cache_of(folder, network, batches, outputs=("logits", "pooled_feat"), dtype="fp32", max_bytes=2**30):
+    run, seen = counting(network)
+    cache = TeacherCache(folder, network, run, torch.zeros(1, 3, 32, 32), batches, outputs, dtype, max_bytes)
+    seen.clear()
+    return cache, seen
+
+
+def pass_over(cache, batches, network, epoch, tolerance):
+    """One epoch through the cache, each output against the network's own."""
+    batches.set_epoch(epoch)
+    for image, _, index in batches:
+        cache.look_up(index)
+        logits, features = cache(image)
+        with torch.no_grad():
+            expected, expected_features = network(image)
+        torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
+        pooled = features["pooled_feat"], expected_features["pooled_feat"]
+        torch.testing.assert_close(*pooled, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("fp16", 2e-3)])
+def test_a_second_run_never_asks_the_teacher(tmp_path, dtype, tolerance):
+    network = trained("resnet8")
+    first, seen = cache_of(tmp_path, network, loader(), dtype=dtype)
+    for epoch in (1, 2, 3):
+        pass_over(first, first.loader, network, epoch, tolerance)
+    assert 0 < sum(seen) <= 120 and first.hit_rate() == pytest.approx(100 - 100 * sum(seen) / 120)
+    second, seen = cache_of(tmp_path, network, loader(), dtype=dtype)
+    for epoch in (1, 2, 3):
+        pass_over(second, second.loader, network, epoch, tolerance)
+    assert seen == [] and second.hit_rate() == 100.0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_two_runs_share_a_cache_at_once(tmp_path):
+    network = trained("resnet8")
+    one, seen_one = cache_of(tmp_path, network, loader())
+    two, seen_two = cache_of(tmp_path, network, loader())
+    pass_over(one, one.loader, network, 1, 1e-5)
+    pass_over(two, two.loader, network, 1, 1e-5)
+    assert sum(seen_one) == 40 and seen_two == []
+
+
+def test_another_teacher_or_augmentation_or_form_has_files_of_its_own(tmp_path):
+    network = trained("resnet8")
+    other = copy.deepcopy(network)
+    other.fc.bias.data[0] += 1e-3
+    for net, batches, dtype in (
+        (network, loader(), "fp32"), (other, loader(), "fp32"), (network, loader(flip=False), "fp32"),
+        (network, loader(), "fp16"),
+    ):  # fmt: skip
+        cache_of(tmp_path, net, batches, dtype=dtype)
+    assert len(list(tmp_path.glob("*.values"))) == 4
+
+
+def test_the_size_is_bounded_and_the_rest_is_worked_out_anew(tmp_path):
+    network = trained("resnet8")
+    width = 10 + 64
+    cache, seen = cache_of(tmp_path, network, loader(), max_bytes=(4 * width + 1) * 162 * 10)  # ten images
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == (4 * width + 1) * 1620
+    for _ in range(2):
+        pass_over(cache, cache.loader, network, 1, 1e-5)
+    assert sum(seen) == 40 + 30
+
+
+@pytest.mark.parametrize("method", ["FITNET", "REVIEWKD", "OFD", "SP", "NONE"])
+def test_methods_that_need_more_than_a_cache_holds_are_refused(method, tmp_path):
+    cfg = config(method, TEACHER_CACHE=str(tmp_path))
+    with pytest.raises(UserError, match=r"DISTILLER\.TEACHER_CACHE"):
+        speed_up_teacher(distiller(distiller_dict[method], cfg), loader(), cfg)
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_of_endless_variants_and_folders_that_cannot_be_are_refused(tmp_path):
+    cfg = config(TEACHER_CACHE=str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="finite number of crops"):
+        speed_up_teacher(distiller(), object(), cfg)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        speed_up_teacher(distiller(), loader(), cfg)

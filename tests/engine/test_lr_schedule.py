@@ -1,0 +1,50 @@
+"""Learning rates against the formulas, worked by hand."""
+
+import math
+
+import pytest
+
+from mdistiller.engine.cfg import CFG
+from mdistiller.engine.lr_schedule import learning_rate
+
+
+def config(**solver):
+    cfg = CFG.clone()
+    cfg.SOLVER.update({"LR": 0.8, "EPOCHS": 10, "LR_DECAY_STAGES": [4, 8], "LR_DECAY_RATE": 0.5} | solver)
+    return cfg
+
+
+def test_steps_fall_after_their_epochs_and_not_within():
+    cfg = config()
+    assert [learning_rate(e, cfg, s, 2) for e in (1, 4, 5, 8, 9) for s in (0, 1)] == [0.8] * 4 + [0.4] * 4 + [0.2] * 2
+
+
+def test_cosine_goes_from_lr_to_lr_min():
+    cfg = config(LR_SCHEDULE="cosine", LR_MIN=0.2)
+    assert learning_rate(1, cfg) == 0.8
+    assert learning_rate(6, cfg) == pytest.approx(0.5)  # half way: the mean of both
+    assert learning_rate(3, cfg, 1, 2) == pytest.approx(0.2 + 0.6 * (1 + math.cos(math.pi / 4)) / 2)
+    assert learning_rate(10, cfg, 99, 100) == pytest.approx(0.2, abs=2e-6)
+
+
+def test_warm_up_rises_step_by_step_to_the_schedule():
+    cfg = config(WARMUP_EPOCHS=2)
+    rates = [learning_rate(e, cfg, s, 2) for e in (1, 2, 3) for s in (0, 1)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+
+
+def test_cosine_begins_after_the_warm_up():
+    cfg = config(LR_SCHEDULE="cosine", WARMUP_EPOCHS=2)
+    assert learning_rate(2, cfg, 3, 4) == pytest.approx(0.8)
+    assert learning_rate(7, cfg) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("key, value", [("LR_SCHEDULE", "linear"), ("WARMUP_EPOCHS", -1), ("LR_MIN", -0.1)])
+def test_bad_settings_are_refused_by_name(key, value, tmp_path):
+    from mdistiller.engine.cfg import load_cfg
+    from mdistiller.errors import UserError
+
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    with pytest.raises(UserError, match=rf"SOLVER\.{key} must be .*{value}"):
+        load_cfg(empty, [f"SOLVER.{key}", str(value)])

@@ -1,0 +1,39 @@
+"""Scores against counting by hand."""
+
+import math
+
+import pytest
+import torch
+
+from mdistiller.engine.scores import accuracy, correct_counts, evaluate
+
+LOGITS = torch.tensor([[5.0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]])
+TARGET = torch.tensor([0, 1, 5])  # first place; fifth place; sixth place
+
+
+def test_hits_are_counted_by_rank():
+    assert correct_counts(LOGITS, TARGET).tolist() == [1, 2]
+
+
+def test_accuracy_is_in_percent():
+    assert [round(a.item(), 3) for a in accuracy(LOGITS, TARGET, topk=(1, 5))] == [33.333, 66.667]
+
+
+def test_five_of_fewer_classes_are_all_of_them():
+    assert correct_counts(LOGITS[:, :3], torch.tensor([2, 2, 2])).tolist() == [1, 3]
+
+
+def test_every_image_counts_once_though_the_last_batch_is_short():
+    loader = [(LOGITS[:2], TARGET[:2]), (LOGITS[2:], TARGET[2:], torch.tensor([9]))]
+    scores = evaluate(loader, lambda image: {"a": image, "b": -image}, torch.device("cpu"))
+    assert scores["a"].top1 == pytest.approx(100 / 3) and scores["a"].top5 == pytest.approx(200 / 3)
+    assert scores["b"].top1 == pytest.approx(100 / 3)  # turned round, the sixth place is the first
+    by_hand = sum(
+        math.log(sum(math.exp(v) for v in row.tolist())) - row[t].item() for row, t in zip(LOGITS, TARGET)
+    )
+    assert scores["a"].loss == pytest.approx(by_hand / 3, rel=1e-6)
+
+
+def test_an_empty_set_is_refused():
+    with pytest.raises(ValueError, match="validation set is empty"):
+        evaluate([], lambda image: {"": image}, torch.device("cpu"))

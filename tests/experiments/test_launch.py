@@ -1,0 +1,132 @@
+"""Carrying out runs: real processes, told what to do and ended when they must."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mdistiller.errors import UserError
+from mdistiller.experiments import launch as schedule
+from mdistiller.experiments.launch import finished_run, run_here, task
+from mdistiller.experiments.plan import make_job
+from mdistiller.experiments.processes import Processes, Task
+
+CONFIG = Path("configs/digits/kd.yaml")
+
+
+def job_of(tmp_path, name="a", **overrides):
+    place = {"LOG.PREFIX": tmp_path, "EXPERIMENT.NAME": name, "EXPERIMENT.PROJECT": "p"}
+    return make_job(name, CONFIG, {**place, **{k.replace("__", "."): v for k, v in overrides.items()}})
+
+
+def test_a_job_is_done_when_its_last_epoch_is(make_run, tmp_path):
+    job = job_of(tmp_path)
+    assert finished_run(job) is None
+    make_run("", [{"test_acc": 1}] * 11, folder=job.folder)
+    assert finished_run(job) is None
+    with (job.folder / "metrics.csv").open("a") as file:
+        file.write("12,50\n")
+    assert finished_run(job).last == 50
+
+
+def test_a_run_of_another_configuration_is_no_result(make_run, tmp_path):
+    job = job_of(tmp_path)
+    make_run("", [{"test_acc": 1}] * 12, "KD.TEMPERATURE", "9", "LOG.WANDB", "False", folder=job.folder)
+    with pytest.raises(UserError, match=r"holds a run with KD.TEMPERATURE 9 where the plan says 4; move it away"):
+        finished_run(job)
+
+
+def test_it_goes_on_where_there_is_a_checkpoint(tmp_path):
+    job = job_of(tmp_path)
+    command = task(job).command
+    assert command[1].endswith("tools/train.py") and command[2:4] == ["--cfg", str(CONFIG)]
+    assert command[4:6] == ["LOG.PREFIX", str(tmp_path)]
+    job.folder.mkdir(parents=True)
+    (job.folder / "latest").touch()
+    assert task(job).command[4] == "--resume"
+
+
+def python(code, log):
+    return Task([sys.executable, "-c", code], ".", {"COLOUR": "red"}, log)
+
+
+def test_what_went_wrong_is_the_last_line_of_this_attempt(tmp_path):
+    log = tmp_path / "new" / "train.log"
+    assert Processes().run(python("import sys; print('one'); sys.exit('two\\n\\n')", log)) == "two"
+    assert Processes().run(python("import os; os._exit(3)", log)) == "exit status 3", "not the last attempt's line"
+    assert Processes().run(python("import os; print(os.environ['COLOUR'])", log)) == ""
+    assert log.read_text().split() == ["one", "two", "red"] or log.read_text().split() == ["two", "one", "red"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Every job runs this Python code in place of tools/train.py."""
+
+    def use(code):
+        monkeypatch.setattr(schedule, "task", lambda job: python(code, job.folder / "train.log"))
+
+    return use
+
+
+def test_devices_are_dealt_out_and_a_failure_stops_nobody(tmp_path, quick, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    quick("import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.3)")
+    jobs = [job_of(tmp_path, name) for name in "abcd"]
+    outcomes = {job.label: error for job, error in run_here(jobs, 2, ["3", "5"])}
+    assert outcomes == dict.fromkeys("abcd", "")
+    devices = [(job.folder / "train.log").read_text().strip() for job in jobs]
+    assert sorted(devices) == ["3", "3", "5", "5"]
+    quick("raise SystemExit('broken')")
+    assert [error for _, error in run_here(jobs[:2], 1, [])] == ["broken", "broken"]
+
+
+def test_leaving_early_ends_what_is_running(tmp_path, quick):
+    quick("import time; print('up', flush=True); time.sleep(600)")
+    jobs = [job_of(tmp_path, name) for name in "abc"]
+    log = jobs[0].folder / "train.log"
+
+    def interrupt():
+        while not (log.exists() and "up" in log.read_text()):
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        list(run_here(jobs, 1, []))
+    thread.join()  # this line is reached in less than the 600 seconds of a job
+    logs = [job.folder / "train.log" for job in jobs[1:]]
+    assert not any(log.exists() and log.read_text() for log in logs), "no other was started"
+
+
+RAY = """
+from pathlib import Path
+from mdistiller.experiments import launch as schedule
+from mdistiller.experiments.plan import make_job
+import sys
+
+def task(job):
+    code = "raise SystemExit('broken')" if job.label == "b" else "print('well')"
+    return schedule.Task([sys.executable, "-c", code], ".", {}, (job.folder / "train.log").absolute())
+
+schedule.task = task
+jobs = [make_job(n, Path("configs/digits/kd.yaml"), {"LOG.PREFIX": sys.argv[1], "EXPERIMENT.NAME": n}) for n in "abc"]
+print(sorted((job.label, error) for job, error in schedule.run_on_ray(jobs, "local")))
+"""
+
+
+def test_a_local_ray_runs_the_same_jobs(tmp_path):
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    done = subprocess.run([sys.executable, "-c", RAY, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[('a', ''), ('b', 'broken'), ('c', '')]", done.stderr
+    assert (tmp_path / "digits/a/train.log").read_text() == "well\n"
+
+
+def test_no_ray_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"--ray needs Ray: pip install -e '.\[ray\]'"):
+        next(schedule.run_on_ray([job_of(tmp_path)], "auto"))

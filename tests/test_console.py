@@ -1,0 +1,112 @@
+"""A process goes on when its terminal, its pipe or its disk is gone: real ones."""
+
+import os
+import pty
+import subprocess
+
+import pytest
+
+from ._processes import in_mount, light, light_command
+
+TALKER = """
+import os, time
+from pathlib import Path
+from tqdm import tqdm
+from mdistiller.console import outlive_terminal
+done, ready = Path(sys.argv[1]), Path(sys.argv[1] + ".ready")
+outlive_terminal()
+print("begun", flush=True)
+ready.touch()
+while Path(sys.argv[1] + ".wait").exists():
+    time.sleep(0.01)
+with tqdm(total=50, disable=not sys.stderr.isatty(), mininterval=0) as bar:
+    for step in range(50):
+        print("step", step, flush=step % 2 == 0)
+        bar.update()
+print("warning: at the end", file=sys.stderr)
+done.write_text("whole")
+"""
+
+
+def lose(process, tmp_path, cut):
+    """Have the process's output cut by `cut` once it has begun; returns what it left, and its exit status."""
+    while not (tmp_path / "done.ready").exists():
+        assert process.poll() is None
+    cut()
+    (tmp_path / "done.wait").unlink()
+    status = process.wait(timeout=30)
+    return (tmp_path / "done").read_text() if (tmp_path / "done").exists() else "", status
+
+
+@pytest.fixture
+def waits(tmp_path):
+    (tmp_path / "done.wait").touch()
+    return tmp_path / "done"
+
+
+def test_a_closed_terminal(tmp_path, waits):
+    controller, terminal = pty.openpty()
+    take = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    process = light(take + TALKER, waits, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+    assert lose(process, tmp_path, lambda: os.close(controller)) == ("whole", 0)
+
+
+def test_the_reader_of_the_output_goes_away(tmp_path, waits):
+    process = light(TALKER, waits, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert lose(process, tmp_path, process.stdout.close) == ("whole", 0)
+    with process.stderr:
+        assert process.stderr.read().splitlines() == [
+            "warning: stdout is lost ([Errno 32] Broken pipe); going on", "warning: at the end",
+        ]  # fmt: skip
+
+
+def test_the_reader_of_the_warnings_goes_away(tmp_path, waits):
+    process = light(TALKER, waits, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert lose(process, tmp_path, process.stderr.close) == ("whole", 0)
+    with process.stdout:
+        lines = process.stdout.read().splitlines()
+    assert lines[:-1] == ["begun", *(f"step {step}" for step in range(50))]
+    assert lines[-1] == "warning: stderr is lost ([Errno 32] Broken pipe); going on"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_were_closed_from_the_start(tmp_path, closed):
+    command = ["sh", "-c", f'"$0" "$@" {closed}', *light_command(TALKER, tmp_path / "done")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and (tmp_path / "done").read_text() == "whole"
+    assert "Traceback" not in out + err
+
+
+FULL = """
+from mdistiller.console import outlive_terminal
+out = open("out.txt", "w")
+sys.stdout, terminal = out, sys.stdout
+outlive_terminal()
+filler = open("filler", "wb", buffering=0)
+try:
+    while True:
+        filler.write(b"0" * 1000)
+except OSError:
+    pass
+for step in range(20_000):
+    print("step", step)
+sys.stdout.flush()
+print("to the end", file=terminal)
+"""
+
+
+def test_output_into_a_file_on_a_full_disk(tmp_path):
+    done = in_mount("50k", FULL, tmp_path)
+    if done is None:
+        pytest.skip("no file system can be mounted here")
+    assert (done.returncode, done.stdout) == (0, "to the end\n")
+    assert done.stderr == "warning: stdout is lost ([Errno 28] No space left on device); going on\n"
+
+
+def test_twice_is_once(tmp_path):
+    code = TALKER.replace("outlive_terminal()\n", "outlive_terminal()\noutlive_terminal()\n")
+    process = light(code, tmp_path / "done", stdout=subprocess.PIPE)
+    out, _ = process.communicate(timeout=30)
+    assert out.splitlines() == ["begun", *(f"step {step}" for step in range(50))]
