@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.commands._arguments import one_line_errors
+from mdistiller.console import one_line_errors
 
 with one_line_errors():
     import detection  # noqa: F401  (says how to install detectron2 where it is not)

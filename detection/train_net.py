@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.commands._arguments import one_line_errors
+from mdistiller.console import one_line_errors
 from mdistiller.errors import UserError
 
 with one_line_errors():

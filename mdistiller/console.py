@@ -1,4 +1,4 @@
-"""Printing that outlives its terminal, its pipe and its disk."""
+"""The terminal: notes, warnings, errors of one line, and output that outlives the terminal."""
 
 from __future__ import annotations
 
@@ -6,11 +6,52 @@ import errno
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-# The reader of a pipe is gone, the terminal was closed, the file was.
+# The reader of a pipe is gone, the terminal was closed, the file was closed.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+
+
+def one_line(text: object, limit: int | None = None) -> str:
+    """`text` on a single line, cut to `limit` characters."""
+    return " ".join(str(text).split())[:limit]
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line of at most about 200 characters: its type, then its message."""
+    return f"{type(error).__name__}: {one_line(error, 200)}"
+
+
+def warn(text: str) -> None:
+    """Print `warning: text` to stderr, as one line."""
+    _tell(f"warning: {one_line(text)}")
+
+
+def note(text: str) -> None:
+    """Print `note: text` to stderr, as one line."""
+    _tell(f"note: {one_line(text)}")
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError, ValueError):  # stderr may be closed; a warning must not stop the run
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn an exception of these `kinds` into one line on stderr, `error: ...`, and exit status 2.
+
+    The default, ValueError and OSError, is for reading the input and building the parts of a run. Around training use
+    UserError alone: any other exception there is a programmer's error, whose traceback is needed.
+    """
+    caught = kinds or (ValueError, OSError)
+    try:
+        yield
+    except caught as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def outlive_terminal() -> None:

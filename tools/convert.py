@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.commands._arguments import one_line_errors
 from mdistiller.commands.convert import convert
+from mdistiller.console import one_line_errors
 
 
 def parse_args() -> argparse.Namespace:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.commands._arguments import one_line_errors, trained_network_arguments
+from mdistiller.commands._arguments import trained_network_arguments
 from mdistiller.commands.group_classes import group_classes
+from mdistiller.console import one_line_errors
 
 
 def parse_args() -> argparse.Namespace:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.commands._arguments import one_line_errors, trained_network_arguments
+from mdistiller.commands._arguments import trained_network_arguments
 from mdistiller.commands.inspect_features import inspect_network, run_networks
+from mdistiller.console import one_line_errors
 
 
 def parse_args() -> argparse.Namespace:

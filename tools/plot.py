@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdistiller.analysis.plots.curves import draw_curves
-from mdistiller.commands._arguments import one_line_errors
+from mdistiller.console import one_line_errors
 from mdistiller.experiments.runs import read_runs
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdistiller.analysis.plots.bars import draw_bars
-from mdistiller.commands._arguments import one_line_errors
+from mdistiller.console import one_line_errors
 from mdistiller.errors import UserError
 from mdistiller.experiments.launch import finished_run, run_here, run_on_ray, task, visible_gpus
 from mdistiller.experiments.plan import Job, Plan, read_plan

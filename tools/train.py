@@ -13,8 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdistiller.analysis.plots.curves import draw_run
-from mdistiller.commands._arguments import one_line_errors
-from mdistiller.console import outlive_terminal
+from mdistiller.console import one_line_errors, outlive_terminal
 from mdistiller.distributed.ranks import joined_ranks
 from mdistiller.engine.build import build_trainer, deployment_lines
 from mdistiller.engine.cfg import load_cfg, show_cfg

@@ -11,7 +11,7 @@ import torch.nn as nn
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from ..commands.eval import model_heads
+from ..engine.scores import model_heads
 from ..errors import UserError
 
 

@@ -1,26 +1,8 @@
-"""What the command-line tools share: arguments, and errors of the user's as one line and exit status 2."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-
-@contextmanager
-def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """An error of these `kinds` becomes one line, `error: ...`, and exit status 2.
-
-    By default ValueError and OSError, for reading the input and building the parts. Around training itself only
-    UserError: any other error there is ours, and its traceback is wanted.
-    """
-    caught = kinds or (ValueError, OSError)
-    try:
-        yield
-    except caught as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def trained_network_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:

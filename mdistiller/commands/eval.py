@@ -4,34 +4,12 @@ from __future__ import annotations
 
 import time
 
-import torch.nn as nn
-
 from ..dataset import dataset_info, get_val_loader
 from ..engine.build import build_pretrained
-from ..engine.runtime.environment import pick_device
-from ..engine.scores import Heads, evaluate
+from ..engine.runtime.device import pick_device
+from ..engine.scores import evaluate, model_heads
 from ..errors import UserError
 from ..models.cost import network_cost
-from ..registry import unknown_name
-
-
-def model_heads(model: nn.Module, head: str | None = None) -> Heads:
-    """The logits of a network by head name: all of its heads, or the one named `head`.
-
-    A network with several heads has `forward_heads(image) -> {name: logits}`; an ordinary one has the head "".
-
-    Raises:
-        UserError: the network has no head of that name.
-    """
-    heads: Heads = getattr(model, "forward_heads", None) or (lambda image: {"": model(image)[0]})
-    if head is None:
-        return heads
-    names = getattr(model, "head_names", ())
-    if not names:
-        raise UserError(f"{type(model).__name__} has one head; leave out --head {head}")
-    if head not in names:
-        raise unknown_name("head", head, names)
-    return lambda image: {head: heads(image)[head]}
 
 
 def evaluate_checkpoint(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..console import warn
 from ..dataset import Loader, dataset_info, get_val_loader, stratified_split
 from ..engine.build import build_pretrained
-from ..engine.runtime.environment import pick_device
+from ..engine.runtime.device import pick_device
 from ..errors import UserError
 from ..grouping import count_confusions, draw_confusion, expand, group_by_confusion, merge_classes, save_groups
 from ..grouping.cifar100 import SUPERCLASS, SUPERCLASS_NAMES
@@ -24,7 +24,7 @@ SPLITS = ("train", "heldout", "kfold", "test")
 # Super-class of each class, and the super-classes' names, of the data sets that have them.
 SUPERCLASSES = {"cifar100": (SUPERCLASS, SUPERCLASS_NAMES)}
 LEAK = (
-    "warning: groups from the test images let the test set into training; accuracies on it are no longer clean. "
+    "groups from the test images let the test set into training; accuracies on it are no longer clean. "
     "Use this to compare with groups that were made so, not to make new ones."
 )
 # With fewer errors than this for each class, their shares are mostly chance.
@@ -72,7 +72,7 @@ def group_classes(
     if not 1 <= num_groups <= len(names) // 2:
         raise UserError(f"--num-groups must be from 1 to {len(names) // 2} for {len(names)} classes, not {num_groups}")
     if split == "test":
-        print(LEAK, file=sys.stderr)
+        warn(LEAK)
 
     where = pick_device(device)
     teacher = build_pretrained(dataset, model, info.num_classes, "" if ckpt == "pretrain" else ckpt).to(where).eval()
@@ -91,10 +91,9 @@ def group_classes(
     accuracy = 100 * np.trace(classes) / classes.sum()
     errors = int(confusion.sum() - np.trace(confusion))
     if errors < ENOUGH_ERRORS * len(names):
-        print(
-            f"warning: {errors} errors between {len(names)} classes are too few to trust the groups; count them on "
-            "more images that the teacher was not trained on (--split heldout), or by cross-validation (--split kfold)",
-            file=sys.stderr,
+        warn(
+            f"{errors} errors between {len(names)} classes are too few to trust the groups; count them on "
+            "more images that the teacher was not trained on (--split heldout), or by cross-validation (--split kfold)"
         )
     content = {
         "groups": expand(groups, superclass),

@@ -22,7 +22,7 @@ from ..analysis.plots.networks import cka_figure, matrices_figure, reliability_f
 from ..dataset import dataset_info, get_val_loader
 from ..distillers import distiller_dict
 from ..engine.build import build_pretrained
-from ..engine.runtime.environment import pick_device
+from ..engine.runtime.device import pick_device
 from ..errors import UserError
 from ..experiments.runs import read_run
 from ..grouping import count_confusions

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..console import note
 from .image_file import BrokenImageError, read_pixels, silent_pillow, warn_of_broken
 
 
@@ -61,14 +61,14 @@ def _load(cache: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # on damaged bytes NumPy raises nearly anything
-        _say(f"{cache} is damaged ({error}) and made anew")
+        note(f"{cache} is damaged ({error}) and made anew")
         return None
 
 
 def _decode_and_store(
     paths: Sequence[str], size: int, cache: Path, key: str, skip_broken: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    _say(f"decoding {len(paths)} images once, for {cache}")
+    note(f"decoding {len(paths)} images once, for {cache}")
     images, reasons = _decode(paths, size, skip_broken)
     fresh = cache.with_name(f".{cache.name}.{os.getpid()}")
     try:
@@ -78,7 +78,7 @@ def _decode_and_store(
             os.fsync(file.fileno())
         os.replace(fresh, cache)
     except OSError as error:
-        _say(f"{cache} cannot be written ({error.strerror}); the images are decoded again by the next run")
+        note(f"{cache} cannot be written ({error.strerror}); the images are decoded again by the next run")
         fresh.unlink(missing_ok=True)
     return images, reasons
 
@@ -99,7 +99,3 @@ def _decode(paths: Sequence[str], size: int, skip_broken: bool) -> tuple[np.ndar
                 if not skip_broken:
                     raise _first({path: reasons[i]}) from None
     return images, np.array(reasons)
-
-
-def _say(what: str) -> None:
-    print(f"note: {' '.join(what.split())}", file=sys.stderr, flush=True)

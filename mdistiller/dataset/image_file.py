@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..console import one_line, warn
 from ..errors import UserError
 
 # What the extensions that torchvision takes for images can hold. Pillow knows more, and starts programs for some.
@@ -50,7 +50,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
                 raise OSError(f"it has {image.width}x{image.height} pixels, which no resizing by the short side bears")
             yield image
     except Exception as error:  # on damaged bytes the decoders raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise BrokenImageError(f"{path} cannot be read as an image ({reason}); put the whole file there") from error
 
 
@@ -78,4 +78,4 @@ def to_pixels(image: Image.Image) -> Tensor:
 def warn_of_broken(broken: Mapping[str, str], count: int, what: str) -> None:
     """One line that says how many of `count` images are `broken` (by path) and names the first."""
     names = ", ".join(sorted(broken)[:3]) + (", ..." if len(broken) > 3 else "")
-    print(f"warning: {len(broken)} of {count} images are broken and {what}: {names}", file=sys.stderr, flush=True)
+    warn(f"{len(broken)} of {count} images are broken and {what}: {names}")

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ._base import Features, register
-from ._feature_maps import FeatureDistiller, align, full_precision, get_stage_shapes, pair_stages, require_paired_maps
+from ._base import FeatureDistiller, Features, register
+from ._feature_maps import align, get_stage_shapes, pair_stages, require_paired_maps
+from ._precision import full_precision
 
 
 @full_precision

@@ -15,8 +15,10 @@ from yacs.config import CfgNode as CN
 
 from ..distributed.gather import gather_batch, mean_over_ranks
 from ..errors import UserError
+from ..models.cost import count_parameters
 from ._base import Distiller, Features, Losses, register
-from ._feature_maps import count_parameters, full_precision, probe_pair
+from ._feature_maps import probe_pair
+from ._precision import full_precision
 
 _EPS = 1e-7
 # Elements of the largest temporary tensor: 16 MiB in float32, about what a processor's cache holds.

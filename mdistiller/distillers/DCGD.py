@@ -74,20 +74,19 @@ class DCGD(Distiller):
             raise UserError(f"DCGD.BASE {cfg.DCGD.BASE} is DCGD itself; name the plain head's method, such as KD")
         facts = {"num_data": num_data}
         self.method: Distiller = method(grouped.base, teacher, cfg, **{fact: facts[fact] for fact in method.needs_run})
-        for name in ("student", "teacher"):  # borrowed, not owned: each network is in the state once
-            self.method.__dict__[name] = self.method._modules.pop(name)
-        # What both ask of the teacher is worked out once.
-        self._teacher_once = _Once(self.method.teacher_forward)
-        self.method.__dict__["teacher_forward"] = self._teacher_once
+        self.method.borrow_networks()  # each network is in the state once
+        # What both ask of the teacher is computed once.
+        self._teacher_once = _Once(teacher)
+        self.method.run_teacher_by(self._teacher_once)
         for fact in ("needs_batch", "teacher_in_train_mode", "compares_images"):
             setattr(self, fact, getattr(self.method, fact))
-        self.teacher_outputs = ("logits", *self.method.reads_of_teacher())
+        self.teacher_outputs = ("logits", *self.method.teacher_outputs)
 
     def run_teacher_by(self, runner: Callable[[Tensor], Any]) -> None:
-        self.method.run_teacher_by(runner)
+        self._teacher_once.function = runner
 
     def teacher_forward(self, image: Tensor) -> tuple[Tensor, Features]:
-        return self._teacher_once(image)
+        return self.method.teacher_forward(image)
 
     @classmethod
     def config_sections(cls, cfg: CN) -> set[str]:

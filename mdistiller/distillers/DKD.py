@@ -11,7 +11,8 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ._base import Distiller, Losses, register
-from ._feature_maps import check_logits, full_precision
+from ._logits import check_logits
+from ._precision import full_precision
 
 
 @full_precision

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ._base import Features, Losses, register
-from ._feature_maps import ConvReg, FeatureDistiller, count_parameters, get_feat_shapes, require_maps
+from ..models.cost import count_parameters
+from ._base import FeatureDistiller, Features, Losses, register
+from ._feature_maps import ConvReg, get_feat_shapes, require_maps
 
 DEFAULTS = CN(
     {

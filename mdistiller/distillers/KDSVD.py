@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ._base import Features, register
-from ._feature_maps import FeatureDistiller, full_precision, get_stage_shapes, pair_stages, require_paired_maps
+from ._base import FeatureDistiller, Features, register
+from ._feature_maps import get_stage_shapes, pair_stages, require_paired_maps
+from ._precision import full_precision
 
 
 def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from yacs.config import CfgNode as CN
 
-from ._base import Features, register
-from ._feature_maps import FeatureDistiller, count_parameters, full_precision
+from ..models.cost import count_parameters
+from ._base import FeatureDistiller, Features, register
+from ._precision import full_precision
 
 
 @full_precision

@@ -8,8 +8,8 @@ from torch.linalg import vector_norm
 from yacs.config import CfgNode as CN
 
 from ..distributed.gather import gather_batch
-from ._base import Features, register
-from ._feature_maps import FeatureDistiller, full_precision
+from ._base import FeatureDistiller, Features, register
+from ._precision import full_precision
 
 
 @full_precision

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from yacs.config import CfgNode as CN
 
 from ..distributed.gather import gather_batch
-from ._base import Features, register
-from ._feature_maps import FeatureDistiller, full_precision
+from ._base import FeatureDistiller, Features, register
+from ._precision import full_precision
 
 # Elements of the largest temporary tensor, unless one vertex alone has more.
 _CHUNK = 2**20

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..models.cost import count_parameters
 from ._base import Distiller, Features, Losses, register
-from ._feature_maps import count_parameters, full_precision, probe_pair
+from ._feature_maps import probe_pair
+from ._precision import full_precision
 
 Size = int | Sequence[int]
 

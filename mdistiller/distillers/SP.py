@@ -11,8 +11,9 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..distributed.gather import gather_batch
-from ._base import Features, register
-from ._feature_maps import FeatureDistiller, align, full_precision
+from ._base import FeatureDistiller, Features, register
+from ._feature_maps import align
+from ._precision import full_precision
 
 
 @full_precision

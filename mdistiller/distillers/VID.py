@@ -11,16 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ._base import Features, register
-from ._feature_maps import (
-    FeatureDistiller,
-    align,
-    count_parameters,
-    full_precision,
-    get_feat_shapes,
-    pair_stages,
-    require_paired_maps,
-)
+from ..models.cost import count_parameters
+from ._base import FeatureDistiller, Features, register
+from ._feature_maps import align, get_feat_shapes, pair_stages, require_paired_maps
+from ._precision import full_precision
 
 
 def vid_loss(regressor: nn.Module, log_scale: Tensor, f_s: Tensor, f_t: Tensor, eps: float = 1e-5) -> Tensor:

@@ -70,11 +70,17 @@ class Distiller(nn.Module):
     needs_teacher: ClassVar[bool] = True
     # OFD trains with its teacher in training mode, as its paper's code does; everybody else's teacher is in eval mode.
     teacher_in_train_mode: ClassVar[bool] = False
-    # What this very class reads of the teacher; a subclass declares its own. Where it is "logits" and "pooled_feat" at
-    # most, no maps are kept for it, and the outputs may come from DISTILLER.TEACHER_CACHE.
+    # What the method reads of the teacher. A subclass declares its own: it may read more than the class it extends.
+    # Where it is "logits" and "pooled_feat" at most, no maps are kept for it, and the outputs may come from
+    # DISTILLER.TEACHER_CACHE.
     teacher_outputs: tuple[str, ...] = ("feature maps",)
     # The loss compares the images of a batch with each other, so a batch cannot be taken in parts (SOLVER.ACCUMULATE).
     compares_images: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "teacher_outputs" not in cls.__dict__:
+            cls.teacher_outputs = Distiller.teacher_outputs
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
@@ -83,6 +89,7 @@ class Distiller(nn.Module):
         self.teacher.requires_grad_(False)
         # In a tuple, so that what runs in the teacher's place is no submodule and in no checkpoint.
         self._runner: tuple[Callable[[Tensor], Any]] | None = None
+        self._compiled: Callable[..., Any] | None = None
         self._output_checked = False
 
     def train(self, mode: bool = True) -> Distiller:
@@ -105,9 +112,16 @@ class Distiller(nn.Module):
         """The sections of the config tree that the method reads."""
         return {cls.config_section}
 
-    def reads_of_teacher(self) -> tuple[str, ...]:
-        """`teacher_outputs` as the class itself declares it: one that inherits it may read more."""
-        return {**vars(type(self)), **vars(self)}.get("teacher_outputs", Distiller.teacher_outputs)
+    def borrow_networks(self) -> None:
+        """Use student and teacher without owning them: another distiller has them among its submodules."""
+        for name in ("student", "teacher"):
+            network = getattr(self, name)
+            delattr(self, name)
+            object.__setattr__(self, name, network)  # a plain attribute: in no state dict, list of modules or mode
+
+    def compile_training(self, **options: Any) -> None:
+        """Run `forward_train` through torch.compile from now on; `options` are those of torch.compile."""
+        self._compiled = torch.compile(self.forward_train, **options)
 
     def run_teacher_by(self, runner: Callable[[Tensor], Any]) -> None:
         """Let `runner` answer in the teacher's place: the same function, made faster."""
@@ -138,7 +152,7 @@ class Distiller(nn.Module):
         """`forward_train` in training mode, else `forward_test` of `image`."""
         if not self.training:
             return self.forward_test(kwargs["image"])
-        output = self.forward_train(**kwargs)
+        output = (self._compiled or self.forward_train)(**kwargs)
         if not self._output_checked:
             _check_output(type(self).__name__, output, kwargs["target"])
             self._output_checked = True
@@ -158,6 +172,32 @@ def _check_output(name: str, output: Any, target: Tensor) -> None:
     for key, value in losses.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: loss {key!r} must be a tensor, it is {type(value).__name__}")
+
+
+class FeatureDistiller(Distiller):
+    """Cross-entropy with the labels and a loss between the features of the two networks.
+
+    A subclass defines `feature_loss(feature_student, feature_teacher) -> ()`.
+
+    Args:
+        cfg: the method's own section, with LOSS.CE_WEIGHT and LOSS.FEAT_WEIGHT.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+        super().__init__(student, teacher)
+        self.ce_loss_weight = cfg.LOSS.CE_WEIGHT
+        self.feat_loss_weight = cfg.LOSS.FEAT_WEIGHT
+
+    def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} defines no feature_loss(feature_student, feature_teacher)")
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
+        logits_student, feature_student = self.student(image)
+        _, feature_teacher = self.teacher_forward(image)
+        return logits_student, {
+            "loss_ce": self.ce_loss_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_loss_weight * self.feature_loss(feature_student, feature_teacher),
+        }
 
 
 @register("NONE")

@@ -1,66 +1,19 @@
-"""What two or more methods share: probing and pairing of feature maps, the regressor, alignment, precision."""
+"""Feature maps of student and teacher: their shapes, their pairs, and regressors from the one to the other."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from yacs.config import CfgNode as CN
 
-from ._base import Distiller, Features, Losses
+from ..models.eval_mode import eval_mode
+from ._base import Features
 
-P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def full_precision(loss: Callable[P, T]) -> Callable[P, T]:
-    """Decorator of a loss: it runs outside autocast, and its half-precision tensors come as float32."""
-
-    def raised(x: Any) -> Any:
-        return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
-
-    @functools.wraps(loss)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        with torch.autocast(device, enabled=False):
-            return loss(*map(raised, args), **{k: raised(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
-
-    return run
-
-
-def check_logits(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> None:
-    """Refuse logits of different shapes and a temperature that is not positive.
-
-    Raises:
-        ValueError: either; the message names the shapes or the temperature.
-    """
-    if logits_student.shape != logits_teacher.shape:
-        raise ValueError(
-            f"student logits {tuple(logits_student.shape)} and teacher logits {tuple(logits_teacher.shape)} "
-            "differ in shape; both networks must know the same classes"
-        )
-    if temperature <= 0:
-        raise ValueError(f"the temperature must be positive, it is {temperature}")
-
-
-@contextmanager
-def evaluating(*modules: nn.Module):
-    """Eval mode without gradients for `modules`; each submodule gets its own mode back afterwards."""
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    try:
-        for module in modules:
-            module.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 def probe(model: nn.Module, input_size: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
@@ -69,7 +22,7 @@ def probe(model: nn.Module, input_size: Sequence[int]) -> tuple[Tensor, dict[str
     In eval mode: a probe in training mode would move the BatchNorm statistics of a pretrained teacher.
     """
     like = next(model.parameters())
-    with evaluating(model):
+    with eval_mode(model):
         return model(like.new_zeros(1, 3, *input_size))
 
 
@@ -148,32 +101,6 @@ def require_paired_maps(
     require_maps(pairs, method, same_size)
 
 
-class FeatureDistiller(Distiller):
-    """Cross-entropy with the labels and a loss between the features of the two networks.
-
-    A subclass defines `feature_loss(feature_student, feature_teacher) -> ()`.
-
-    Args:
-        cfg: the method's own section, with LOSS.CE_WEIGHT and LOSS.FEAT_WEIGHT.
-    """
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
-        super().__init__(student, teacher)
-        self.ce_loss_weight = cfg.LOSS.CE_WEIGHT
-        self.feat_loss_weight = cfg.LOSS.FEAT_WEIGHT
-
-    def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} defines no feature_loss(feature_student, feature_teacher)")
-
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, feature_student = self.student(image)
-        _, feature_teacher = self.teacher_forward(image)
-        return logits_student, {
-            "loss_ce": self.ce_loss_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": self.feat_loss_weight * self.feature_loss(feature_student, feature_teacher),
-        }
-
-
 class ConvReg(nn.Module):
     """Convolution, BatchNorm and (by default) ReLU that bring a student's map to the shape of the teacher's.
 
@@ -220,8 +147,3 @@ def align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape[-2] < b.shape[-2]:
         return a, F.adaptive_avg_pool2d(b, a.shape[-2:])  # type: ignore[arg-type]
     return a, b
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of parameters of `module`."""
-    return sum(p.numel() for p in module.parameters())

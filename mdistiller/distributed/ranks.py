@@ -42,13 +42,13 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: int) -> int:
-        """The largest `flag` of all ranks, known to all of them at once."""
+    def maximum(self, number: int) -> int:
+        """The largest `number` of all ranks, on all of them."""
         if self.world == 1:
-            return flag
-        flags = torch.tensor(flag)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=_host_group())
-        return int(flags)
+            return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_host_group())
+        return int(numbers)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in their order, on all of them."""
@@ -86,7 +86,7 @@ def current_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
 
-# Rare words among the hosts go over gloo: they must not wait for what is queued on the GPUs.
+# The hosts exchange numbers and barriers over gloo, which does not wait for the work that is queued on the GPUs.
 _HOSTS: list[dist.ProcessGroup] = []
 
 

@@ -13,9 +13,12 @@ def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every BatchNorm2d synchronised over the ranks; names, weights and statistics stay."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for child in module.modules():
-        if type(child) is nn.BatchNorm2d:
-            child.__class__ = HostSyncBatchNorm2d  # same attributes, another forward
+    replacements: dict[nn.Module, nn.Module] = {}  # a layer that stands in several places stays one layer
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.BatchNorm2d:
+                replacements[child] = replacements.get(child) or HostSyncBatchNorm2d.like(child)
+                setattr(parent, name, replacements[child])
     return module
 
 
@@ -24,6 +27,15 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
 
     Every rank must bring a batch of the same height and width. (B, C, H, W) -> (B, C, H, W).
     """
+
+    @classmethod
+    def like(cls, other: nn.BatchNorm2d) -> HostSyncBatchNorm2d:
+        """A layer with the settings, the parameters and the buffers of `other`; the tensors are shared."""
+        own = cls(other.num_features, other.eps, other.momentum, other.affine, other.track_running_stats)
+        own.weight, own.bias = other.weight, other.bias
+        for name, buffer in other.named_buffers():
+            setattr(own, name, buffer)
+        return own.train(other.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()):

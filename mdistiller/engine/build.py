@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Sequence
 
 import torch.nn as nn
@@ -17,35 +15,10 @@ from ..models import build_model, cifar_model_dict, imagenet_model_dict, teacher
 from ..models.cost import network_cost
 from ..models.grouped import GroupedStudent
 from ..registry import Registry
-from .cfg import override_pairs
 from .files.checkpoint import load_model_weights
-from .runtime.environment import seed_everything
+from .run_name import experiment_name
+from .runtime.seeds import seed_everything
 from .trainer import BaseTrainer, trainer_dict
-
-# Overrides that say where and how a run is carried out, not what it is: they stay out of its name.
-_MACHINE_KEYS = re.compile(
-    r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|NUM_WORKERS|TEST\.BATCH_SIZE)$"
-    r"|DISTILLER\.TEACHER_CACHE"
-)
-
-
-def experiment_name(cfg: CN, overrides: Sequence[str] = ()) -> str:
-    """`<project>/<name or tag>` plus `KEY:VALUE` of the overrides, fit for a path."""
-    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
-    name += ",".join(f"{k}:{v}" for k, v in override_pairs(overrides) if not _MACHINE_KEYS.match(k))
-    return f"{_path_part(cfg.EXPERIMENT.PROJECT)}/{_path_part(name)}"
-
-
-def _path_part(name: str) -> str:
-    """`name` as one folder's name: separators, blanks and control characters become `_`, as do leading dots.
-
-    File systems take 255 bytes: a longer name is cut, and a digest of the whole keeps it apart from its like.
-    """
-    fit = re.sub(r"^\.+|[/\\*?\"<>|\s\x00-\x1f]", "_", name) or "_"
-    if len(fit.encode()) <= 255:
-        return fit
-    digest = hashlib.sha256(fit.encode()).hexdigest()[:8]
-    return f"{fit.encode()[:240].decode(errors='ignore')}~{digest}"
 
 
 def model_dict(dataset: str) -> Registry:

@@ -6,19 +6,18 @@ join the tree through `method_defaults`. A method that declares none there may a
 
 from __future__ import annotations
 
-import ast
-import reprlib
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from yacs.config import CfgNode as CN
 
+from ..console import one_line
 from ..distillers import distiller_dict, method_defaults
 from ..errors import UserError
-from ..registry import near_names
+from ..paths import find_file
+from .overrides import merge, override_pairs, shown
 
 CFG = CN()
 
@@ -119,32 +118,25 @@ for section, defaults in method_defaults.items():
 def load_cfg(path: str | Path, overrides: Sequence[str] = ()) -> CN:
     """The configuration of a run: `CFG`, under the YAML file at `path`, under `KEY VALUE` overrides.
 
-    An int is taken where the default is a float, and a float where it happens to be an int.
+    An int is accepted where the default is a float, and a float where the default happens to be an int.
+
+    Args:
+        path: from the current folder, or the name of a shipped file, such as configs/digits/kd.yaml.
+        overrides: ["SOLVER.LR", "0.1", ...].
 
     Raises:
         UserError: no such file, not a YAML mapping, an unknown key, a value of the wrong type or range.
     """
     cfg = CFG.clone()
-    _merge(cfg, _read_yaml(Path(path)), ())
+    merge(cfg, _read_yaml(find_file(path) or Path(path)), ())
     for key, value in override_pairs(overrides):
         node: Any = value
         for part in reversed(key.split(".")):
             node = {part: node}
-        _merge(cfg, node, ())
+        merge(cfg, node, ())
     check_cfg(cfg)
     cfg.freeze()
     return cfg
-
-
-def override_pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """["A.B", "1", ...] as [("A.B", "1"), ...].
-
-    Raises:
-        UserError: a key without a value.
-    """
-    if len(overrides) % 2:
-        raise UserError(f"override {overrides[-1]!r} has no value; write KEY VALUE pairs, such as SOLVER.LR 0.1")
-    return list(zip(overrides[::2], overrides[1::2]))
 
 
 def show_cfg(cfg: CN) -> str:
@@ -166,69 +158,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except Exception as error:  # PyYAML lets those of its parts through: ValueError, AttributeError, KeyError, ...
-        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"config {path} is not valid YAML: {one_line(error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"config {path} holds a {type(tree).__name__}, not sections such as SOLVER: and DISTILLER:")
     return tree
-
-
-def _merge(cfg: CN, tree: dict[Any, Any], above: tuple[str, ...]) -> None:
-    """Read `tree` over `cfg`, in place; `above` is where in the whole tree we are."""
-    for key, value in tree.items():
-        name = ".".join((*above, str(key)))
-        if key not in cfg:
-            near = [".".join((*above, k)) for k in near_names(str(key), cfg)]
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(cfg)}"
-            raise UserError(f"unknown config key {name!r}; {hint}")
-        if isinstance(cfg[key], CN):
-            if not isinstance(value, dict):
-                keys = ", ".join(cfg[key])
-                raise UserError(f"{name} is a section with keys {keys}; it cannot be set to {_shown(value)}")
-            _merge(cfg[key], value, (*above, str(key)))
-        else:
-            cfg[key] = _coerce(name, value, cfg[key])
-
-
-# A few lines of YAML aliases can stand for a value that no memory holds when it is written out.
-_short = reprlib.Repr()
-_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 2, 200, 200, 200
-
-
-def _shown(value: Any) -> str:
-    return _short.repr(value)
-
-
-def _coerce(name: str, value: Any, default: Any) -> Any:
-    """`value` in the type of `default`, or an error that says what is due."""
-    if isinstance(default, str):
-        # TAG: 1 and NAME: true are names that happen to look like something else to YAML.
-        if isinstance(value, (str, int, float)):
-            return str(value)
-        raise UserError(f"{name} must be text, not {_shown(value)}")
-    if isinstance(value, str):
-        # Command-line values arrive as text, and so does YAML's 1e-4.
-        # TypeError: the set {{}}, whose member is no key.
-        with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            value = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
-    if isinstance(default, bool):
-        if isinstance(value, bool):
-            return value
-        raise UserError(f"{name} must be True or False, not {_shown(value)}")
-    if isinstance(default, (int, float)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{name} must be a number such as {default}, not {_shown(value)}")
-        with suppress(OverflowError):  # an int beyond all floats
-            return float(value) if isinstance(default, float) else value
-        raise UserError(f"{name} must be finite, not {_shown(value)}")
-    if isinstance(default, (list, tuple)):
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{name} must be a list such as {list(default)}, not {_shown(value)}")
-        if any(isinstance(item, bool) or not isinstance(item, (int, float)) for item in value):
-            raise UserError(f"{name} must be a list of numbers such as {list(default)}, not {_shown(value)}")
-        return list(value)
-    raise AssertionError(f"default of {name} has the unforeseen type {type(default).__name__}")
 
 
 def _is_int(low: int) -> Any:
@@ -287,4 +222,4 @@ def check_cfg(cfg: CN) -> None:
         for part in key.split("."):
             node = node[part]
         if not holds(node):
-            raise UserError(f"{key} must be {due}, not {_shown(node)}")
+            raise UserError(f"{key} must be {due}, not {shown(node)}")

@@ -1,15 +1,19 @@
-"""A running mean of a network's weights, which often generalises better than the last weights do."""
+"""An exponential moving average (EMA) of a network's weights, which often generalises better than the last weights."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+
+from ..distillers import Distiller
 
 
-class MeanWeights:
-    """An exponential mean of a network's state; `network` holds it and can be used like the original.
+class EMA:
+    """The moving average of a network's state; `network` holds it and can be used like the original.
 
         mean <- d * mean + (1 - d) * state,   d = min(decay, (1 + n) / (10 + n)) at the n-th update
 
@@ -36,3 +40,15 @@ class MeanWeights:
         for mean, state in pairs:
             if not mean.is_floating_point():
                 mean.copy_(state)
+
+    def logits(self, distiller: Distiller, image: Tensor) -> Tensor:
+        """The first head's logits (B, C) of `distiller` with the averaged network in its student's place."""
+        student, distiller.student = distiller.student, self.network
+        try:
+            return next(iter(distiller.forward_heads(image).values()))
+        finally:
+            distiller.student = student
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: the number of updates, and the averaged state under "model"."""
+        return {"updates": self.updates, "model": self.network.state_dict()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..distillers import Distiller
 from ..distributed.ranks import Ranks
+from ..errors import UserError
+from ..registry import unknown_name
 
 Heads = Callable[[Tensor], dict[str, Tensor]]
 
@@ -41,6 +43,25 @@ def correct_counts(logits: Tensor, target: Tensor, topk: Sequence[int] = (1, 5))
 def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
     """Top-k accuracies of a batch in percent, one () tensor for each k."""
     return list(correct_counts(output, target, topk) * (100.0 / len(target)))
+
+
+def model_heads(model: nn.Module, head: str | None = None) -> Heads:
+    """The logits of a network by head name: all of its heads, or the one named `head`.
+
+    A network with several heads has `forward_heads(image) -> {name: logits}`; an ordinary one has the head "".
+
+    Raises:
+        UserError: the network has no head of that name.
+    """
+    heads: Heads = getattr(model, "forward_heads", None) or (lambda image: {"": model(image)[0]})
+    if head is None:
+        return heads
+    names = getattr(model, "head_names", ())
+    if not names:
+        raise UserError(f"{type(model).__name__} has one head; leave out --head {head}")
+    if head not in names:
+        raise unknown_name("head", head, names)
+    return lambda image: {head: heads(image)[head]}
 
 
 def evaluate(
@@ -92,3 +113,24 @@ def validate(val_loader: Iterable[tuple[Tensor, ...]], distiller: nn.Module) -> 
     plain: Any = getattr(distiller, "module", distiller)
     score = next(iter(evaluate_distiller(val_loader, plain).values()))
     return score.top1, score.top5, score.loss
+
+
+def by_head(name: str, values: Mapping[str, float]) -> dict[str, float]:
+    """A figure of the first head under `name`, and where there are several that of each under `name_head_<head>`."""
+    named = {name: next(iter(values.values()))}
+    if len(values) > 1:
+        named |= {f"{name}_head_{head}": value for head, value in values.items()}
+    return named
+
+
+def epoch_metrics(means: dict[str, float], scores: dict[str, Score]) -> dict[str, float]:
+    """Training means and validation scores under the original's names."""
+    first = next(iter(scores.values()))
+    metrics = {
+        "train_acc": means["train_acc"],
+        "train_loss": means["train_loss"],
+        **by_head("test_acc", {name: score.top1 for name, score in scores.items()}),
+        "test_acc_top5": first.top5,
+        "test_loss": first.loss,
+    }
+    return metrics | {name: mean for name, mean in means.items() if name not in metrics}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 from yacs.config import CfgNode as CN
 
+from ..console import one_line
+from ..engine.run_name import is_machine_key
 from ..errors import UserError
 from .plan import REPOSITORY, Job
 from .processes import Processes, Task, run_task
 from .runs import Run, read_run
 
-# What says where and how a run is carried out, not what it is: it may differ between a plan and a run that is there.
-_MACHINE = re.compile(r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|NUM_WORKERS|TEST\.BATCH_SIZE)$")
 LOG = "train.log"
 
 
@@ -36,7 +35,7 @@ def finished_run(job: Job) -> Run | None:
         return None
     here, planned = _flat(run.cfg), _flat(job.cfg)
     for key, value in planned.items():
-        if here.get(key) != value and not _MACHINE.match(key):
+        if here.get(key) != value and not is_machine_key(key):
             raise UserError(
                 f"{job.folder} holds a run with {key} {here.get(key)!r} where the plan says {value!r}; "
                 "move it away or mend the plan"
@@ -119,7 +118,7 @@ def run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, str]]:
         environment = {"env_vars": {"PYTHONPATH": path}}
         ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **started)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"no Ray cluster at {address}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"no Ray cluster at {address}: {one_line(error, 200)}") from None
     try:
         gpu = 1 if ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpu, max_retries=0)(run_task)
@@ -130,7 +129,7 @@ def run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, str]]:
             try:
                 said = ray.get(done)
             except ray.exceptions.RayError as error:  # the machine was lost, or ran out of memory
-                said = " ".join(str(error).split())[:200]
+                said = one_line(error, 200)
             yield job, said
     finally:
         ray.shutdown()

@@ -35,8 +35,10 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode as CN
 
-from ..engine.build import experiment_name
-from ..engine.cfg import load_cfg, override_pairs
+from ..console import one_line
+from ..engine.cfg import load_cfg
+from ..engine.overrides import override_pairs
+from ..engine.run_name import experiment_name
 from ..errors import UserError
 from ..registry import unknown_name
 
@@ -127,7 +129,7 @@ def read_plan(path: str | Path) -> Plan:
     except OSError as error:
         raise UserError(f"cannot read plan {path}: {error.strerror}; plans/ holds the published ones") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"plan {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"plan {path} is not valid YAML: {one_line(error)}") from None
     where = f"plan {path}"
     top = _section(tree, where, {
         "title": str, "about": str, "seeds": list, "overrides": dict, "before": list, "pairs": dict, "methods": dict,

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..paths import find_file
 from ..registry import unknown_name
 from .algorithm import expand
 from .cifar100 import PUBLISHED, SUPERCLASS
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def published_groups(teacher: str) -> list[list[int]]:
@@ -31,14 +30,14 @@ def load_groups(source: str) -> list[list[int]]:
     Args:
         source: a JSON file (anything ending in ".json": a list of lists of class indices, or a dict that holds one
             under "groups", as `tools/group_classes.py` writes it), else the name of a published grouping. A relative
-            path is looked for in the current folder, then in the repository.
+            path is looked for in the current folder, then among the project's own files.
 
     Raises:
         UserError: neither, or the file holds something else.
     """
     if not source.endswith(".json"):
         return published_groups(source)
-    path = next((p for p in (Path(source), REPOSITORY / source) if p.is_file()), None)
+    path = find_file(source)
     if path is None:
         raise UserError(f"no groups file {source}; tools/group_classes.py writes one")
     try:

@@ -8,11 +8,12 @@ from typing import Any
 import torch.nn as nn
 
 from ..errors import UserError
+from ..paths import SHIPPED
 from ..registry import Registry
 
 FOLDER = "download_ckpts"
 _OWN_FILE = "DISTILLER.TEACHER_CKPT (tools/eval.py: -c)"
-REPOSITORY_FOLDER = Path(__file__).resolve().parents[2] / FOLDER
+REPOSITORY_FOLDER = SHIPPED / FOLDER
 
 
 def default_checkpoint(path: str) -> str:

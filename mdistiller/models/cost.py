@@ -8,7 +8,12 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..distillers._feature_maps import count_parameters, evaluating
+from .eval_mode import eval_mode
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters of `module`."""
+    return sum(p.numel() for p in module.parameters())
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,6 @@ def network_cost(model: nn.Module, image_size: int) -> Cost:
     """Count `model` on one image of 3 x image_size x image_size, with torch's own flop counter."""
     like = next(model.parameters())
     counter = FlopCounterMode(display=False)
-    with evaluating(model), counter:
+    with eval_mode(model), counter:
         model(torch.zeros(1, 3, image_size, image_size, dtype=like.dtype, device=like.device))
     return Cost(count_parameters(model), counter.get_total_flops() // 2)

@@ -60,7 +60,7 @@ def test_eight_steps_end_where_the_classic_path_ends(
     small_cifar: None,
     tmp_path: Path,
 ) -> None:
-    """Channels_last, the folded teacher, Winograd and the meters on the device change nothing but rounding.
+    """Channels_last, the folded teacher and the meters on the device change nothing but rounding.
 
     At the published learning rate these first steps magnify any rounding error ten thousand times (the classic path
     in float32 ends 0.1 from the classic path in float64), so that there the two are compared in float64.

@@ -13,7 +13,7 @@ from mdistiller.distributed.ranks import joined_ranks
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.meters import Meters
-from mdistiller.engine.runtime.environment import seed_everything
+from mdistiller.engine.runtime.seeds import seed_everything
 from mdistiller.engine.trainer import trainer_dict
 
 

@@ -1,10 +1,10 @@
-"""The running mean of the weights."""
+"""The moving average of the weights."""
 
 import pytest
 import torch
 import torch.nn as nn
 
-from mdistiller.engine.ema import MeanWeights
+from mdistiller.engine.ema import EMA
 
 
 def test_the_mean_by_hand():
@@ -13,7 +13,7 @@ def test_the_mean_by_hand():
     weight = network[0].weight
     with torch.no_grad():
         weight.fill_(0.0)
-        mean = MeanWeights(network, 0.5)
+        mean = EMA(network, 0.5)
         for value in (11.0, 20.0, 1.0):
             weight.fill_(value)
             network[1].running_mean.fill_(value)
@@ -29,7 +29,7 @@ def test_the_mean_by_hand():
 
 def test_it_ends_at_its_decay_and_takes_no_gradient():
     network = nn.Linear(1, 1)
-    mean = MeanWeights(network, 0.9)
+    mean = EMA(network, 0.9)
     mean.updates = 10_000
     with torch.no_grad():
         mean.network.weight.fill_(0.0)

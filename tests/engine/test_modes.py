@@ -16,7 +16,7 @@ from mdistiller.engine.build import build_trainer
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.files.checkpoint import load_checkpoint
 from mdistiller.engine.meters import Meters
-from mdistiller.engine.trainer import NonFiniteLossError
+from mdistiller.engine.nan_watch import NonFiniteLossError
 from mdistiller.errors import UserError
 from mdistiller.models import build_model, cifar_model_dict
 
@@ -84,7 +84,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(method, files):
     for parts in (1, 3):
         trainer = trainer_of(files, f"DISTILLER.TYPE {method} SOLVER.ACCUMULATE {parts}")
         trainer.distiller.double()
-        trainer.teacher_cache, trainer.distiller._runner = None, None
+        trainer.step.teacher_cache, trainer.distiller._runner = None, None
         batch = trainer.prepare_batch(next(iter(trainer.train_loader)), 1)
         batch["image"] = batch["image"].double()
         trainer.distiller.train()
@@ -126,17 +126,17 @@ def test_the_memory_layout_changes_nothing_but_rounding(files):
 def test_the_mean_student_is_validated_saved_and_resumed(files, tmp_path):
     trainer = trainer_of(files, "SOLVER.EMA 0.9 SOLVER.EPOCHS 1", prefix=tmp_path)
     trainer.train()
-    assert set(trainer.last_acc) == {"student", "ema"}
+    assert set(trainer.state.last_acc) == {"student", "ema"}
     saved = load_checkpoint(trainer.log_path / "student_latest_ema")["model"]
-    own = trainer.mean_student.network.state_dict()
+    own = trainer.ema.network.state_dict()
     assert all(torch.equal(saved[k], own[k]) for k in own)
     last = load_checkpoint(trainer.log_path / "student_latest")["model"]
     assert not torch.equal(saved["fc.weight"], last["fc.weight"])
 
     again = trainer_of(files, "SOLVER.EMA 0.9 SOLVER.EPOCHS 2", prefix=tmp_path)
     assert again.begin(resume=True) == 2
-    assert all(torch.equal(v, own[k]) for k, v in again.mean_student.network.state_dict().items())
-    assert again.mean_student.updates == trainer.mean_student.updates == len(trainer.train_loader)
+    assert all(torch.equal(v, own[k]) for k, v in again.ema.network.state_dict().items())
+    assert again.ema.updates == trainer.ema.updates == len(trainer.train_loader)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_compiled_step_is_the_plain_step(files):
             for batch in batches[: 3 if epoch == 1 else 2]:
                 trainer.train_iter(batch, epoch, meters)
         found.append(dict(trainer.distiller.student.named_parameters()))
-    assert hasattr(trainer.distiller.forward_train, "_torchdynamo_orig_callable")
+    assert hasattr(trainer.distiller._compiled, "_torchdynamo_orig_callable")
     assert 0 < distance(*found) < 1e-4
 
 
@@ -209,7 +209,7 @@ def test_a_bad_step_is_skipped_as_if_it_had_not_been_and_counted(files, tmp_path
     trainer = trainer_of(files, "SOLVER.NAN_POLICY skip SOLVER.EPOCHS 1", prefix=tmp_path)
     spoil(trainer, {2, 3, 5})
     trainer.train()
-    assert "iteration 2 is skipped" in capsys.readouterr().out
+    assert "iteration 2 is skipped" in capsys.readouterr().err
     header, row = (trainer.log_path / "metrics.csv").read_text().splitlines()
     assert dict(zip(header.split(","), row.split(",")))["skipped_steps"] == "3"
     assert all(v.isfinite().all() for v in trainer.distiller.state_dict().values())
@@ -267,7 +267,7 @@ def trained(folder, overrides, seed=0):
     trainer = trainer_of(folder, f"{WHOLE} {overrides}".format(folder=folder), seed, prefix)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.run(1)
-    return trainer, min(trainer.last_acc.values())
+    return trainer, min(trainer.state.last_acc.values())
 
 
 def too_low(reached, seeds):

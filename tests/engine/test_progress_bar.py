@@ -1,4 +1,4 @@
-"""What a terminal shows, and the clock."""
+"""What a terminal shows."""
 
 import io
 import re
@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from mdistiller.engine import progress_bar as progress
+from mdistiller.engine import progress_bar
 from mdistiller.engine.meters import Meters
-from mdistiller.engine.progress_bar import Clock, Progress
+from mdistiller.engine.progress_bar import ProgressBar
 
 
 class Terminal(io.StringIO):
@@ -27,8 +27,8 @@ def meters():
 def test_the_bar_shows_rate_time_left_learning_rate_and_every_part(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(progress, "_REFRESH", 0.0)
-    bar = Progress(3, steps=10, done=4, shown=True)
+    monkeypatch.setattr(progress_bar, "_REFRESH", 0.0)
+    bar = ProgressBar(3, steps=10, done=4, shown=True)
     time.sleep(0.01)
     bar.update(0.05, meters(), images=64)
     bar.close()
@@ -42,20 +42,7 @@ def test_the_bar_shows_rate_time_left_learning_rate_and_every_part(monkeypatch):
 def test_nothing_is_shown_in_a_file_or_by_another_rank(monkeypatch, stream, shown):
     out = stream()
     monkeypatch.setattr(sys, "stderr", out)
-    bar = Progress(1, 2, 0, shown)
+    bar = ProgressBar(1, 2, 0, shown)
     bar.update(0.1, meters(), 1)
     bar.close()
     assert out.getvalue() == ""
-
-
-def test_the_clock_goes_on_where_it_was():
-    first = Clock()
-    for _ in first.around(iter([1, 2])):
-        time.sleep(0.01)
-    state = first.state_dict()
-    assert state["training"] >= 0.02 > state["data"] >= 0
-    second = Clock(**state)
-    second.stop_training()
-    metrics = second.metrics(steps=2, images=4)
-    assert metrics["epoch_seconds"] >= state["training"] and metrics["data_time"] == pytest.approx(state["data"] / 2)
-    assert metrics["images_per_second"] == pytest.approx(4 / second.training)

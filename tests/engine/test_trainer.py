@@ -12,7 +12,9 @@ from mdistiller.dataset import ImageArray
 from mdistiller.distillers import Distiller
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.files.checkpoint import load_checkpoint
-from mdistiller.engine.trainer import BaseTrainer, NonFiniteLossError, learning_rate, trainer_dict
+from mdistiller.engine.lr_schedule import learning_rate
+from mdistiller.engine.nan_watch import NonFiniteLossError
+from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import adjust_learning_rate
 from mdistiller.errors import UserError
 
@@ -202,7 +204,7 @@ def test_resuming_takes_the_originals_latest(cfg_of):
     state = {f"module.{k}": v for k, v in trainer.distiller.state_dict().items()}
     original = {"epoch": 2, "model": state, "optimizer": trainer.optimizer.state_dict(), "best_acc": 12.5}
     torch.save(original, trainer.log_path / "latest")
-    assert trainer.begin(resume=True) == 3 and list(trainer.best_acc.values()) == [12.5]
+    assert trainer.begin(resume=True) == 3 and list(trainer.state.best_acc.values()) == [12.5]
 
 
 def test_a_run_that_is_there_is_not_trained_over(cfg_of):

@@ -14,15 +14,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from mdistiller.engine.files.atomic import seal
-from mdistiller.engine.files.checkpoint import (
-    load_checkpoint,
-    load_resumable,
-    load_state,
-    model_state,
-    newest_whole,
-    save_checkpoint,
-)
+from mdistiller.engine.files.checkpoint import load_checkpoint, load_state, model_state, save_checkpoint
+from mdistiller.engine.files.checksum import seal
+from mdistiller.engine.files.run_folder import load_resumable, newest_whole
 from mdistiller.errors import UserError
 
 # The same examples every time; none may take long.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ...console import reason, warn
 from ...experiments.runs import Run, read_run
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; when they are used up, the line's style changes.
@@ -111,6 +111,6 @@ def draw_run(folder: str | Path) -> Path | None:
         run = read_run(folder)
         draw_curves({run.folder.name: run}, path)
     except Exception as error:  # whatever a disk or a plotting library comes up with
-        print(f"warning: no {path} ({type(error).__name__}: {' '.join(str(error).split())[:200]})", file=sys.stderr)
+        warn(f"no {path} ({reason(error)})")
         return None
     return path

@@ -7,10 +7,8 @@ hold {"model": the student's state}. They are torch.save's files, with a checksu
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,19 +17,18 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ...console import one_line
 from ...errors import UserError
-from .atomic import SaveError, check_seal, seal, write_whole
+from .atomic import SaveError, write_whole
+from .checksum import check_seal, seal
 from .safetensors_file import SUFFIX, read_safetensors
 
 __all__ = [
-    "SaveError", "load_checkpoint", "load_model_weights", "load_resumable", "load_state", "model_state", "newest_whole",
-    "prune", "remove_run", "save_checkpoint", "strip_module",
+    "SaveError", "load_checkpoint", "load_model_weights", "load_state", "model_state", "save_checkpoint",
+    "strip_module",
 ]  # fmt: skip
 
 State = dict[str, Tensor]
-
-# What resuming needs, and its types; the original's best_acc starts as an int.
-RESUMABLE: dict[str, Any] = {"epoch": int, "model": Mapping, "optimizer": Mapping, "best_acc": (int, float, Tensor)}
 
 
 def save_checkpoint(obj: Any, path: str | Path, keep_previous: bool = False) -> None:
@@ -74,76 +71,6 @@ def load_checkpoint(path: str | Path) -> Any:
         ) from None
 
 
-def load_resumable(path: str | Path) -> dict[str, Any]:
-    """A checkpoint to go on from.
-
-    Raises:
-        UserError: no such file, not whole, or without what resuming needs.
-    """
-    state = load_checkpoint(path)
-    if not isinstance(state, dict) or not RESUMABLE.keys() <= state.keys():
-        raise UserError(f"{path} is no run's checkpoint: it must hold epoch, model, optimizer and best_acc")
-    for key, kind in RESUMABLE.items():
-        if not isinstance(state[key], kind):
-            raise UserError(f"{path} is no run's checkpoint: its {key} is of type {type(state[key]).__name__}")
-    if not _is_state(state["model"]):
-        raise UserError(f"{path} is no run's checkpoint: its model holds other things than named tensors")
-    return state
-
-
-def newest_whole(folder: str | Path) -> tuple[dict[str, Any], Path, list[str]]:
-    """The newest whole checkpoint of a run: `latest`; where that is damaged the one before, else the newest other.
-
-    Returns:
-        Its content, where it lies, and a line for each damaged one that was tried first.
-
-    Raises:
-        UserError: there is none; says what is wrong with each.
-    """
-    folder = Path(folder)
-    damaged: list[str] = []
-
-    def whole(*names: str) -> Iterator[tuple[dict[str, Any], Path]]:
-        for path in (folder / name for name in names):
-            try:
-                yield load_resumable(path), path
-            except UserError as error:
-                if path.exists():
-                    damaged.append(str(error))
-
-    found = next(whole("latest", "latest_previous"), None)
-    if found is None:
-        others = whole("best", *(path.name for path in _kept_epochs(folder, "epoch").values()))
-        found = max(others, key=lambda other: other[0]["epoch"], default=None)
-    if found is None:
-        raise UserError("; ".join(damaged) or f"no checkpoint at {folder / 'latest'}")
-    return *found, damaged
-
-
-def prune(folder: str | Path, keep: int) -> None:
-    """Remove all but the last `keep` of the epoch_N, and of the student_N, in `folder`; 0 keeps all."""
-    for stem in ("epoch", "student") if keep else ():
-        kept = _kept_epochs(Path(folder), stem)
-        for epoch in sorted(kept)[:-keep]:
-            with suppress(OSError):
-                kept[epoch].unlink()
-
-
-def remove_run(folder: str | Path) -> None:
-    """Remove a run's checkpoints, before another takes its folder: else it could fall back to one of them."""
-    folder = Path(folder)
-    names = ["latest_previous", "best", *(path.name for path in folder.glob("student_*"))]
-    names += [path.name for path in _kept_epochs(folder, "epoch").values()]
-    for name in (*names, "latest"):  # `latest` last: while any is there, the folder is known to hold a run
-        (folder / name).unlink(missing_ok=True)
-
-
-def _kept_epochs(folder: Path, stem: str) -> dict[int, Path]:
-    """The files `<stem>_N` of a folder, by N."""
-    found = ((re.fullmatch(rf"{stem}_(\d+)", path.name), path) for path in folder.glob(f"{stem}_*"))
-    return {int(match[1]): path for match, path in found if match}
-
-
 def model_state(checkpoint: Any, path: str | Path) -> State:
     """The network's state inside a loaded checkpoint.
 
@@ -157,14 +84,14 @@ def model_state(checkpoint: Any, path: str | Path) -> State:
     for key in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not _is_state(state) or not state:
+    if not is_state(state) or not state:
         raise UserError(f"{path} holds no network weights (neither a state dict nor one under 'model')")
     plain = strip_module(state)
     student = {k.removeprefix("student."): v for k, v in plain.items() if k.startswith("student.")}
     return student or plain
 
 
-def _is_state(state: Any) -> bool:
+def is_state(state: Any) -> bool:
     return isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
 
 
@@ -201,7 +128,7 @@ def load_state(module: nn.Module, state: State, path: str | Path) -> None:
         try:
             missing = list(module.load_state_dict(state, strict=False).missing_keys)
         except RuntimeError as error:  # tensors that cannot be copied: sparse, without data
-            raise UserError(f"{path} does not fit {type(module).__name__}: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path} does not fit {type(module).__name__}: {one_line(error)}") from None
     if not (unknown or missing) and (classes := _classes(module, state, reshaped)):
         which = _first_few([*reshaped.values()])
         raise UserError(f"{path} is of {classes[0]} classes, {type(module).__name__} of {classes[1]}: {which}")

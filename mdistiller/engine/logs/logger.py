@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import socket
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import yaml
 from yacs.config import CfgNode as CN
 
+from ...console import reason, warn
 from .log_files import Metrics, MetricsCsv, Worklog
+from .tensorboard import TensorBoard
+from .wandb_run import Wandb
 
 
 class Writer(Protocol):
@@ -29,144 +27,6 @@ class Writer(Protocol):
 
     def finish(self, summary: Metrics) -> None:
         """The run has ended; what it came to."""
-
-
-class TensorBoard:
-    """TensorBoard event files under train.events/: figures of epochs by epoch, and in steps/ those of steps by step.
-
-    Two folders, because resuming hides what will be run again by its number: from `start_epoch`, and past `start_step`.
-    """
-
-    # tensorboardX's SummaryWriter writes in a thread; where that cannot write, it dies and training waits for ever.
-
-    def __init__(self, folder: Path, start_epoch: int, start_step: int = 0) -> None:
-        self.epochs = _EventFile(folder / "train.events", start_epoch)
-        self.steps = _EventFile(folder / "train.events" / "steps", start_step + 1)
-
-    def epoch(self, epoch: int, metrics: Metrics) -> None:
-        self.epochs.write(epoch, metrics)
-        self.epochs.flush()
-        self.steps.flush()
-
-    def step(self, step: int, scalars: Metrics) -> None:
-        self.steps.write(step, {f"step/{name}": value for name, value in scalars.items()})
-
-    def finish(self, summary: Metrics) -> None:
-        self.epochs.close()
-        self.steps.close()
-
-
-class _EventFile:
-    """One event file, written by the thread that calls."""
-
-    flush_seconds = 60.0
-
-    def __init__(self, folder: Path, start: int) -> None:
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.record_writer import RecordWriter
-        from tensorboardX.summary import scalar
-
-        self._event, self._scalar = Event, scalar
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._writer = RecordWriter(str(folder / name))
-        self._add(file_version="brain.Event:2")
-        # TensorBoard hides what earlier files have from this step on.
-        self._add(step=start, session_log=SessionLog(status=SessionLog.START))
-        self.flush()
-
-    def write(self, step: int, scalars: Metrics) -> None:
-        for name, value in scalars.items():
-            self._add(step=step, summary=self._scalar(name, value))
-        if time.monotonic() > self._flush_at:
-            self.flush()
-
-    def flush(self) -> None:
-        self._guarded(self._writer.flush)
-        self._flush_at = time.monotonic() + self.flush_seconds
-
-    def close(self) -> None:
-        self._writer.close()
-
-    def __del__(self) -> None:  # a run that ends by an error
-        with suppress(OSError, AttributeError):
-            self._writer.close()
-
-    def _add(self, **content: Any) -> None:
-        event = self._event(wall_time=time.time(), **content)
-        self._guarded(lambda: self._writer.write(event.SerializeToString()))
-
-    def _guarded(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except OSError:
-            # Else Python tries once more to write at the end, and complains.
-            with suppress(OSError):
-                self._writer.close()
-            raise
-
-
-class Wandb:
-    """Weights & Biases: online where a key is at hand and the service answers, else offline under the run's folder.
-
-    It never asks, and waits for the network half a minute to start and to end, unless WANDB_INIT_TIMEOUT and
-    WANDB_FINISH_TIMEOUT say otherwise. A resumed run goes on in the same wandb run.
-    """
-
-    def __init__(
-        self, folder: Path, project: str, name: str, tags: list[str], config: dict[str, Any], resume: bool = False
-    ) -> None:
-        for key, value in {"SILENT": "true", "INIT_TIMEOUT": "30", "FINISH_TIMEOUT": "30"}.items():
-            os.environ.setdefault(f"WANDB_{key}", value)
-        import wandb
-
-        self._id_file = folder / "wandb" / "run_id"
-        settings: dict[str, Any] = {
-            "project": project, "name": name, "tags": [t[:64] for t in tags if t], "config": config,
-            "dir": str(folder), "id": self._id(resume), "resume": "allow",
-        }  # fmt: skip
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
-        try:
-            self.run = wandb.init(**settings, mode=mode)
-        except Exception as error:
-            if mode != "online":
-                raise
-            _warn(f"wandb is offline, under {folder / 'wandb'} ({_reason(error)})")
-            wandb.teardown()  # its service holds on to the run that did not begin
-            self.run = wandb.init(**settings, mode="offline")
-        # Its own counter of calls has no meaning over a resumed run.
-        self.run.define_metric("*", step_metric="epoch")
-        self.run.define_metric("test_acc", step_metric="epoch", summary="last,max")
-        self.run.define_metric("step/*", step_metric="step/number")
-
-    def _id(self, resume: bool) -> str:
-        """The wandb run's name for itself, kept in the run's folder."""
-        with suppress(OSError):
-            known = self._id_file.read_text(encoding="utf-8").strip()
-            if resume and known.isalnum():
-                return known
-        new = secrets.token_hex(8)
-        self._id_file.parent.mkdir(parents=True, exist_ok=True)
-        self._id_file.write_text(new, encoding="utf-8")
-        return new
-
-    def epoch(self, epoch: int, metrics: Metrics) -> None:
-        self.run.log({"epoch": epoch, **metrics})
-
-    def step(self, step: int, scalars: Metrics) -> None:
-        self.run.log({"step/number": step, **{f"step/{name}": value for name, value in scalars.items()}})
-
-    def finish(self, summary: Metrics) -> None:
-        self.run.summary.update(dict(summary))
-        self.run.finish()
-
-
-def _logged_in(wandb: Any) -> bool:
-    """Whether there is a key for wandb; asks neither the user nor the network."""
-    try:
-        return wandb.login(prompt=False, verify=False)
-    except TypeError:  # a wandb from before `prompt`
-        return bool(wandb.api.api_key)
 
 
 class Logger:
@@ -209,17 +69,8 @@ class Logger:
                 self.writers.pop(name, None)
             if name not in self._told:
                 fate = "cannot be written now, and is tried again each epoch" if keep else "is off from here on"
-                _warn(f"{name} {fate} ({_reason(error)})")
+                warn(f"{name} {fate} ({reason(error)})")
             self._told.add(name)
-
-
-def _warn(text: str) -> None:
-    with suppress(OSError, ValueError):  # stderr may be gone too
-        print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def build_logger(folder: Path, name: str, cfg: CN, start_epoch: int, start_step: int = 0) -> Logger:

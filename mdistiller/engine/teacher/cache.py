@@ -39,7 +39,7 @@ def require_cacheable(distiller: Distiller, loader: Any) -> None:
     name = type(distiller).__name__
     if not distiller.needs_teacher:
         raise UserError(f"DISTILLER.TEACHER_CACHE is set, but {name} has no teacher; leave it empty")
-    beyond = [output for output in distiller.reads_of_teacher() if output not in OUTPUTS]
+    beyond = [output for output in distiller.teacher_outputs if output not in OUTPUTS]
     if beyond or distiller.teacher_in_train_mode:
         raise UserError(
             f"DISTILLER.TEACHER_CACHE keeps logits and pooled features, {name} needs {', '.join(beyond)} of the "

@@ -14,7 +14,6 @@ from yacs.config import CfgNode as CN
 
 from ...dataset import dataset_info
 from ...distillers import Distiller
-from ...models.winograd import use_winograd
 from .cache import OUTPUTS, TeacherCache, require_cacheable
 from .fold_batchnorm import fold_batchnorm
 
@@ -22,8 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def speed_up_teacher(distiller: Distiller, loader: Any, cfg: CN) -> TeacherCache | None:
-    """Fold the teacher's BatchNorms, bring it to half precision (SOLVER.AMP) or, on the CPU, its wide convolutions to
-    half the multiplications, put a cache before it, as `cfg` asks.
+    """Make the teacher faster: fold its BatchNorms; as `cfg` asks, run it in half precision and put a cache before it.
 
     The module `distiller.teacher` stays as it is, and so do checkpoints. A teacher that runs in training mode (OFD) is
     left alone: its BatchNorms take part.
@@ -44,12 +42,12 @@ def speed_up_teacher(distiller: Distiller, loader: Any, cfg: CN) -> TeacherCache
     size = dataset_info[cfg.DATASET.TYPE].image_size
     like = next(distiller.teacher.parameters())
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(like)
-    features = None if set(distiller.reads_of_teacher()) - set(OUTPUTS) else ["pooled_feat"]
+    features = None if set(distiller.teacher_outputs) - set(OUTPUTS) else ["pooled_feat"]
     runner: Callable[[Tensor], Any] = _faster(distiller.teacher, image, features, cfg)
     cache = None
     if cfg.DISTILLER.TEACHER_CACHE:
         runner = cache = TeacherCache(
-            Path(cfg.DISTILLER.TEACHER_CACHE), distiller.teacher, runner, image, loader, distiller.reads_of_teacher(),
+            Path(cfg.DISTILLER.TEACHER_CACHE), distiller.teacher, runner, image, loader, distiller.teacher_outputs,
             cfg.DISTILLER.TEACHER_CACHE_DTYPE, int(cfg.DISTILLER.TEACHER_CACHE_GIB * 2**30),
         )  # fmt: skip
     distiller.run_teacher_by(runner)
@@ -64,8 +62,6 @@ def _faster(teacher: nn.Module, image: Tensor, features: list[str] | None, cfg: 
     precision, _, only = cfg.SOLVER.AMP.partition("-")
     if precision in DTYPES:
         network = HalfPrecision(network, DTYPES[precision], full_output=bool(only))
-    elif folded is not None and image.device.type == "cpu" and cfg.SOLVER.CHANNELS_LAST and not cfg.SOLVER.COMPILE:
-        use_winograd(folded)
     # Dynamo compiles the teacher into the student's graph, which inference mode would break.
     return network if cfg.SOLVER.COMPILE else Inference(network)
 

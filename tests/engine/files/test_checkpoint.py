@@ -17,11 +17,9 @@ from mdistiller.engine.files.checkpoint import (
     load_checkpoint,
     load_model_weights,
     load_state,
-    newest_whole,
-    prune,
-    remove_run,
     save_checkpoint,
 )
+from mdistiller.engine.files.run_folder import newest_whole, prune, remove_run
 from mdistiller.errors import UserError
 from mdistiller.models import build_model, cifar_model_dict
 

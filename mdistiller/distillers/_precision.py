@@ -1,0 +1,28 @@
+"""Losses in full precision, whatever the precision of the networks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def full_precision(loss: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: compute a loss outside autocast, with its half-precision tensors converted to float32."""
+
+    def raised(x: Any) -> Any:
+        return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+
+    @functools.wraps(loss)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return loss(*map(raised, args), **{k: raised(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
+
+    return run

@@ -1,0 +1,87 @@
+"""The checkpoints of one run: which of them to resume from, which to remove."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import UserError
+from .checkpoint import is_state, load_checkpoint
+
+# What resuming needs, and its types; the original's best_acc starts as an int.
+RESUMABLE: dict[str, Any] = {"epoch": int, "model": Mapping, "optimizer": Mapping, "best_acc": (int, float, Tensor)}
+
+
+def load_resumable(path: str | Path) -> dict[str, Any]:
+    """A checkpoint to go on from.
+
+    Raises:
+        UserError: no such file, not whole, or without what resuming needs.
+    """
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not RESUMABLE.keys() <= state.keys():
+        raise UserError(f"{path} is no run's checkpoint: it must hold epoch, model, optimizer and best_acc")
+    for key, kind in RESUMABLE.items():
+        if not isinstance(state[key], kind):
+            raise UserError(f"{path} is no run's checkpoint: its {key} is of type {type(state[key]).__name__}")
+    if not is_state(state["model"]):
+        raise UserError(f"{path} is no run's checkpoint: its model holds other things than named tensors")
+    return state
+
+
+def newest_whole(folder: str | Path) -> tuple[dict[str, Any], Path, list[str]]:
+    """The newest whole checkpoint of a run: `latest`; where that is damaged the one before, else the newest other.
+
+    Returns:
+        Its content, where it lies, and a line for each damaged one that was tried first.
+
+    Raises:
+        UserError: there is none; says what is wrong with each.
+    """
+    folder = Path(folder)
+    damaged: list[str] = []
+
+    def whole(*names: str) -> Iterator[tuple[dict[str, Any], Path]]:
+        for path in (folder / name for name in names):
+            try:
+                yield load_resumable(path), path
+            except UserError as error:
+                if path.exists():
+                    damaged.append(str(error))
+
+    found = next(whole("latest", "latest_previous"), None)
+    if found is None:
+        others = whole("best", *(path.name for path in _kept_epochs(folder, "epoch").values()))
+        found = max(others, key=lambda other: other[0]["epoch"], default=None)
+    if found is None:
+        raise UserError("; ".join(damaged) or f"no checkpoint at {folder / 'latest'}")
+    return *found, damaged
+
+
+def prune(folder: str | Path, keep: int) -> None:
+    """Remove all but the last `keep` of the epoch_N, and of the student_N, in `folder`; 0 keeps all."""
+    for stem in ("epoch", "student") if keep else ():
+        kept = _kept_epochs(Path(folder), stem)
+        for epoch in sorted(kept)[:-keep]:
+            with suppress(OSError):
+                kept[epoch].unlink()
+
+
+def remove_run(folder: str | Path) -> None:
+    """Remove a run's checkpoints, before another takes its folder: else it could fall back to one of them."""
+    folder = Path(folder)
+    names = ["latest_previous", "best", *(path.name for path in folder.glob("student_*"))]
+    names += [path.name for path in _kept_epochs(folder, "epoch").values()]
+    for name in (*names, "latest"):  # `latest` last: while any is there, the folder is known to hold a run
+        (folder / name).unlink(missing_ok=True)
+
+
+def _kept_epochs(folder: Path, stem: str) -> dict[int, Path]:
+    """The files `<stem>_N` of a folder, by N."""
+    found = ((re.fullmatch(rf"{stem}_(\d+)", path.name), path) for path in folder.glob(f"{stem}_*"))
+    return {int(match[1]): path for match, path in found if match}

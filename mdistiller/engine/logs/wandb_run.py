@@ -1,0 +1,75 @@
+"""A run on Weights & Biases."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ...console import reason, warn
+from .log_files import Metrics
+
+
+class Wandb:
+    """Weights & Biases: online where a key is at hand and the service answers, else offline under the run's folder.
+
+    It never asks, and waits for the network half a minute to start and to end, unless WANDB_INIT_TIMEOUT and
+    WANDB_FINISH_TIMEOUT say otherwise. A resumed run goes on in the same wandb run.
+    """
+
+    def __init__(
+        self, folder: Path, project: str, name: str, tags: list[str], config: dict[str, Any], resume: bool = False
+    ) -> None:
+        for key, value in {"SILENT": "true", "INIT_TIMEOUT": "30", "FINISH_TIMEOUT": "30"}.items():
+            os.environ.setdefault(f"WANDB_{key}", value)
+        import wandb
+
+        self._id_file = folder / "wandb" / "run_id"
+        settings: dict[str, Any] = {
+            "project": project, "name": name, "tags": [t[:64] for t in tags if t], "config": config,
+            "dir": str(folder), "id": self._id(resume), "resume": "allow",
+        }  # fmt: skip
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
+        try:
+            self.run = wandb.init(**settings, mode=mode)
+        except Exception as error:
+            if mode != "online":
+                raise
+            warn(f"wandb is offline, under {folder / 'wandb'} ({reason(error)})")
+            wandb.teardown()  # its service holds on to the run that did not begin
+            self.run = wandb.init(**settings, mode="offline")
+        # Its own counter of calls has no meaning over a resumed run.
+        self.run.define_metric("*", step_metric="epoch")
+        self.run.define_metric("test_acc", step_metric="epoch", summary="last,max")
+        self.run.define_metric("step/*", step_metric="step/number")
+
+    def _id(self, resume: bool) -> str:
+        """The wandb run's name for itself, kept in the run's folder."""
+        with suppress(OSError):
+            known = self._id_file.read_text(encoding="utf-8").strip()
+            if resume and known.isalnum():
+                return known
+        new = secrets.token_hex(8)
+        self._id_file.parent.mkdir(parents=True, exist_ok=True)
+        self._id_file.write_text(new, encoding="utf-8")
+        return new
+
+    def epoch(self, epoch: int, metrics: Metrics) -> None:
+        self.run.log({"epoch": epoch, **metrics})
+
+    def step(self, step: int, scalars: Metrics) -> None:
+        self.run.log({"step/number": step, **{f"step/{name}": value for name, value in scalars.items()}})
+
+    def finish(self, summary: Metrics) -> None:
+        self.run.summary.update(dict(summary))
+        self.run.finish()
+
+
+def _logged_in(wandb: Any) -> bool:
+    """Whether there is a key for wandb; asks neither the user nor the network."""
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except TypeError:  # a wandb from before `prompt`
+        return bool(wandb.api.api_key)

@@ -1,0 +1,42 @@
+"""The name of a run, which is its folder; and the settings that are not part of it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+from yacs.config import CfgNode as CN
+
+from .overrides import override_pairs
+
+# Settings that say where and how a run is carried out, not what it computes: they stay out of its name, and may differ
+# between a plan and a run that it finds.
+_MACHINE_KEYS = re.compile(
+    r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|NUM_WORKERS|TEST\.BATCH_SIZE)$"
+    r"|DISTILLER\.TEACHER_CACHE"
+)
+
+
+def is_machine_key(key: str) -> bool:
+    """Whether the setting `key`, such as "DATASET.ROOT", has no part in what a run computes."""
+    return _MACHINE_KEYS.match(key) is not None
+
+
+def experiment_name(cfg: CN, overrides: Sequence[str] = ()) -> str:
+    """`<project>/<name or tag>` plus `KEY:VALUE` of the overrides, fit for a path."""
+    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
+    name += ",".join(f"{k}:{v}" for k, v in override_pairs(overrides) if not is_machine_key(k))
+    return f"{_path_part(cfg.EXPERIMENT.PROJECT)}/{_path_part(name)}"
+
+
+def _path_part(name: str) -> str:
+    """`name` as one folder's name: separators, blanks and control characters become `_`, as do leading dots.
+
+    File systems take 255 bytes: a longer name is cut, and a digest of the whole keeps it apart from its like.
+    """
+    fit = re.sub(r"^\.+|[/\\*?\"<>|\s\x00-\x1f]", "_", name) or "_"
+    if len(fit.encode()) <= 255:
+        return fit
+    digest = hashlib.sha256(fit.encode()).hexdigest()[:8]
+    return f"{fit.encode()[:240].decode(errors='ignore')}~{digest}"

@@ -1,0 +1,47 @@
+"""The device that a run computes on: its choice, its kernels, its memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import torch
+
+from ...errors import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The torch device that `name` means: "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} is not to be had here ({reason}); try EXPERIMENT.DEVICE cpu") from None
+    return device
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """On a GPU: kernels that give the same bits every time, or else the fastest for these shapes.
+
+    The processor's are deterministic anyway.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held so far, in MiB: torch's on a GPU, the whole process's on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,43 @@
+"""Random generators: seeded, and their state for resuming."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int, epoch: int = 0, rank: int = 0) -> None:
+    """Seed Python's, NumPy's and torch's generators from (seed, epoch, rank).
+
+    Called before the networks are built (epoch 0) and at the start of every epoch, so that a resumed run draws what
+    an uninterrupted one does.
+    """
+    words = np.random.SeedSequence((seed, epoch, rank)).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+def random_state() -> dict[str, Any]:
+    """Where the generators that `seed_everything` seeds stand, in tensors and plain containers."""
+    numpy = np.random.get_state(legacy=False)
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on drawing from where `random_state` was taken."""
+    random.setstate(state["python"])
+    numpy = state["numpy"]
+    key = np.array(numpy["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,134 @@
+"""One training step: a batch's forward and backward passes, the NaN policy, the update of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ..distillers import Distiller
+from ..distributed.data_parallel import averaging, data_parallel
+from ..distributed.ranks import Ranks
+from ..errors import UserError
+from .ema import EMA
+from .nan_watch import NanPolicy
+from .scores import correct_counts
+from .teacher.cache import TeacherCache
+from .teacher.fast_teacher import DTYPES
+from .update import SumUpdate
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step that had an effect came to.
+
+    Attributes:
+        images: of this rank.
+        sums: accuracies, total loss and loss terms, each () summed over the images.
+        grad_norm: () L2 norm of the gradients, where it was measured.
+    """
+
+    images: int
+    sums: dict[str, Tensor]
+    grad_norm: Tensor | None
+
+
+class Step:
+    """Takes one step on one batch, without waiting for the device.
+
+    Args:
+        distiller: on `device`.
+        update: of the distiller's parameters.
+        ema: the student's moving average, or None.
+        teacher_cache: answers for the teacher, or None.
+    """
+
+    def __init__(
+        self, distiller: Distiller, update: SumUpdate, nan_policy: NanPolicy, ema: EMA | None,
+        teacher_cache: TeacherCache | None, device: torch.device, ranks: Ranks, cfg: CN,
+    ) -> None:  # fmt: skip
+        self.distiller, self.update, self.nan_policy, self.ema = distiller, update, nan_policy, ema
+        self.teacher_cache = teacher_cache
+        self.device = device
+        self.micro_batches = cfg.SOLVER.ACCUMULATE
+        self.autocast_dtype = DTYPES.get(cfg.SOLVER.AMP)
+        self.module = self._module(ranks, cfg)
+
+    def _module(self, ranks: Ranks, cfg: CN) -> nn.Module:
+        """What the step calls: the distiller, compiled and over several ranks where that is asked for."""
+        if cfg.SOLVER.COMPILE:
+            # "reduce-overhead" is CUDA graphs.
+            self.distiller.compile_training(mode="reduce-overhead" if self.device.type == "cuda" else None)
+        if ranks.world == 1 or not self.update.one_backward:
+            return self.distiller
+        return data_parallel(self.distiller, [f"teacher.{name}" for name in self.distiller.teacher.state_dict()])
+
+    def __call__(self, batch: Batch, epoch: int, number: int, measure: bool = False) -> StepResult | None:
+        """Take the step; None where the NaN policy skips it.
+
+        Args:
+            number: of the step in its epoch, from 1.
+            measure: also measure the norm of the gradients.
+
+        Raises:
+            NonFiniteLossError: a loss is not finite, and the NaN policy says stop.
+        """
+        self.nan_policy.begin_step()
+        images = len(batch["target"])
+        sums: dict[str, Tensor] = {}
+        for place, part in enumerate(split_batch(batch, self.micro_batches), start=1):
+            last = place == self.micro_batches
+            losses, figures = self._micro_batch(part, epoch, len(part["target"]) / images, last)
+            if self.nan_policy.drops(epoch, number, losses, part.get("index", part["target"][:0])):
+                self.update.drop()
+                return None
+            sums = {name: sums[name] + value if sums else value for name, value in figures.items()}
+        norm = self.update.step(measure)
+        if self.ema is not None:
+            self.ema.update(self.distiller.student)
+        return StepResult(images, sums, norm)
+
+    def _micro_batch(self, part: Batch, epoch: int, weight: float, last: bool) -> tuple[dict[str, Tensor], Batch]:
+        """Forward and backward of a micro-batch; its losses, and its figures as sums over its images."""
+        if self.teacher_cache is not None:
+            self.teacher_cache.look_up(part["index"])
+        dtype = self.autocast_dtype
+        with averaging(self.module, now=last):
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                logits, losses = self.module(**part, epoch=epoch)
+            total = self.update.backward(losses, weight)
+        target = part["target"]
+        top1, top5 = correct_counts(logits.detach(), target).unbind()
+        figures = {"train_acc": 100 * top1, "train_acc_top5": 100 * top5, "train_loss": total * len(target)}
+        return losses, figures | {f"loss/{k}": loss.detach().mean() * len(target) for k, loss in losses.items()}
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """A batch in micro-batches of about equal size."""
+    if parts == 1:
+        return [batch]
+    pieces = {name: tensor.chunk(parts) for name, tensor in batch.items()}
+    return [dict(zip(pieces, values)) for values in zip(*pieces.values())]
+
+
+def check_batch_size(distiller: Distiller, cfg: CN, world: int) -> None:
+    """Refuse a batch that cannot be divided among the ranks, or into micro-batches, as the configuration asks.
+
+    Raises:
+        UserError: naming SOLVER.BATCH_SIZE or SOLVER.ACCUMULATE.
+    """
+    batch, parts = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
+    if batch % world:
+        raise UserError(f"SOLVER.BATCH_SIZE {batch} cannot be shared evenly by {world} processes; take a multiple")
+    if parts > batch // world:
+        raise UserError(f"SOLVER.ACCUMULATE {parts} is more than the {batch // world} images of a batch")
+    if parts > 1 and distiller.compares_images:
+        raise UserError(
+            f"SOLVER.ACCUMULATE {parts}: {type(distiller).__name__} compares the images of a batch with each other, so "
+            "its micro-batches would give another loss; set it to 1"
+        )

@@ -1,0 +1,15 @@
+"""Where the project's own files are: configs, plans, groups of classes, published checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+# A clone has configs/ and plans/ beside the package; an installed wheel carries them inside it.
+CLONE: Path | None = PACKAGE.parent if (PACKAGE.parent / "setup.py").is_file() else None
+SHIPPED = CLONE or PACKAGE
+
+
+def find_file(name: str | Path) -> Path | None:
+    """`name` as it stands (from the current folder), else below `SHIPPED`; None where neither is a file."""
+    return next((path for path in (Path(name), SHIPPED / name) if path.is_file()), None)
