@@ -1,13 +1,16 @@
-"""pip install -e .            the library and its tools
+"""pip install .               the library and the command `mdistiller`
+pip install -e .            the same, straight from this clone
 pip install -e .[dev]       and what `make test` and `make lint` need
 pip install -e .[detection] and what detectron2 needs, which itself is installed apart: docs/detection.md
 pip install -e .[ray]       and Ray, for tools/table.py --ray
 """
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 REQUIREMENTS = [
@@ -15,6 +18,18 @@ REQUIREMENTS = [
 ]
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mdistiller" / "__init__.py").read_text())
 assert VERSION is not None
+
+
+
+class BuildWithConfigs(build_py):
+    """A wheel carries configs/ and plans/ inside the package, where mdistiller/paths.py looks for them."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for folder in ("configs", "plans"):
+                shutil.copytree(HERE / folder, Path(self.build_lib) / "mdistiller" / folder, dirs_exist_ok=True)
+
 
 setup(
     name="mdistiller",
@@ -27,6 +42,8 @@ setup(
     package_data={"mdistiller": ["py.typed", "**/*.json", "**/*.html"]},
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
+    entry_points={"console_scripts": ["mdistiller = mdistiller.commands.main:main"]},
+    cmdclass={"build_py": BuildWithConfigs},
     extras_require={
         "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.6", "mypy>=1.11",
                 "types-PyYAML", "types-tqdm", "nbclient>=0.10", "ipykernel>=6.29", "ray>=2.30"],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 # A clone has configs/ and plans/ beside the package; an installed wheel carries them inside it.
-CLONE: Path | None = PACKAGE.parent if (PACKAGE.parent / "setup.py").is_file() else None
+CLONE: Path | None = PACKAGE.parent if (PACKAGE.parent / "tools" / "train.py").is_file() else None
 SHIPPED = CLONE or PACKAGE
 
 

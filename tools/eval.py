@@ -3,31 +3,16 @@
 
     python tools/eval.py -m resnet32x4                                    # the published teacher, on CIFAR-100
     python tools/eval.py -m resnet8 -d digits -c output/digits/kd,wrn_16_2,resnet8/student_best
+
+The same as `mdistiller eval`; mdistiller/commands/eval.py has the code.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # straight from a clone, without installing
 
-from mdistiller.commands._arguments import trained_network_arguments
-from mdistiller.commands.eval import evaluate_checkpoint
-from mdistiller.console import one_line_errors
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    trained_network_arguments(parser, batch_size=64)
-    parser.add_argument("--head", help="of a network with several heads: which one is scored (default: all)")
-    parser.add_argument("--groups", default="", help="of a plain network that DCGD grouped: what DCGD.GROUPS was")
-    return parser.parse_args()
-
-
-def main() -> None:
-    with one_line_errors():
-        print(evaluate_checkpoint(**vars(parse_args())))
-
+from mdistiller.commands.eval import main
 
 if __name__ == "__main__":
-    main()
+    main(prog="python tools/eval.py")

@@ -4,116 +4,15 @@
     python tools/table.py plans/digits.yaml
     python tools/table.py plans/cifar100_same_style.yaml --jobs 4 --only 'KD, resnet56 -> resnet20' LOG.WANDB False
 
-Every run is tools/train.py in a folder of its own. Interrupted, the same command goes on with what is missing; a run
-that fails is told and the others go on. The table comes as table.md, .csv, .json and .png beside the runs; the form of
-a plan is told in mdistiller/analysis/plan.py and docs/comparing.md.
+The same as `mdistiller table`; mdistiller/commands/table.py has the code.
 """
 
-import argparse
-import re
-import shlex
-import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # straight from a clone, without installing
 
-from mdistiller.analysis.plots.bars import draw_bars
-from mdistiller.console import one_line_errors
-from mdistiller.errors import UserError
-from mdistiller.experiments.launch import finished_run, run_here, run_on_ray, task, visible_gpus
-from mdistiller.experiments.plan import Job, Plan, read_plan
-from mdistiller.experiments.summary import save_table, summarise
-from mdistiller.experiments.table_text import table_markdown, write_csv
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", help="the plan's YAML file; plans/ holds the published ones")
-    parser.add_argument("--jobs", type=int, help="runs at a time (default: one for each GPU, else one)")
-    parser.add_argument("--only", default="", help="pattern of what is run, found in 'method, pair, seed N'")
-    parser.add_argument("--dry-run", action="store_true", help="list the commands that are missing, and run nothing")
-    parser.add_argument("--no-run", action="store_true", help="put into the table what is there, and run nothing")
-    parser.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, host:port, or local to start one")
-    parser.add_argument("-o", "--out", type=Path, help="the table's folder (default: that of the runs)")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings over those of the plan: SOLVER.EPOCHS 1")
-    args = parser.parse_intermixed_args()
-    if args.jobs is not None and args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, not {args.jobs}")
-    return args
-
-
-def missing(jobs: list[Job], failed: dict[str, str]) -> list[Job]:
-    """The jobs that are not done; one whose folder holds something else counts as failed."""
-    left = []
-    for job in jobs:
-        try:
-            if finished_run(job) is None:
-                left.append(job)
-        except UserError as error:
-            failed[job.label] = str(error)
-            print(f"failed: {job.label}: {error}", file=sys.stderr)
-    return left
-
-
-def run(jobs: list[Job], args: argparse.Namespace, failed: dict[str, str]) -> None:
-    """Run what is missing of `jobs`, a line for each as it ends."""
-    left = missing(jobs, failed)
-    if args.dry_run:
-        for job in left:
-            print(shlex.join(["python", *task(job).command[1:]]))
-        return
-    gpus = visible_gpus()
-    outcomes = run_on_ray(left, args.ray) if args.ray and left else run_here(left, args.jobs or len(gpus) or 1, gpus)
-    for number, (job, error) in enumerate(outcomes, start=1):
-        done = None if error else finished_run(job)
-        if done is None:
-            failed[job.label] = error or "ended without its last epoch"
-            print(f"failed: {job.label}: {failed[job.label]} (see {job.folder}/train.log)", file=sys.stderr, flush=True)
-        else:
-            figures = f"top-1 last {done.last:.2f}, best {done.best:.2f}, {done.seconds:.0f} s"
-            print(f"[{number}/{len(left)}] {job.label}: {figures}", flush=True)
-
-
-def write_table(plan: Plan, args: argparse.Namespace, out: Path) -> None:
-    table = summarise(plan, args.opts)
-    out.mkdir(parents=True, exist_ok=True)
-    text = table_markdown(table)
-    (out / "table.md").write_text(text, encoding="utf-8")
-    write_csv(table, out / "table.csv")
-    save_table(table, out / "table.json")
-    draw_bars(table, out / "table.png")
-    print(f"\n{text}\nwrote {out}/table.md, .csv, .json, .png")
-
-
-def main() -> None:
-    args = parse_args()
-    failed: dict[str, str] = {}
-    with one_line_errors():
-        plan = read_plan(args.plan)
-        jobs = [job for pair in plan.pairs for name in plan.methods for job in plan.jobs(pair, name, args.opts)]
-        folders = [job.folder for job in jobs]
-        for job in jobs:
-            if folders.count(job.folder) > 1:
-                raise UserError(f"plan {args.plan}: two runs would share {job.folder}; give their methods other names")
-        chosen = [job for job in jobs if re.search(args.only, job.label)]
-        if not chosen:
-            raise UserError(f"--only {args.only!r} is found in no run, such as {jobs[0].label!r}")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if not args.no_run:
-            try:
-                run(plan.before, args, failed)
-                if not failed:
-                    run(chosen, args, failed)
-            except KeyboardInterrupt:
-                print("interrupted; the same command goes on with what is missing", file=sys.stderr)
-                raise SystemExit(130) from None
-        if not args.dry_run:
-            write_table(plan, args, args.out or jobs[0].folder.parent)
-    if failed:
-        print(f"{len(failed)} run(s) failed: {'; '.join(failed)}", file=sys.stderr)
-        raise SystemExit(1)
-
+from mdistiller.commands.table import main
 
 if __name__ == "__main__":
-    main()
+    main(prog="python tools/table.py")

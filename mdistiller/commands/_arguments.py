@@ -1,16 +1,44 @@
-"""Arguments that several commands share."""
+"""What the commands' argument parsers share."""
 
 from __future__ import annotations
 
 import argparse
+import re
+from typing import Any
+
+from ..errors import UserError
+
+
+def command_parser(description: str | None, prog: str | None, **options: Any) -> argparse.ArgumentParser:
+    """A parser whose help shows `description` line by line.
+
+    Args:
+        description: its examples begin with `mdistiller COMMAND`, which `prog` replaces.
+        prog: what the user typed, such as "python tools/train.py"; None for the name of the script.
+        options: other arguments of ArgumentParser.
+    """
+    if description and prog:
+        description = re.sub(r"^    mdistiller [a-z-]+", f"    {prog}", description, flags=re.MULTILINE)
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=formatter, **options)
 
 
 def trained_network_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """Add what tools ask that run a trained network over a data set."""
+    """Add the arguments of a command that runs a trained network on a data set; `batch_size` is the default."""
     parser.add_argument("-m", "--model", required=True, help="the network's name, such as resnet20")
-    parser.add_argument("-c", "--ckpt", default="pretrain", help="checkpoint; `pretrain` (default) is published")
+    parser.add_argument("-c", "--ckpt", default="pretrain", help="checkpoint; `pretrain` (default): the published one")
     parser.add_argument("-d", "--dataset", default="cifar100", help="cifar100, tiny_imagenet, imagenet or digits")
     parser.add_argument("-bs", "--batch-size", type=int, default=batch_size)
     parser.add_argument("--data-root", default="./data", help="the folder that holds the data sets")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch size below 1.
+
+    Raises:
+        UserError: it is below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be a whole number >= 1, not {batch_size}")

@@ -1,12 +1,22 @@
-"""A network's weights from one form of file into another."""
+"""Convert a network's weights: torch checkpoint <-> safetensors, by the name of the file to write.
+
+    mdistiller convert output/digits/kd,wrn_16_2,resnet8/student_best resnet8.safetensors
+    mdistiller convert resnet8.safetensors resnet8.pth
+
+Every tool that takes a checkpoint takes .safetensors too.
+"""
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..console import one_line_errors
 from ..engine.files.checkpoint import load_checkpoint, model_state, save_checkpoint
 from ..engine.files.safetensors_file import SUFFIX, write_safetensors
 from ..errors import UserError
+from ._arguments import command_parser
 
 
 def convert(source: Path, target: Path) -> str:
@@ -29,3 +39,15 @@ def convert(source: Path, target: Path) -> str:
     else:
         save_checkpoint({"model": state}, target)
     return f"wrote {target}: {len(state)} tensors, {sum(tensor.numel() for tensor in state.values()):,} numbers"
+
+
+def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("source", type=Path, help="student_best, best, a published checkpoint, ...")
+    parser.add_argument("target", type=Path, help="the file to write; .safetensors, or anything else for torch")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    with one_line_errors():
+        print(convert(**vars(parse_args(arguments, prog))))

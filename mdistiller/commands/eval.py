@@ -1,15 +1,21 @@
-"""What `tools/eval.py` says of a network."""
+"""Score a network on a data set's validation images: top-1, top-5, loss, speed and cost.
+
+    mdistiller eval -m resnet32x4                                    # the published teacher, on CIFAR-100
+    mdistiller eval -m resnet8 -d digits -c output/digits/kd,wrn_16_2,resnet8/student_best
+"""
 
 from __future__ import annotations
 
+import argparse
 import time
+from collections.abc import Sequence
 
+from ..console import one_line_errors
 from ..dataset import dataset_info, get_val_loader
-from ..engine.build import build_pretrained
-from ..engine.runtime.device import pick_device
+from ..engine.build import load_trained
 from ..engine.scores import evaluate, model_heads
-from ..errors import UserError
 from ..models.cost import network_cost
+from ._arguments import check_batch_size, command_parser, trained_network_arguments
 
 
 def evaluate_checkpoint(
@@ -35,16 +41,13 @@ def evaluate_checkpoint(
     Raises:
         UserError: an unknown name, missing data, an unfit checkpoint, a batch size below 1.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch-size must be a whole number >= 1, not {batch_size}")
-    info = dataset_info[dataset]
-    where = pick_device(device)
-    path = "" if ckpt == "pretrain" else ckpt
-    net = build_pretrained(dataset, model, info.num_classes, path, groups).to(where).eval()
+    check_batch_size(batch_size)
+    net = load_trained(dataset, model, ckpt, groups, device)
     heads = model_heads(net, head)
-    loader = get_val_loader(dataset, data_root, batch_size, num_workers)
+    where = next(net.parameters()).device
+    loader = get_val_loader(dataset, data_root, batch_size, num_workers).to(where)
     started = time.perf_counter()
-    scores = evaluate(loader.to(where) if hasattr(loader, "to") else loader, heads, where)
+    scores = evaluate(loader, heads, where)
     seconds = time.perf_counter() - started
     images = len(loader.targets)
     lines = [
@@ -52,5 +55,19 @@ def evaluate_checkpoint(
         for name, s in scores.items()
     ]
     lines.append(f"{images} images in {seconds:.1f} s, {images / seconds:.0f} images/s on {where}")
-    lines.append(f"{model}: {network_cost(net, info.image_size)} at {info.image_size}x{info.image_size}")
+    size = dataset_info[dataset].image_size
+    lines.append(f"{model}: {network_cost(net, size)} at {size}x{size}")
     return "\n".join(lines)
+
+
+def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = command_parser(__doc__, prog)
+    trained_network_arguments(parser, batch_size=64)
+    parser.add_argument("--head", help="of a network with several heads: which one is scored (default: all)")
+    parser.add_argument("--groups", default="", help="of a plain network that DCGD grouped: what DCGD.GROUPS was")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    with one_line_errors():
+        print(evaluate_checkpoint(**vars(parse_args(arguments, prog))))

@@ -1,17 +1,25 @@
-"""The plain head of a grouped student as a checkpoint of the plain network."""
+"""Write the plain head of a DCGD student as an ordinary checkpoint, which tools/eval.py reads by the plain name.
+
+    mdistiller export-head output/cifar100_baselines/dcgd_kd,res56,res20/student_best_single -o resnet20.pth
+    mdistiller export-head student_best -m resnet8 -d digits -o resnet8.pth
+"""
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from ..console import one_line_errors
 from ..dataset import dataset_info
 from ..engine.build import model_dict
 from ..engine.files.checkpoint import load_checkpoint, load_state, model_state, save_checkpoint
 from ..errors import UserError
 from ..models import build_model
 from ..models.grouped import published_students
+from ._arguments import command_parser
 
 PREFIX = "base."
 
@@ -59,3 +67,17 @@ def _run_of(ckpt: Path) -> tuple[str | None, str | None]:
         return cfg["DISTILLER"]["STUDENT"], cfg["DATASET"]["TYPE"]
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
         return None, None
+
+
+def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("ckpt", type=Path, help="a grouped student: student_best_single, student_latest, best, ...")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the file to write")
+    parser.add_argument("-m", "--model", help="the plain network (default: as config.yaml beside the checkpoint says)")
+    parser.add_argument("-d", "--dataset", help="its data set (default: the same, else cifar100)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    with one_line_errors():
+        print(export_head(**vars(parse_args(arguments, prog))))

@@ -1,9 +1,18 @@
-"""What `tools/group_classes.py` does: a teacher's mistakes on a data set, and the groups of classes that follow."""
+"""Group the classes that a teacher confuses, for DCGD; writes the groups (JSON) and the confusion matrix (PNG).
+
+    mdistiller group-classes -m resnet56 --num-groups 5 -o output/groups/res56.json
+    mdistiller group-classes -m wrn_16_2 -c output/digits/teacher,wrn_16_2/student_best -d digits --num-groups 2 \\
+        --split kfold -o output/groups/digits.json
+
+CIFAR-100 is grouped by its 20 super-classes, other data sets by their classes. The groups are then used with
+DCGD.GROUPS FILE and a plain student, such as DISTILLER.STUDENT resnet20.
+"""
 
 from __future__ import annotations
 
+import argparse
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +20,22 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..console import warn
+from ..console import one_line_errors, warn
 from ..dataset import Loader, dataset_info, get_val_loader, stratified_split
-from ..engine.build import build_pretrained
-from ..engine.runtime.device import pick_device
+from ..engine.build import load_trained
 from ..errors import UserError
-from ..grouping import count_confusions, draw_confusion, expand, group_by_confusion, merge_classes, save_groups
+from ..grouping import (
+    count_confusions,
+    cross_predict,
+    draw_confusion,
+    expand,
+    group_by_confusion,
+    merge_classes,
+    save_groups,
+)
 from ..grouping.cifar100 import SUPERCLASS, SUPERCLASS_NAMES
 from ..registry import unknown_name
+from ._arguments import check_batch_size, command_parser, trained_network_arguments
 
 SPLITS = ("train", "heldout", "kfold", "test")
 # Super-class of each class, and the super-classes' names, of the data sets that have them.
@@ -74,10 +91,10 @@ def group_classes(
     if split == "test":
         warn(LEAK)
 
-    where = pick_device(device)
-    teacher = build_pretrained(dataset, model, info.num_classes, "" if ckpt == "pretrain" else ckpt).to(where).eval()
+    check_batch_size(batch_size)
+    teacher = load_trained(dataset, model, ckpt, device=device)
     loader = _loader(dataset, split, val_fraction, data_root, batch_size, num_workers)
-    loader.to(where)
+    loader.to(next(teacher.parameters()).device)
     if split == "kfold":
         features, targets = _run(teacher, loader, "pooled_feat")
         predictions = cross_predict(features, targets, folds)
@@ -144,43 +161,22 @@ def _run(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], field: str) -> 
     return torch.cat(outputs), torch.cat(targets)
 
 
-def cross_predict(features: Tensor, targets: Tensor, folds: int, ridge: float = 1e-3) -> Tensor:
-    """Each image's class by a linear classifier that was fitted without it, on a teacher's pooled features.
+def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = command_parser(__doc__, prog)
+    trained_network_arguments(parser, batch_size=256)
+    parser.add_argument("-o", "--out", type=Path, default=Path("groups.json"), help="JSON file; the PNG goes beside it")
+    parser.add_argument("--num-groups", type=int, default=5, help="G; at most half as many as classes")
+    parser.add_argument(
+        "--split", default="train",
+        help="images to count mistakes on: train (default); heldout, for a teacher trained with DATASET.VAL_FRACTION; "
+        "kfold, cross-validating its last layer on the training images; test, which leaks the test set",
+    )  # fmt: skip
+    parser.add_argument("--single-classes", action="store_true", help="group classes, not CIFAR-100's super-classes")
+    parser.add_argument("--val-fraction", type=float, default=0.1, help="of --split heldout: the teacher's own")
+    parser.add_argument("--folds", type=int, default=5, help="of --split kfold")
+    return parser.parse_args(arguments)
 
-    The images of each class are dealt to the folds in turn. For every fold, ridge regression of the one-hot targets
-    on the other folds' features (with a constant) is solved exactly and scored on the fold:
 
-        W = (X^T X + ridge * mean(diag X^T X) * I)^-1 X^T Y
-
-    The features themselves were learnt from all the images, so that this still flatters the teacher; but it leaves
-    errors to count where the teacher has none.
-
-    Args:
-        features: (N, D).
-        targets: (N,) int64.
-        folds: K >= 2.
-
-    Returns:
-        (N,) int64 predicted classes.
-
-    Raises:
-        UserError: fewer than two folds.
-
-    Cost: O(N D^2 + K D^3).
-    """
-    if folds < 2:
-        raise UserError(f"cross-validation needs two folds at least, --folds is {folds}")
-    x = torch.cat([features.double(), torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
-    y = nn.functional.one_hot(targets).double()
-    fold = torch.empty_like(targets)
-    for c in targets.unique():
-        members = (targets == c).nonzero()[:, 0]
-        fold[members] = torch.arange(len(members)) % folds
-    gram, moment = x.T @ x, x.T @ y
-    penalty = ridge * gram.diagonal().mean() * torch.eye(x.shape[1], dtype=torch.float64)
-    predictions = torch.empty_like(targets)
-    for k in range(folds):
-        part = fold == k
-        others = gram - x[part].T @ x[part] + penalty, moment - x[part].T @ y[part]
-        predictions[part] = (x[part] @ torch.linalg.solve(*others)).argmax(dim=1)
-    return predictions
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    with one_line_errors():
+        print(group_classes(**vars(parse_args(arguments, prog))))

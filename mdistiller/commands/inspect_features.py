@@ -1,8 +1,19 @@
-"""What tools/inspect_features.py does: pictures and figures of a trained network and of its teacher."""
+"""Look inside a trained network, and at how a student differs from its teacher.
+
+    mdistiller inspect-features --run output/digits/kd,wrn_16_2,resnet8
+    mdistiller inspect-features -m resnet20 -c student_best --teacher resnet56 -o output/inspect/resnet20
+    mdistiller inspect-features -m resnet56                                   # a published teacher alone
+
+Pictures, each with its figures in a file beside it: t-SNE of the pooled features, confusion matrix, reliability diagram
+with the expected calibration error; with a teacher also the differences of mean logits and of class correlations, and
+the CKA between the stages of both.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +30,13 @@ from ..analysis.measures import (
 )
 from ..analysis.outputs import Outputs, collect, tsne
 from ..analysis.plots.networks import cka_figure, matrices_figure, reliability_figure, tsne_figure
-from ..dataset import dataset_info, get_val_loader
+from ..console import one_line_errors
+from ..dataset import get_val_loader
 from ..distillers import distiller_dict
-from ..engine.build import build_pretrained
-from ..engine.runtime.device import pick_device
-from ..errors import UserError
+from ..engine.build import load_trained
 from ..experiments.runs import read_run
 from ..grouping import count_confusions
+from ._arguments import check_batch_size, command_parser, trained_network_arguments
 
 
 def run_networks(folder: Path) -> dict[str, str]:
@@ -70,13 +81,10 @@ def network_outputs(
     Raises:
         UserError: an unknown name, missing data, an unfit checkpoint.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch-size must be a whole number >= 1, not {batch_size}")
-    where = pick_device(device)
-    path = "" if ckpt == "pretrain" else ckpt
-    net = build_pretrained(dataset, model, dataset_info[dataset].num_classes, path, groups).to(where).eval()
+    check_batch_size(batch_size)
+    net = load_trained(dataset, model, ckpt, groups, device)
     loader = get_val_loader(dataset, data_root, batch_size, num_workers)
-    return collect(net, loader.to(where) if hasattr(loader, "to") else loader, head)
+    return collect(net, loader.to(next(net.parameters()).device), head)
 
 
 def cka_matrix(teacher: Outputs, student: Outputs) -> np.ndarray:
@@ -190,3 +198,31 @@ def _write_calibrations(path: Path, calibrations: dict[str, Calibration]) -> Non
         rows = enumerate(zip(c.count, c.confidence, c.accuracy), start=1)
         lines += [f"{name},{k},{n},{p:.6g},{a:.6g}" for k, (n, p, a) in rows if n]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    of_run = argparse.ArgumentParser(add_help=False)
+    of_run.add_argument("--run", type=Path, help="a run's folder, which names the networks and the data set")
+    run, rest = of_run.parse_known_args(arguments)
+    parser = command_parser(__doc__, prog, parents=[of_run])
+    trained_network_arguments(parser, batch_size=256)
+    parser.add_argument("--teacher", help="the teacher's name (default: none)")
+    parser.add_argument("--teacher-ckpt", default="pretrain", help="its checkpoint; `pretrain` (default) is published")
+    parser.add_argument("--head", help="of a student with several heads: which one (default: its first)")
+    parser.add_argument("--groups", default="", help="of a plain student that DCGD grouped: what DCGD.GROUPS was")
+    parser.add_argument("--tsne-images", type=int, default=1000, help="how many test images t-SNE lays out; 0: none")
+    parser.add_argument("--bins", type=int, default=15, help="of the reliability diagram")
+    parser.add_argument("--seed", type=int, default=0, help="of t-SNE")
+    parser.add_argument("-o", "--out", type=Path, default=Path("output/inspect"), help="the pictures' folder")
+    with one_line_errors():
+        networks = run_networks(run.run) if run.run else {}
+    from_run = [f"--{name.replace('_', '-')}={value}" for name, value in networks.items()]
+    args = parser.parse_args([*from_run, *rest])
+    del args.run
+    return args
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    args = parse_args(arguments, prog)
+    with one_line_errors():
+        print(inspect_network(**vars(args)))

@@ -1,4 +1,4 @@
-"""DCGD: divide-and-conquer grouping distillation. Any method on a plain network, and group branches on its trunk."""
+"""DCGD: divide-and-conquer grouping distillation. Any method on a plain network, plus group branches on its trunk."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .KD import kd_loss
 
 DEFAULTS = CN(
     {
-        # The method of the plain head, by its name in `distiller_dict`. DCGD_CE, DCGD_KD and DCGD_DKD bring their own.
+        # The method of the plain head, by its name in `distiller_dict`. DCGD_CE, DCGD_KD and DCGD_DKD ignore it.
         "BASE": "KD",
         # For a plain student: a JSON file (tools/group_classes.py), or the name of a published grouping: res56, res110,
         # wrn_40_2. Empty for a student that is grouped already (res56_M_r20).
         "GROUPS": "",
-        # What validation scores and `student_best` follows: grouped, single or mean.
+        # The head that validation scores and that decides `student_best`: grouped, single or mean.
         "EVAL_HEAD": "grouped",
         # How the branches are computed: auto, loop or together.
         "BRANCHES": "auto",
-        # Of the grouped logits.
+        # The temperature of the KD loss of the grouped logits.
         "TEMPERATURE": 20.0,
         "LOSS": CN({"CE_WEIGHT": 0.3, "KD_WEIGHT": 1.0}),
     }
@@ -38,25 +38,25 @@ DEFAULTS = CN(
 
 @register("DCGD", DEFAULTS)
 class DCGD(Distiller):
-    """A base method on the plain network, and for the branches of the grouped student, on the same trunk:
+    """A base method on the plain network and, for the grouped student's branches on the same trunk, the loss
 
         loss_multi_kd = KD_WEIGHT * kd_loss(z, z_teacher, TEMPERATURE) + CE_WEIGHT * CE(z, y)
 
-    where z (B, C) are the grouped logits in class order. Trunk and teacher run once. The training accuracy is the plain
-    head's.
+    where z (B, C) are the grouped logits in class order. Trunk and teacher run once per step. The training accuracy
+    is the plain head's.
 
     Args:
         student: a `GroupedStudent`, or a plain network, which is grouped by `cfg.DCGD.GROUPS`.
-        num_data: the size of the training set, for a base method that asks for it.
+        num_data: the size of the training set, for a base method that needs it.
 
     Raises:
-        UserError: a plain student without groups or without a last stage to split off, a grouped one with groups that
-            are not its own, or an unknown base method, head or branch mode.
+        UserError: a plain student has no groups or no last stage to split off, a grouped student's groups differ from
+            `cfg.DCGD.GROUPS`, or the base method, the head or the branch mode is unknown.
     """
 
     student: GroupedStudent
     needs_run = ("num_data",)
-    # The base method of a registered combination; None: `cfg.DCGD.BASE`.
+    # The base method, if the subclass fixes it; None: `cfg.DCGD.BASE`.
     base: ClassVar[str | None] = None
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, num_data: int | None = None) -> None:
@@ -72,14 +72,13 @@ class DCGD(Distiller):
         method = distiller_dict[self.base or cfg.DCGD.BASE]
         if issubclass(method, DCGD):
             raise UserError(f"DCGD.BASE {cfg.DCGD.BASE} is DCGD itself; name the plain head's method, such as KD")
-        facts = {"num_data": num_data}
-        self.method: Distiller = method(grouped.base, teacher, cfg, **{fact: facts[fact] for fact in method.needs_run})
-        self.method.borrow_networks()  # each network is in the state once
-        # What both ask of the teacher is computed once.
+        self.method: Distiller = method.from_run(grouped.base, teacher, cfg, {"num_data": num_data})
+        self.method.borrow_networks()  # so that each network is in the state dict once
+        # The base method and the branches share one forward pass of the teacher.
         self._teacher_once = _Once(teacher)
         self.method.run_teacher_by(self._teacher_once)
-        for fact in ("needs_batch", "teacher_in_train_mode", "compares_images"):
-            setattr(self, fact, getattr(self.method, fact))
+        for attribute in ("needs_batch", "teacher_in_train_mode", "compares_images"):
+            setattr(self, attribute, getattr(self.method, attribute))
         self.teacher_outputs = ("logits", *self.method.teacher_outputs)
 
     def run_teacher_by(self, runner: Callable[[Tensor], Any]) -> None:
@@ -90,12 +89,12 @@ class DCGD(Distiller):
 
     @classmethod
     def config_sections(cls, cfg: CN) -> set[str]:
-        """Its own, and its base method's."""
+        """DCGD's own and those of the base method."""
         base = distiller_dict[cls.base or cfg.DCGD.BASE]
         return {"DCGD"} if issubclass(base, DCGD) else {"DCGD", *base.config_sections(cfg)}
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """The base method's (the plain network's among them) and the branches'."""
+        """The base method's, which include the plain network's, and the branches'."""
         branches = [*self.student.branches.parameters(), *self.student.heads.parameters()]
         return [*self.method.get_learnable_parameters(), *branches]
 
@@ -107,7 +106,7 @@ class DCGD(Distiller):
         with _outputs(self.student.base, image) as of_student, self._teacher_once:
             logits_single, losses = self.method.forward_train(image, target, **kwargs)
             logits_teacher, _ = self.teacher_forward(image)
-        # A base method need not show this image to the student.
+        # The base method may not have run the student on this image.
         _, features = of_student[0] if of_student else self.student.base(image)
         logits_grouped = self.student.forward_grouped(features)
         loss_kd = kd_loss(logits_grouped, logits_teacher.detach(), self.temperature)
@@ -122,7 +121,7 @@ class DCGD(Distiller):
         return self.student.forward_heads(image)[self.eval_head]
 
     def forward_heads(self, image: Tensor) -> dict[str, Tensor]:
-        """The head that DCGD.EVAL_HEAD names first; the grouped and the single one always."""
+        """First the head that DCGD.EVAL_HEAD names, then the grouped and the single one."""
         heads = self.student.forward_heads(image)
         return {name: heads[name] for name in dict.fromkeys((self.eval_head, "grouped", "single"))}
 
@@ -153,7 +152,7 @@ class DCGD_DKD(DCGD):
 
 
 def group_student(student: nn.Module, cfg: CN) -> GroupedStudent:
-    """`student` with the groups of `cfg.DCGD.GROUPS`; a student that is grouped already as it is.
+    """`student` with the groups of `cfg.DCGD.GROUPS`; a student that is already grouped keeps its groups.
 
     Raises:
         UserError: see `DCGD`.
@@ -162,8 +161,8 @@ def group_student(student: nn.Module, cfg: CN) -> GroupedStudent:
     if isinstance(student, GroupedStudent):
         if source and load_groups(source) != student.groups:
             raise UserError(
-                f"the student brings groups of its own, which are not those of DCGD.GROUPS {source}; leave it empty, "
-                "or name a plain student"
+                f"the student is already grouped, and its groups differ from those of DCGD.GROUPS {source}; "
+                "leave DCGD.GROUPS empty, or name a plain student"
             )
         student.set_branch_mode(cfg.DCGD.BRANCHES)
         return student
@@ -176,7 +175,7 @@ def group_student(student: nn.Module, cfg: CN) -> GroupedStudent:
 
 
 class _Once:
-    """A function of an image that, while its context is open, answers for the same image from memory."""
+    """A function of an image; inside a `with` block, a repeated call with the same tensor returns the stored output."""
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         self.function = function
@@ -200,7 +199,7 @@ class _Once:
 
 @contextmanager
 def _outputs(module: nn.Module, image: Tensor) -> Iterator[list[Any]]:
-    """What `module` returns for this very `image` while the context is open."""
+    """The outputs of `module` for this `image` (the same tensor, not an equal one) inside the `with` block."""
     outputs: list[Any] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:

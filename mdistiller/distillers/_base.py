@@ -1,4 +1,4 @@
-"""What every distillation method is: a `Distiller`; and where it is known by name: `distiller_dict`."""
+"""`Distiller`, the base class of every distillation method, and `distiller_dict`, which maps names to methods."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ method_defaults: dict[str, CN] = {}
 
 
 def register(name: str, defaults: CN | None = None, section: str | None = None) -> Callable[[type], type]:
-    """Class decorator: enter a method in `distiller_dict` and its hyper-parameters in the config tree.
+    """Class decorator: add a method to `distiller_dict` and its hyper-parameters to the config tree.
 
     Args:
-        name: what `DISTILLER.TYPE` calls the method.
+        name: the method's name in `DISTILLER.TYPE`.
         defaults: its hyper-parameters; None when another file declares them.
-        section: their place in the config tree; `name` unless told.
+        section: their section of the config tree; `name` by default.
 
     Raises:
         ValueError: the name or the section is taken.
@@ -54,27 +54,27 @@ class Distiller(nn.Module):
 
     A subclass defines `forward_train(image, target, **kwargs)`, which returns the student's logits (B, C) and a
     dict of named scalar losses; the trainer minimises their sum. `kwargs` holds `index` (B,) int64, each image's
-    place in the training set, `epoch` (int, from 1), and whatever `needs_batch` asks for.
+    index in the training set, `epoch` (int, from 1), and the fields that `needs_batch` names.
 
-    A method with layers of its own adds their parameters to `get_learnable_parameters()` and counts what the user
-    pays for them in `get_extra_parameters()`.
+    A method with additional layers adds their parameters to `get_learnable_parameters()` and their number to
+    `get_extra_parameters()`.
     """
 
-    # Its hyper-parameters' place in the config tree; `register` sets it.
+    # The section of the config tree that holds its hyper-parameters; `register` sets it.
     config_section: ClassVar[str] = ""
-    # Facts of the run that the constructor takes beside (student, teacher, cfg), by keyword: {"num_data"}.
+    # Facts of the run that the constructor also needs, as keyword arguments after (student, teacher, cfg): "num_data".
     needs_run: ClassVar[tuple[str, ...]] = ()
-    # Fields of the batch beside image, target and index: {"contrastive_index"}.
+    # Fields of the batch that it needs in addition to image, target and index, such as "contrastive_index".
     needs_batch: ClassVar[tuple[str, ...]] = ()
-    # Vanilla has none: no teacher is built, no checkpoint is asked for.
+    # False for Vanilla: no teacher is built and no teacher checkpoint is needed.
     needs_teacher: ClassVar[bool] = True
-    # OFD trains with its teacher in training mode, as its paper's code does; everybody else's teacher is in eval mode.
+    # OFD keeps its teacher in training mode, as its paper's code does; every other method's teacher is in eval mode.
     teacher_in_train_mode: ClassVar[bool] = False
-    # What the method reads of the teacher. A subclass declares its own: it may read more than the class it extends.
-    # Where it is "logits" and "pooled_feat" at most, no maps are kept for it, and the outputs may come from
+    # The teacher's outputs that the method reads. Not inherited, as a subclass may read more than its parent class.
+    # If they are "logits" and "pooled_feat" at most, the teacher keeps no feature maps, and the outputs may come from
     # DISTILLER.TEACHER_CACHE.
     teacher_outputs: tuple[str, ...] = ("feature maps",)
-    # The loss compares the images of a batch with each other, so a batch cannot be taken in parts (SOLVER.ACCUMULATE).
+    # The loss compares the images of a batch with each other, so SOLVER.ACCUMULATE cannot split it into micro-batches.
     compares_images: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -87,7 +87,7 @@ class Distiller(nn.Module):
         self.student = student
         self.teacher = teacher
         self.teacher.requires_grad_(False)
-        # In a tuple, so that what runs in the teacher's place is no submodule and in no checkpoint.
+        # In a tuple, so that a runner that is a module becomes no submodule and is not saved in checkpoints.
         self._runner: tuple[Callable[[Tensor], Any]] | None = None
         self._compiled: Callable[..., Any] | None = None
         self._output_checked = False
@@ -100,7 +100,7 @@ class Distiller(nn.Module):
         return self
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer updates: the student's parameters, and those of the method's own layers."""
+        """What the optimizer updates: the student's parameters and those of the method's layers."""
         return list(self.student.parameters())
 
     def get_extra_parameters(self) -> int:
@@ -108,23 +108,28 @@ class Distiller(nn.Module):
         return 0
 
     @classmethod
+    def from_run(cls, student: nn.Module, teacher: nn.Module | None, cfg: CN, facts: Mapping[str, Any]) -> Distiller:
+        """Build the method for a run, with those of the run's `facts` that `needs_run` names."""
+        return cls(student, teacher, cfg, **{name: facts[name] for name in cls.needs_run})  # type: ignore[call-arg, arg-type]
+
+    @classmethod
     def config_sections(cls, cfg: CN) -> set[str]:
         """The sections of the config tree that the method reads."""
         return {cls.config_section}
 
     def borrow_networks(self) -> None:
-        """Use student and teacher without owning them: another distiller has them among its submodules."""
+        """Turn student and teacher into plain attributes: they are submodules of another distiller."""
         for name in ("student", "teacher"):
             network = getattr(self, name)
             delattr(self, name)
-            object.__setattr__(self, name, network)  # a plain attribute: in no state dict, list of modules or mode
+            object.__setattr__(self, name, network)  # in no state dict or module list; train() leaves it alone
 
     def compile_training(self, **options: Any) -> None:
         """Run `forward_train` through torch.compile from now on; `options` are those of torch.compile."""
         self._compiled = torch.compile(self.forward_train, **options)
 
     def run_teacher_by(self, runner: Callable[[Tensor], Any]) -> None:
-        """Let `runner` answer in the teacher's place: the same function, made faster."""
+        """Call `runner` instead of the teacher: a faster implementation of the same function."""
         self._runner = (runner,)
 
     def teacher_forward(self, image: Tensor) -> tuple[Tensor, Features]:
@@ -141,11 +146,11 @@ class Distiller(nn.Module):
         return self.student(image)[0]
 
     def forward_heads(self, image: Tensor) -> dict[str, Tensor]:
-        """Every head's logits (B, C) by name. The first is the one that validation scores and `best` follows."""
+        """Every head's logits (B, C) by name. Validation and the choice of the best checkpoint use the first head."""
         return {"": self.forward_test(image)}
 
     def deployments(self) -> dict[str, nn.Module]:
-        """What may be deployed after training, by name: modules that take an image. For counting their cost."""
+        """The modules that can be deployed after training, by name. Each accepts an image; used to count their cost."""
         return {"student": self.student}
 
     def forward(self, **kwargs: Any) -> Any:
@@ -160,7 +165,7 @@ class Distiller(nn.Module):
 
 
 def _check_output(name: str, output: Any, target: Tensor) -> None:
-    """Once, on the first step: say clearly what a new method got wrong."""
+    """Check what `forward_train` of a new method returned; called once, on the first step."""
     if not (isinstance(output, tuple) and len(output) == 2):
         raise TypeError(f"{name}.forward_train must return (logits, losses), it returned {type(output).__name__}")
     logits, losses = output

@@ -17,6 +17,7 @@ from ..models.grouped import GroupedStudent
 from ..registry import Registry
 from .files.checkpoint import load_model_weights
 from .run_name import experiment_name
+from .runtime.device import pick_device
 from .runtime.seeds import seed_everything
 from .trainer import BaseTrainer, trainer_dict
 
@@ -48,6 +49,22 @@ def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "", 
     return model
 
 
+def load_trained(dataset: str, model: str, ckpt: str = "pretrain", groups: str = "", device: str = "auto") -> nn.Module:
+    """A trained network on `device`, in eval mode, from what a command line names.
+
+    Args:
+        dataset, model: names; the network has the data set's number of classes.
+        ckpt: its checkpoint; "pretrain" is the published one.
+        groups: see `build_pretrained`.
+
+    Raises:
+        UserError: an unknown name, an unfit checkpoint, no such device.
+    """
+    where = pick_device(device)
+    path = "" if ckpt == "pretrain" else ckpt
+    return build_pretrained(dataset, model, dataset_info[dataset].num_classes, path, groups).to(where).eval()
+
+
 def build_distiller(cfg: CN, num_data: int, num_classes: int) -> Distiller:
     """The method that `DISTILLER.TYPE` names, around its student and teacher.
 
@@ -60,8 +77,7 @@ def build_distiller(cfg: CN, num_data: int, num_classes: int) -> Distiller:
     teacher = None
     if method.needs_teacher:
         teacher = build_pretrained(cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, num_classes, cfg.DISTILLER.TEACHER_CKPT)
-    facts = {"num_data": num_data}
-    return method(student, teacher, cfg, **{fact: facts[fact] for fact in method.needs_run})
+    return method.from_run(student, teacher, cfg, {"num_data": num_data})
 
 
 def deployment_lines(trainer: BaseTrainer) -> list[str]:

@@ -1,61 +1,20 @@
-"""Carry out the runs of a plan: each a process of tools/train.py, several at a time, here or on a Ray cluster."""
+"""Carry out the jobs of a plan: each a process of `mdistiller train`, several at a time, here or on a Ray cluster."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
 from typing import Any
 
 import torch
-from yacs.config import CfgNode as CN
 
 from ..console import one_line
-from ..engine.run_name import is_machine_key
 from ..errors import UserError
-from .plan import REPOSITORY, Job
-from .processes import Processes, Task, run_task
-from .runs import Run, read_run
-
-LOG = "train.log"
-
-
-def finished_run(job: Job) -> Run | None:
-    """The job's run, when it has been trained to its end; None when there is still something to do.
-
-    Raises:
-        UserError: the folder holds a run of another configuration.
-    """
-    try:
-        run = read_run(job.folder)
-    except UserError:
-        return None
-    here, planned = _flat(run.cfg), _flat(job.cfg)
-    for key, value in planned.items():
-        if here.get(key) != value and not is_machine_key(key):
-            raise UserError(
-                f"{job.folder} holds a run with {key} {here.get(key)!r} where the plan says {value!r}; "
-                "move it away or mend the plan"
-            )
-    return run if run.finished else None
-
-
-def _flat(cfg: CN, above: str = "") -> dict[str, Any]:
-    """{"SOLVER.LR": 0.05, ...}"""
-    flat: dict[str, Any] = {}
-    for key, value in cfg.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, CN) else {f"{above}{key}": value}
-    return flat
-
-
-def task(job: Job) -> Task:
-    """tools/train.py for this job; going on from `latest` where there is one."""
-    resume = ["--resume"] if (job.folder / "latest").exists() else []
-    command = [sys.executable, str(REPOSITORY / "tools/train.py"), "--cfg", str(job.config), *resume, *job.overrides]
-    return Task(command, os.getcwd(), {}, (job.folder / LOG).absolute())
+from .jobs import Job, task
+from .processes import Processes, package_environment, run_task
 
 
 def visible_gpus() -> list[str]:
@@ -100,7 +59,7 @@ def run_here(jobs: Sequence[Job], workers: int, gpus: Sequence[str]) -> Iterator
 def run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, str]]:
     """Run the jobs on a Ray cluster, a GPU each where it has GPUs, else a processor each. As `run_here` yields.
 
-    The repository, the data and the output must be at the same place on every machine.
+    The package, the data and the output must be at the same place on every machine.
 
     Args:
         address: as `ray.init` takes it: "auto", "host:port", "ray://..."; "local" starts one here.
@@ -113,9 +72,8 @@ def run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, str]]:
     except ImportError:
         raise UserError("--ray needs Ray: pip install -e '.[ray]'") from None
     try:
-        path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
         started: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-        environment = {"env_vars": {"PYTHONPATH": path}}
+        environment = {"env_vars": package_environment()}
         ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **started)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"no Ray cluster at {address}: {one_line(error, 200)}") from None

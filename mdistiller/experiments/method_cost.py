@@ -48,4 +48,4 @@ def _untrained(cfg: CN) -> tuple[Distiller, bool]:
             facts["num_data"] = get_dataset(cfg)[2]
         except (UserError, OSError):
             known = False
-    return method(student, teacher, cfg, **{fact: facts[fact] for fact in method.needs_run}), known
+    return method.from_run(student, teacher, cfg, facts), known

@@ -22,7 +22,7 @@
     sources: {crd: "Tian et al. 2020, arXiv 1910.10699"}
 
 A later override wins: config, pair, method, by_pair, plan, command line. Files are looked for in the current folder,
-then in the repository. A run's folder is LOG.PREFIX/plan_<the plan's file name>/<method>,<pair>,<overrides>.
+then among the project's own. A run's folder is LOG.PREFIX/plan_<the plan's file name>/<method>,<pair>,<overrides>.
 """
 
 from __future__ import annotations
@@ -33,28 +33,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from yacs.config import CfgNode as CN
 
 from ..console import one_line
-from ..engine.cfg import load_cfg
 from ..engine.overrides import override_pairs
-from ..engine.run_name import experiment_name
 from ..errors import UserError
+from ..paths import find_file
 from ..registry import unknown_name
+from .jobs import Job, make_job
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 Overrides = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: what tools/train.py is told, the configuration that this comes to, and where the run is kept."""
-
-    label: str
-    config: Path
-    overrides: tuple[str, ...]
-    cfg: CN
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -110,20 +97,13 @@ class Plan:
         ]
 
 
-def make_job(label: str, config: Path, overrides: Mapping[str, Any]) -> Job:
-    """A run of `config` under `overrides`."""
-    tokens = tuple(str(part).replace(", ", ",") for pair in overrides.items() for part in pair)
-    cfg = load_cfg(config, tokens)
-    return Job(label, config, tokens, cfg, Path(cfg.LOG.PREFIX) / experiment_name(cfg, tokens))
-
-
 def read_plan(path: str | Path) -> Plan:
     """Read a plan's YAML file; see the module.
 
     Raises:
         UserError: it cannot be read, or something in it is not as it must be; names the place.
     """
-    path = Path(path)
+    path = find_file(path) or Path(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -215,8 +195,8 @@ def _source(tree: Mapping[str, Any], figure: str, where: str, sources: Mapping[s
 
 
 def _file(name: str, where: str) -> Path:
-    """A config's path, from the current folder or the repository's."""
-    for path in (Path(name), REPOSITORY / name):
-        if path.is_file():
-            return path
-    raise UserError(f"{where}: no config {name}")
+    """A config's path, from the current folder or among the project's own files."""
+    path = find_file(name)
+    if path is None:
+        raise UserError(f"{where}: no config {name}")
+    return path

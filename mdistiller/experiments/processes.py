@@ -8,6 +8,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..paths import CLONE
+
 
 @dataclass(frozen=True)
 class Task:
@@ -17,6 +19,16 @@ class Task:
     cwd: str
     environment: dict[str, str]
     log: Path
+
+
+def package_environment() -> dict[str, str]:
+    """The environment in which `python -m mdistiller` runs this very package.
+
+    An installed package needs nothing. A clone that is not installed must be on PYTHONPATH.
+    """
+    if CLONE is None:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(CLONE), os.environ.get("PYTHONPATH"))))}
 
 
 class Processes:

@@ -11,7 +11,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from ..errors import UserError
-from .launch import finished_run
+from .jobs import finished_run
 from .method_cost import method_costs
 from .plan import Plan
 from .runs import Run

@@ -1,12 +1,14 @@
 """Which classes belong together: DCGD's grouping of the classes that a teacher confuses."""
 
 from .algorithm import count_confusions, expand, group_by_confusion, merge_classes, similarity
+from .cross_predict import cross_predict
 from .files import check_groups, load_groups, published_groups, save_groups
 from .picture import draw_confusion
 
 __all__ = [
     "check_groups",
     "count_confusions",
+    "cross_predict",
     "draw_confusion",
     "expand",
     "group_by_confusion",

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 METHOD = '''
 import torch.nn.functional as F
 
-from ..tools._base import Distiller
+from ._base import Distiller
 
 
 class MyDistiller(Distiller):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mdistiller.commands import group_classes as module
-from mdistiller.commands.group_classes import cross_predict, group_classes
+from mdistiller.commands.group_classes import group_classes
 from mdistiller.dataset import dataset_info
 from mdistiller.engine.files.checkpoint import save_checkpoint
 from mdistiller.errors import UserError
@@ -86,7 +86,7 @@ def test_cifar_is_grouped_by_superclasses(tmp_path, monkeypatch):
     logits = torch.nn.functional.one_hot(predicted, 100)
     monkeypatch.setattr(module, "_loader", lambda *_: torch.zeros(1))
     monkeypatch.setattr(module, "_run", lambda *_: (logits, true))
-    monkeypatch.setattr(module, "build_pretrained", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(module, "load_trained", lambda *_, **__: torch.nn.Linear(1, 1))
     _, content, _ = run(tmp_path, dataset="cifar100", num_groups=5, split="train")
     assert content["groups"] == load_groups("wrn_40_2")
     assert content["superclass_groups"][0] == [9, 18, 19]
@@ -117,26 +117,7 @@ def test_a_teacher_without_errors_is_refused(tmp_path, monkeypatch):
     labels = torch.arange(10)
     monkeypatch.setattr(module, "_loader", lambda *_: torch.zeros(1))
     monkeypatch.setattr(module, "_run", lambda *_: (torch.eye(10), labels))
-    monkeypatch.setattr(module, "build_pretrained", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(module, "load_trained", lambda *_, **__: torch.nn.Linear(1, 1))
     with pytest.raises(UserError, match="--split kfold"):
         run(tmp_path)
     assert not (tmp_path / "made").exists()
-
-
-def test_cross_prediction_is_ridge_regression_without_the_fold():
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(40, 3, generator=generator, dtype=torch.float64)
-    targets = torch.randint(0, 4, (40,), generator=generator)
-    x = np.hstack([features.numpy(), np.ones((40, 1))])
-    y = np.eye(4)[targets.numpy()]
-    # The n-th image of a class is in fold n mod 3.
-    fold = np.array([int((targets[:i] == targets[i]).sum()) % 3 for i in range(40)])
-    strength = 0.1 * np.trace(x.T @ x) / 4
-    expected = []
-    for i in range(40):
-        rows = fold != fold[i]
-        # Ridge regression as least squares: one more row a feature, of sqrt(strength).
-        a = np.vstack([x[rows], np.sqrt(strength) * np.eye(4)])
-        b = np.vstack([y[rows], np.zeros((4, 4))])
-        expected.append(int((x[i] @ np.linalg.lstsq(a, b, rcond=None)[0]).argmax()))
-    assert cross_predict(features, targets, 3, ridge=0.1).tolist() == expected

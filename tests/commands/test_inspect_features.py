@@ -14,7 +14,7 @@ import torch
 from mdistiller.analysis.measures import accuracy, agreement
 from mdistiller.commands.inspect_features import network_outputs
 from mdistiller.models import cifar_model_dict
-from tests.analysis.hand_made import write_run
+from tests.experiments.hand_made import write_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.analysis.hand_made import write_run
+from tests.experiments.hand_made import write_run
 
 ROWS = [{"test_acc": 10, "train_loss": 3, "loss/loss_kd": 2}, {"test_acc": 20, "train_loss": 2, "loss/loss_kd": 1}]
 

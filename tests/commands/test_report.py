@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mdistiller.experiments.summary import Row, Table, save_table
-from tests.analysis.hand_made import write_run
+from tests.experiments.hand_made import write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

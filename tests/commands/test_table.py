@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mdistiller.experiments.plan import read_plan
-from tests.analysis.hand_made import write_run
+from tests.experiments.hand_made import write_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -71,7 +71,7 @@ def test_the_whole_distillers_best_is_read_by_eval_too(trained):
 @pytest.mark.parametrize("tool", ["train.py", "eval.py"])
 def test_help_explains_itself_with_two_examples(tool):
     done = run(f"tools/{tool}", "--help")
-    assert done.returncode == 0 and done.stdout.count(f"python tools/{tool}") == 2
+    assert done.returncode == 0 and done.stdout.count(f"\n    python tools/{tool} ") == 2
 
 
 BAD_TRAIN = {

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from mdistiller.errors import UserError
-from mdistiller.experiments import launch as schedule
-from mdistiller.experiments.launch import finished_run, run_here, task
-from mdistiller.experiments.plan import make_job
+from mdistiller.experiments import launch
+from mdistiller.experiments.jobs import make_job
+from mdistiller.experiments.launch import run_here
 from mdistiller.experiments.processes import Processes, Task
 
 CONFIG = Path("configs/digits/kd.yaml")
@@ -21,33 +21,6 @@ CONFIG = Path("configs/digits/kd.yaml")
 def job_of(tmp_path, name="a", **overrides):
     place = {"LOG.PREFIX": tmp_path, "EXPERIMENT.NAME": name, "EXPERIMENT.PROJECT": "p"}
     return make_job(name, CONFIG, {**place, **{k.replace("__", "."): v for k, v in overrides.items()}})
-
-
-def test_a_job_is_done_when_its_last_epoch_is(make_run, tmp_path):
-    job = job_of(tmp_path)
-    assert finished_run(job) is None
-    make_run("", [{"test_acc": 1}] * 11, folder=job.folder)
-    assert finished_run(job) is None
-    with (job.folder / "metrics.csv").open("a") as file:
-        file.write("12,50\n")
-    assert finished_run(job).last == 50
-
-
-def test_a_run_of_another_configuration_is_no_result(make_run, tmp_path):
-    job = job_of(tmp_path)
-    make_run("", [{"test_acc": 1}] * 12, "KD.TEMPERATURE", "9", "LOG.WANDB", "False", folder=job.folder)
-    with pytest.raises(UserError, match=r"holds a run with KD.TEMPERATURE 9 where the plan says 4; move it away"):
-        finished_run(job)
-
-
-def test_it_goes_on_where_there_is_a_checkpoint(tmp_path):
-    job = job_of(tmp_path)
-    command = task(job).command
-    assert command[1].endswith("tools/train.py") and command[2:4] == ["--cfg", str(CONFIG)]
-    assert command[4:6] == ["LOG.PREFIX", str(tmp_path)]
-    job.folder.mkdir(parents=True)
-    (job.folder / "latest").touch()
-    assert task(job).command[4] == "--resume"
 
 
 def python(code, log):
@@ -64,10 +37,10 @@ def test_what_went_wrong_is_the_last_line_of_this_attempt(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Every job runs this Python code in place of tools/train.py."""
+    """Every job runs this Python code in place of `mdistiller train`."""
 
     def use(code):
-        monkeypatch.setattr(schedule, "task", lambda job: python(code, job.folder / "train.log"))
+        monkeypatch.setattr(launch, "task", lambda job: python(code, job.folder / "train.log"))
 
     return use
 
@@ -105,17 +78,18 @@ def test_leaving_early_ends_what_is_running(tmp_path, quick):
 
 RAY = """
 from pathlib import Path
-from mdistiller.experiments import launch as schedule
-from mdistiller.experiments.plan import make_job
+from mdistiller.experiments import launch
+from mdistiller.experiments.jobs import make_job
+from mdistiller.experiments.processes import Task
 import sys
 
 def task(job):
     code = "raise SystemExit('broken')" if job.label == "b" else "print('well')"
-    return schedule.Task([sys.executable, "-c", code], ".", {}, (job.folder / "train.log").absolute())
+    return Task([sys.executable, "-c", code], ".", {}, (job.folder / "train.log").absolute())
 
-schedule.task = task
+launch.task = task
 jobs = [make_job(n, Path("configs/digits/kd.yaml"), {"LOG.PREFIX": sys.argv[1], "EXPERIMENT.NAME": n}) for n in "abc"]
-print(sorted((job.label, error) for job, error in schedule.run_on_ray(jobs, "local")))
+print(sorted((job.label, error) for job, error in launch.run_on_ray(jobs, "local")))
 """
 
 
@@ -129,4 +103,4 @@ def test_a_local_ray_runs_the_same_jobs(tmp_path):
 def test_no_ray_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"--ray needs Ray: pip install -e '.\[ray\]'"):
-        next(schedule.run_on_ray([job_of(tmp_path)], "auto"))
+        next(launch.run_on_ray([job_of(tmp_path)], "auto"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .hand_made import write_run
+from .experiments.hand_made import write_run
 
 
 @pytest.fixture

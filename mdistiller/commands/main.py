@@ -1,0 +1,54 @@
+"""The command `mdistiller`: the first argument names a command, the others are that command's.
+
+Every command is a module of this package with `main(arguments, prog)`. It is imported when it is run, so that
+`mdistiller --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..console import one_line_errors
+from ..registry import unknown_name
+
+COMMANDS = {
+    "train": "train a student, alone or from a teacher, as a YAML file says",
+    "eval": "score a trained network on a data set",
+    "table": "run a plan of methods and seeds, and put the results into a table",
+    "plot": "draw the curves of runs",
+    "report": "make one HTML page of a run or of a table",
+    "inspect-features": "look inside a trained network, and compare it with its teacher",
+    "group-classes": "group the classes that a teacher confuses, for DCGD",
+    "convert": "convert weights between torch checkpoints and safetensors",
+    "export-head": "write the plain head of a DCGD student as an ordinary checkpoint",
+    "quickstart": "train and distil on scikit-learn's digits, in minutes",
+}
+
+
+def usage() -> str:
+    """What `mdistiller --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join([
+        "usage: mdistiller COMMAND ...", "", "commands:", *lines, "",
+        "`mdistiller COMMAND --help` shows a command's options; `mdistiller --version` prints the version.",
+    ])  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that `arguments` (by default the command line's) begin with."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name == "--version":
+        print(__version__)
+        return
+    with one_line_errors():
+        if name not in COMMANDS:
+            raise unknown_name("command", name, COMMANDS)
+    command = importlib.import_module(f".{name.replace('-', '_')}", __package__)
+    command.main(rest, prog=f"mdistiller {name}")

@@ -1,0 +1,35 @@
+"""Make one HTML page of a run, or of a plan's table: figures, curves, pictures, configuration, environment.
+
+    mdistiller report output/digits/kd,wrn_16_2,resnet8
+    mdistiller report output/plan_digits -o digits.html
+
+The page holds all it shows; it can be sent to somebody. Pictures of a run's insides are in it once
+tools/inspect_features.py --run has drawn them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..analysis.html_report import report
+from ..console import one_line_errors
+from ._arguments import command_parser
+
+
+def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("path", type=Path, metavar="RUN|TABLE", help="a run's folder, or that of a table")
+    parser.add_argument("-o", "--out", type=Path, help="the page's file (default: report.html in that folder)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    args = parse_args(arguments, prog)
+    with one_line_errors():
+        page = report(args.path)
+        out = args.out or (args.path.parent if args.path.is_file() else args.path) / "report.html"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    print(f"wrote {out}")

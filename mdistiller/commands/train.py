@@ -1,0 +1,44 @@
+"""Train a student, by itself or from a teacher, as a YAML file says.
+
+    mdistiller train --cfg configs/digits/kd.yaml
+    mdistiller train --cfg configs/cifar100/dkd/res56_res20.yaml SOLVER.BATCH_SIZE 128 EXPERIMENT.SEED 1
+    torchrun --nproc_per_node=4 -m mdistiller train --cfg configs/imagenet/r34_r18/dkd.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ..analysis.plots.curves import draw_run
+from ..console import one_line_errors, outlive_terminal
+from ..distributed.ranks import joined_ranks
+from ..engine.build import build_trainer, deployment_lines
+from ..engine.cfg import load_cfg, show_cfg
+from ..errors import UserError
+from ._arguments import command_parser
+
+
+def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("--cfg", required=True, help="the experiment's YAML file; configs/ holds the published ones")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's `latest` checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="train anew where a run of this name is already")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings over those of the file: SOLVER.LR 0.1")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    outlive_terminal()
+    args = parse_args(arguments, prog)
+    with one_line_errors():
+        cfg = load_cfg(args.cfg, args.opts)
+    with one_line_errors(UserError), joined_ranks(cfg.EXPERIMENT.DEVICE) as ranks:
+        with one_line_errors():
+            trainer = build_trainer(cfg, args.opts)
+            first = trainer.begin(resume=args.resume, overwrite=args.overwrite)
+        if ranks.first:
+            print(show_cfg(cfg), *deployment_lines(trainer), sep="\n", flush=True)
+        trainer.run(first)
+        if ranks.first:
+            draw_run(trainer.log_path)

@@ -1,0 +1,73 @@
+"""A job: one run of a plan, the process that trains it, and whether it is done."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode as CN
+
+from ..engine.cfg import load_cfg
+from ..engine.run_name import experiment_name, is_machine_key
+from ..errors import UserError
+from .processes import Task, package_environment
+from .runs import Run, read_run
+
+LOG = "train.log"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: the arguments of `mdistiller train`, the configuration that results, and the run's folder."""
+
+    label: str
+    config: Path
+    overrides: tuple[str, ...]
+    cfg: CN
+    folder: Path
+
+
+def make_job(label: str, config: Path, overrides: Mapping[str, Any]) -> Job:
+    """A run of `config` under `overrides`."""
+    tokens = tuple(str(part).replace(", ", ",") for pair in overrides.items() for part in pair)
+    cfg = load_cfg(config, tokens)
+    return Job(label, config, tokens, cfg, Path(cfg.LOG.PREFIX) / experiment_name(cfg, tokens))
+
+
+def finished_run(job: Job) -> Run | None:
+    """The job's run, when it has been trained to its end; None when there is still something to do.
+
+    Raises:
+        UserError: the folder holds a run of another configuration.
+    """
+    try:
+        run = read_run(job.folder)
+    except UserError:
+        return None
+    here, planned = _flat(run.cfg), _flat(job.cfg)
+    for key, value in planned.items():
+        if here.get(key) != value and not is_machine_key(key):
+            raise UserError(
+                f"{job.folder} holds a run with {key} {here.get(key)!r} where the plan says {value!r}; "
+                "move it away or mend the plan"
+            )
+    return run if run.finished else None
+
+
+def _flat(cfg: CN, above: str = "") -> dict[str, Any]:
+    """{"SOLVER.LR": 0.05, ...}"""
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, CN) else {f"{above}{key}": value}
+    return flat
+
+
+def task(job: Job) -> Task:
+    """The process that trains the job: `mdistiller train`, resumed where the run has a `latest`."""
+    resume = ["--resume"] if (job.folder / "latest").exists() else []
+    command = [sys.executable, "-m", "mdistiller", "train", "--cfg", str(job.config), *resume, *job.overrides]
+    return Task(command, os.getcwd(), package_environment(), (job.folder / LOG).absolute())

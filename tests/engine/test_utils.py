@@ -1,0 +1,34 @@
+"""The original's `engine/utils.py`: every one of its names works as it did."""
+
+import pytest
+import torch
+
+from mdistiller.engine import utils
+
+
+def test_it_holds_the_originals_names():
+    assert set(utils.__all__) == {
+        "AverageMeter", "accuracy", "adjust_learning_rate", "load_checkpoint", "log_msg", "save_checkpoint", "validate",
+    }  # fmt: skip
+    assert all(callable(getattr(utils, name)) for name in utils.__all__)
+
+
+def test_the_average_meter_weighs_its_numbers():
+    meter = utils.AverageMeter()
+    assert (meter.val, meter.avg, meter.sum, meter.count) == (0, 0, 0, 0)
+    meter.update(2.0, n=3)
+    meter.update(6.0)
+    assert (meter.val, meter.avg, meter.sum, meter.count) == (6.0, 3.0, 12.0, 4)
+    meter.reset()
+    assert (meter.val, meter.avg, meter.sum, meter.count) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("mode, colour", [("INFO", 36), ("TRAIN", 32), ("EVAL", 31)])
+def test_messages_are_coloured_by_their_mode(mode, colour):
+    assert utils.log_msg("epoch 1", mode) == f"\033[{colour}m[{mode}] epoch 1\033[0m"
+
+
+def test_accuracy_of_a_batch():
+    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [2.0, 3.0, 1.0]])
+    top1, top2 = utils.accuracy(logits, torch.tensor([0, 2, 1, 2]), topk=(1, 2))
+    assert (top1.item(), top2.item()) == (50.0, 75.0)

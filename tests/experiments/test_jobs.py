@@ -1,0 +1,50 @@
+"""Jobs: when one is done, and the process that trains it."""
+
+from pathlib import Path
+
+import pytest
+
+from mdistiller.errors import UserError
+from mdistiller.experiments.jobs import finished_run, make_job, task
+
+CONFIG = Path("configs/digits/kd.yaml")
+
+
+def job_of(tmp_path, name="a", **overrides):
+    place = {"LOG.PREFIX": tmp_path, "EXPERIMENT.NAME": name, "EXPERIMENT.PROJECT": "p"}
+    return make_job(name, CONFIG, {**place, **{k.replace("__", "."): v for k, v in overrides.items()}})
+
+
+def test_a_job_is_done_when_its_last_epoch_is(make_run, tmp_path):
+    job = job_of(tmp_path)
+    assert finished_run(job) is None
+    make_run("", [{"test_acc": 1}] * 11, folder=job.folder)
+    assert finished_run(job) is None
+    with (job.folder / "metrics.csv").open("a") as file:
+        file.write("12,50\n")
+    assert finished_run(job).last == 50
+
+
+def test_a_run_of_another_configuration_is_no_result(make_run, tmp_path):
+    job = job_of(tmp_path)
+    make_run("", [{"test_acc": 1}] * 12, "KD.TEMPERATURE", "9", "LOG.WANDB", "False", folder=job.folder)
+    with pytest.raises(UserError, match=r"holds a run with KD.TEMPERATURE 9 where the plan says 4; move it away"):
+        finished_run(job)
+
+
+def test_it_goes_on_where_there_is_a_checkpoint(tmp_path):
+    job = job_of(tmp_path)
+    command = task(job).command
+    assert command[1:6] == ["-m", "mdistiller", "train", "--cfg", str(CONFIG)]
+    assert command[6:8] == ["LOG.PREFIX", str(tmp_path)]
+    job.folder.mkdir(parents=True)
+    (job.folder / "latest").touch()
+    assert task(job).command[6] == "--resume"
+
+
+def test_a_run_that_differs_in_its_machine_alone_is_the_plans(make_run, tmp_path):
+    """Where the data are, which device, whether the teacher's outputs are cached: the same result either way."""
+    job = job_of(tmp_path, DISTILLER__TEACHER_CACHE=tmp_path / "cache", DISTILLER__TEACHER_CACHE_GIB=2)
+    elsewhere = ["DATASET.ROOT", "/data", "EXPERIMENT.DEVICE", "cuda:1", "DATASET.NUM_WORKERS", "7"]
+    make_run("", [{"test_acc": 1}] * 12, *elsewhere, folder=job.folder)
+    assert finished_run(job).last == 1

@@ -1,0 +1,13 @@
+"""Where the project's own files are found."""
+
+from mdistiller import paths
+
+
+def test_a_file_is_looked_for_here_and_then_in_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "configs/digits/kd.yaml"
+    assert paths.find_file(name) == paths.SHIPPED / name
+    (tmp_path / "configs/digits").mkdir(parents=True)
+    (tmp_path / name).touch()
+    assert paths.find_file(name).resolve() == tmp_path / name
+    assert paths.find_file("configs/none.yaml") is None and paths.find_file("configs") is None
