@@ -1,4 +1,4 @@
-"""Attention transfer: the student looks where the teacher looks."""
+"""Attention transfer: the student learns the teacher's spatial attention maps."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:
 
         loss = mean_(B, HW)[ (a_s - a_t)^2 ],   a = A / |A|_2 over HW,   A = mean_C |f|^p
 
-    A map without any activation has a = 0. The gradient is 0 wherever f is.
+    An all-zero map has a = 0. The gradient is 0 wherever f is 0.
 
     Args:
         f_s: the student's (B, C_s, H_s, W_s).
-        f_t: the teacher's (B, C_t, H_t, W_t); of two sizes, the larger map is average-pooled to the smaller.
-        p: exponent > 0; the larger, the more the strongest channels count.
+        f_t: the teacher's (B, C_t, H_t, W_t); if the sizes differ, the larger is average-pooled to the smaller.
+        p: exponent > 0; a larger one gives more weight to the strongest channels.
 
     Returns:
         () in [0, 4 / HW], the student's dtype; float32 for half precision.
@@ -35,7 +35,7 @@ def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:
     Raises:
         ValueError: p <= 0.
 
-    Cost: keeps nothing of the maps' size for the backward pass but the maps.
+    Cost: of the maps' size, only the maps themselves are kept for the backward pass.
 
     Reference: Zagoruyko and Komodakis 2017, arXiv 1612.03928, equation 2.
     """
@@ -51,7 +51,7 @@ def attention(f: Tensor, p: float) -> Tensor:
 
 
 class _MeanPower(torch.autograd.Function):
-    """mean over dim 1 of |f|^p: (B, C, H, W) -> (B, H, W). Autograd's own form would store |f|^p and its gradient."""
+    """mean over dim 1 of |f|^p: (B, C, H, W) -> (B, H, W). Plain autograd would store |f|^p and its gradient."""
 
     @staticmethod
     def forward(ctx: Any, f: Tensor, p: float) -> Tensor:  # type: ignore[override]
@@ -67,7 +67,7 @@ class _MeanPower(torch.autograd.Function):
 
 
 def at_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], p: float) -> Tensor:
-    """Sum of `single_stage_at_loss` over the stages: `g_s` and `g_t` hold one map each."""
+    """Sum of `single_stage_at_loss` over the stages: `g_s` and `g_t` hold one map per stage."""
     return torch.stack([single_stage_at_loss(f_s, f_t, p) for f_s, f_t in zip(g_s, g_t)]).sum()
 
 
@@ -76,7 +76,7 @@ class AT(FeatureDistiller):
     """Cross-entropy with the labels and `at_loss` over the stages after the stem.
 
     Raises:
-        ValueError: the networks differ in their number of stages, or have vectors where maps are due.
+        ValueError: the networks differ in their number of stages, or have vectors instead of maps.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:

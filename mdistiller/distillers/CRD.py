@@ -1,4 +1,4 @@
-"""Contrastive representation distillation: tell the teacher's view of an image from its view of other images."""
+"""Contrastive representation distillation: match the two networks' embeddings of an image, not of other images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ._precision import full_precision
 _EPS = 1e-7
 # Elements of the largest temporary tensor: 16 MiB in float32, about what a processor's cache holds.
 _CHUNK = 2**22
-# Of CRD.FEAT.STUDENT_DIM and TEACHER_DIM.
+# The default of CRD.FEAT.STUDENT_DIM and TEACHER_DIM.
 _DEFAULT_WIDTH = 256
 
 
@@ -34,21 +34,22 @@ def nce_loss(embed: Tensor, bank: Tensor, contrastive_index: Tensor, temperature
         loss = -mean_B[ log h_0 + sum_(k=1..K) log(1 - h_k) ],
         h_k = p_k / (p_k + K/N),   p_k = exp(<embed_b, bank_i(b,k)> / temperature) / z
 
-    the chance that entry i(b, k) is the positive and not one of K draws from N. K/N carries 1e-7 as the original does.
+    where h_k is the probability that entry i(b, k) is the positive and not one of K draws from N. As in the original,
+    1e-7 is added to K/N in the denominators.
 
     Args:
         embed: (B, D).
-        bank: (N, D) of `embed`'s dtype (float32 where `embed` is half precision); takes no gradient.
+        bank: (N, D) of `embed`'s dtype (float32 where `embed` is half precision); gets no gradient.
         contrastive_index: (B, K + 1) int64 rows of `bank`: the positive in column 0, the negatives after it.
         temperature: () > 0.
-        z: () > 0, the constant that stands for the sum over all N entries.
+        z: () > 0, the normalising constant that replaces the sum over all N entries.
 
     Returns:
-        () in nats, >= 0. Finite for any finite score: h is a logistic function, taken in the logarithm.
+        () in nats, >= 0. Finite for any finite score: h is a logistic function, computed in log space.
 
-    Cost: the scores come from one product with the bank, the gradient from another, O(BND) time and O(BN) memory
-    (at most 16 MiB at a time, from one row of the batch up). A bank of more than 32 (K + 1) entries is gathered row by
-    row instead, O(BKD). Nothing of B x K x D, and all that waits for the backward pass is (B, D).
+    Cost: one matrix product with the bank for the scores and one for the gradient, O(BND) time and O(BN) memory (at
+    most 16 MiB at a time, or one row of the batch if that is more). From a bank of more than 32 (K + 1) entries, the
+    rows are gathered instead, O(BKD). No B x K x D tensor is formed; only (B, D) is kept for the backward pass.
 
     Reference: Tian et al. 2020, arXiv 1910.10699, section 3.1.
     """
@@ -61,8 +62,8 @@ def nce_loss(embed: Tensor, bank: Tensor, contrastive_index: Tensor, temperature
 class _LogisticNCE(torch.autograd.Function):
     """mean_B[ softplus(-u_0) + sum_k softplus(u_k) ],  u = score / temperature - shift.
 
-    With shift = log(z K/N), h = sigmoid(u), so the slope is sigmoid(u_k), and for the positive -sigmoid(-u_0). It is
-    worked out together with the loss, while the scores are at hand.
+    With shift = log(z K/N), h = sigmoid(u), so the slope in u is sigmoid(u_k), and for the positive -sigmoid(-u_0). The
+    forward pass computes it together with the loss, so that the scores need not be kept.
     """
 
     @staticmethod
@@ -87,20 +88,20 @@ class _LogisticNCE(torch.autograd.Function):
 
 
 def _scores(embed: Tensor, bank: Tensor, index: Tensor) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
-    """<embed_b, bank[index[b, k]]> as (rows, K + 1), some rows of the batch at a time.
+    """<embed_b, bank[index[b, k]]> as (rows, K + 1), for one chunk of the batch's rows at a time.
 
-    Beside them the map from the loss's slopes in those scores, (rows, K + 1), to those in the embeddings, (rows, D).
+    With them, a function from the loss's slopes in those scores, (rows, K + 1), to those in the embeddings, (rows, D).
     """
     many = len(bank) > 32 * index.shape[1]
     score, width = (_gathered_scores, index.shape[1] * bank.shape[1]) if many else (_dense_scores, len(bank))
     rows = max(1, _CHUNK // width)
-    for part, part_index in zip(embed.split(rows), index.split(rows)):
-        yield score(part, bank, part_index)
+    for chunk, chunk_index in zip(embed.split(rows), index.split(rows)):
+        yield score(chunk, bank, chunk_index)
 
 
 def _dense_scores(embed: Tensor, bank: Tensor, index: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     everything = embed @ bank.T
-    # An entry that a row names twice counts twice: the slopes of one cell add up.
+    # An entry that occurs twice in a row of `index` counts twice: its slopes are added.
     return everything.gather(1, index), lambda slope: everything.zero_().scatter_add_(1, index, slope) @ bank
 
 
@@ -110,7 +111,7 @@ def _gathered_scores(embed: Tensor, bank: Tensor, index: Tensor) -> tuple[Tensor
 
 
 class Embed(nn.Module):
-    """A linear map onto the unit sphere: (B, D_in, ...) -> (B, D_out), in float32 at least."""
+    """A linear layer and L2 normalisation: (B, D_in, ...) -> (B, D_out), in float32 or float64."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -122,17 +123,17 @@ class Embed(nn.Module):
 
 
 class ContrastMemory(nn.Module):
-    """One running embedding of every training image by the student (memory_v1) and by the teacher (memory_v2).
+    """Moving averages of every training image's embeddings, the student's in memory_v1, the teacher's in memory_v2.
 
     Args:
         dim: D, width of the embeddings.
         num_data: N, size of the training set.
         num_negatives: K.
         temperature: of the scores.
-        momentum: share of an image's old entry in its new one.
+        momentum: weight of an image's old entry in its new one.
 
     The buffer `params` holds [K, temperature, Z_v1, Z_v2, momentum], as the original's checkpoints do; Z < 0 until
-    the first batch, which sets them.
+    the first batch sets it.
     """
 
     def __init__(self, dim: int, num_data: int, num_negatives: int, temperature: float, momentum: float) -> None:
@@ -148,12 +149,14 @@ class ContrastMemory(nn.Module):
     memory_v2: Tensor
 
     def forward(self, v_student: Tensor, v_teacher: Tensor, index: Tensor, contrastive_index: Tensor) -> Tensor:
-        """`nce_loss` of student against teacher's bank and of teacher against student's; then updates both banks.
+        """Sum of `nce_loss` of the student against the teacher's bank and of the teacher against the student's bank.
+
+        Updates both banks afterwards.
 
         Args:
             v_student: (B, D) of unit length.
             v_teacher: (B, D) of unit length.
-            index: (B,) int64, each image's row in the banks. Of an image that is there twice, the last one counts.
+            index: (B,) int64, each image's row in the banks. If an image occurs twice, the last one counts.
             contrastive_index: (B, K + 1) int64, rows of the banks, the positive first.
         """
         if not self._z_known:
@@ -161,7 +164,7 @@ class ContrastMemory(nn.Module):
         _, temperature, z_student, z_teacher, _ = self.params.unbind()
         loss_student = nce_loss(v_student, self.memory_v2, contrastive_index, temperature, z_student)
         loss_teacher = nce_loss(v_teacher, self.memory_v1, contrastive_index, temperature, z_teacher)
-        # Every rank enters the images of all ranks, so that their banks stay the same.
+        # Every rank writes the images of all ranks, so that all ranks have the same banks.
         index = gather_batch(index)
         self._update(self.memory_v1, gather_batch(v_student.detach()), index)
         self._update(self.memory_v2, gather_batch(v_teacher.detach()), index)
@@ -169,13 +172,13 @@ class ContrastMemory(nn.Module):
 
     @torch.no_grad()
     def _set_z(self, v_student: Tensor, v_teacher: Tensor, contrastive_index: Tensor) -> None:
-        """Z = N times the mean of exp(score / temperature) over the first batch, where no checkpoint set it."""
+        """Z = N times the mean of exp(score / temperature) over the first batch, unless a checkpoint set it."""
         for place, embed, bank in ((2, v_student, self.memory_v2), (3, v_teacher, self.memory_v1)):
             if self.params[place] < 0:
-                parts = _scores(embed, bank, contrastive_index)
-                total = torch.stack([scores.div_(self.params[1]).exp_().sum() for scores, _ in parts]).sum()
+                chunks = _scores(embed, bank, contrastive_index)
+                total = torch.stack([scores.div_(self.params[1]).exp_().sum() for scores, _ in chunks]).sum()
                 self.params[place] = mean_over_ranks(total / contrastive_index.numel()) * len(bank)
-        # Asked once and not at every step: reading `params` would make the host wait for the device.
+        # Checked once, not at every step: reading `params` would make the host wait for the device.
         self._z_known = True
 
     @torch.no_grad()
@@ -205,8 +208,8 @@ class ContrastMemory(nn.Module):
 class CRD(Distiller):
     """Cross-entropy with the labels and the contrastive loss between the two networks' `pooled_feat`.
 
-    The embeddings' input widths are the networks' own. CRD.FEAT.STUDENT_DIM and TEACHER_DIM need not be set: 256, the
-    original's default, says nothing, any other value must agree with the network.
+    The embeddings' input widths are read from the networks. CRD.FEAT.STUDENT_DIM and TEACHER_DIM need not be set: 256,
+    the original's default, is ignored; any other value must agree with the network.
 
     Args:
         num_data: N, size of the training set.
@@ -222,7 +225,7 @@ class CRD(Distiller):
     needs_run = ("num_data",)
     needs_batch = ("contrastive_index",)
     teacher_outputs = ("pooled_feat",)
-    compares_images = True  # with the bank, which an image enters before the next part of the batch
+    compares_images = True  # a micro-batch would update the bank before the next one is compared with it
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, num_data: int) -> None:
         super().__init__(student, teacher)
@@ -239,7 +242,7 @@ class CRD(Distiller):
         return [*super().get_learnable_parameters(), *self.embed_s.parameters(), *self.embed_t.parameters()]
 
     def get_extra_parameters(self) -> int:
-        """The two embeddings and, as in the original's count, all that the memory holds."""
+        """Parameters of the two embeddings and, as in the original's count, every element of the memory's buffers."""
         memory = sum(buffer.numel() for buffer in self.contrast.buffers())
         return count_parameters(self.embed_s) + count_parameters(self.embed_t) + memory
 
@@ -270,10 +273,10 @@ def _width(network: str, features: Features, configured: int) -> int:
 
 
 def _check_nce(nce: CN) -> None:
-    for key, due, holds in (
+    for key, expected, holds in (
         ("K", "a whole number >= 1", isinstance(nce.K, int) and nce.K >= 1),
         ("TEMPERATURE", "positive and finite", 0 < nce.TEMPERATURE < math.inf),
         ("MOMENTUM", "in [0, 1)", 0 <= nce.MOMENTUM < 1),
     ):
         if not holds:
-            raise UserError(f"CRD.NCE.{key} must be {due}, not {nce[key]!r}")
+            raise UserError(f"CRD.NCE.{key} must be {expected}, not {nce[key]!r}")

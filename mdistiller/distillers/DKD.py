@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation: one loss for "target or not", one for which of the other classes."""
+"""Decoupled knowledge distillation: one loss term for the target against the rest, one for the other classes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def dkd_loss(
         loss = T^2 * mean_B[ alpha * KL(b_t || b_s) + beta * KL(q_t || q_s) ],   p = softmax(z / T)
         b = (p_y, 1 - p_y),   q = softmax(z / T) over the classes other than y
 
-    Both parts are formed from log-probabilities, so that value and gradient are finite however far a logit leads.
-    Of two classes only one is not the target: q = (1,) for both networks, and the second part is exactly 0.
+    Both terms are computed from log-probabilities: value and gradient are finite for logits any distance apart.
+    Of two classes only one is not the target: q = (1,) for both networks, and the second term is exactly 0.
 
     Args:
         logits_student: (B, C), C >= 2, before softmax.
         logits_teacher: (B, C); not detached here.
         target: (B,) int64, the labels y in [0, C).
-        alpha: weight of the target part (TCKD).
-        beta: weight of the non-target part (NCKD).
+        alpha: weight of the target term (TCKD).
+        beta: weight of the non-target term (NCKD).
         temperature: T > 0.
 
     Returns:
@@ -46,25 +46,28 @@ def dkd_loss(
     check_logits(logits_student, logits_teacher, temperature)
     if logits_student.shape[1] < 2:
         raise ValueError(f"DKD needs two classes or more, the logits have {logits_student.shape[1]}")
-    binary_student, others_student = _log_parts(logits_student / temperature, target)
-    binary_teacher, others_teacher = _log_parts(logits_teacher / temperature, target)
+    binary_student, others_student = _log_probabilities(logits_student / temperature, target)
+    binary_teacher, others_teacher = _log_probabilities(logits_teacher / temperature, target)
     tckd = F.kl_div(binary_student, binary_teacher, reduction="batchmean", log_target=True)
     nckd = F.kl_div(others_student, others_teacher, reduction="batchmean", log_target=True)
     return (alpha * tckd + beta * nckd) * temperature**2
 
 
-def _log_parts(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _log_probabilities(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """log b (B, 2) and log q (B, C - 1) of `dkd_loss`."""
     target = target.unsqueeze(1)
     others = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
     others = logits.gather(1, others + (others >= target))  # the target's column left out
-    lead = logits.gather(1, target) - others.logsumexp(dim=1, keepdim=True)  # the log-odds of the target
-    return F.logsigmoid(torch.cat([lead, -lead], dim=1)), F.log_softmax(others, dim=1)
+    log_odds = logits.gather(1, target) - others.logsumexp(dim=1, keepdim=True)  # of the target
+    return F.logsigmoid(torch.cat([log_odds, -log_odds], dim=1)), F.log_softmax(others, dim=1)
 
 
 @register("DKD", CN({"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0, "WARMUP": 20}))
 class DKD(Distiller):
-    """Cross-entropy with the labels and `dkd_loss` with the teacher, growing over the first WARMUP epochs."""
+    """Cross-entropy with the labels and `dkd_loss` with the teacher.
+
+    The weight of `dkd_loss` grows linearly over the first WARMUP epochs.
+    """
 
     teacher_outputs = ("logits",)
 
@@ -79,9 +82,9 @@ class DKD(Distiller):
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits_student, _ = self.student(image)
         logits_teacher, _ = self.teacher_forward(image)
-        warmth = min(kwargs["epoch"] / self.warmup, 1.0) if self.warmup > 0 else 1.0
+        scale = min(kwargs["epoch"] / self.warmup, 1.0) if self.warmup > 0 else 1.0
         loss_dkd = dkd_loss(logits_student, logits_teacher, target, self.alpha, self.beta, self.temperature)
         return logits_student, {
             "loss_ce": self.ce_loss_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": warmth * loss_dkd,
+            "loss_kd": scale * loss_dkd,
         }

@@ -29,12 +29,12 @@ class FitNet(FeatureDistiller):
 
         loss_kd = FEAT_WEIGHT * mean[ (regressor(feats_s[HINT_LAYER]) - feats_t[HINT_LAYER])^2 ]
 
-    During the first INIT_EPOCHS epochs the cross-entropy counts nothing: the paper's first stage, in which the hint
-    alone trains the student up to the guided layer. `loss_ce` is then 0, and what lies above that layer gets zero
-    gradients; the optimizer's weight decay still reaches it. 0 epochs, the default, is the original's one stage.
+    During the first INIT_EPOCHS epochs the cross-entropy has weight 0: the paper's first stage, in which the hint
+    alone trains the student up to the guided layer. `loss_ce` is then 0, and the layers above the guided one get zero
+    gradients, but the optimizer's weight decay still changes them. The default, 0, skips this stage, like the original.
 
     Raises:
-        ValueError: HINT_LAYER is no feature map of both networks, or no regressor fits their shapes.
+        ValueError: HINT_LAYER is not the index of a feature map in both networks, or no regressor fits their shapes.
 
     Reference: Romero et al. 2015, arXiv 1412.6550, section 2.2.
     """

@@ -1,4 +1,4 @@
-"""Distillation by singular vectors: how a map's main directions change from stage to stage."""
+"""Distillation by singular vectors: match how the feature maps' leading directions change from stage to stage."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int, dtype: torc
         R[a, b, j] = exp( -(v_i[a, j] - v_(i-1)[b, j])^2 / 8 )
 
     where i runs over the stages but the first, and v_i (W, k) holds the map's k leading right singular vectors, see
-    `directions`. Each is multiplied by the teacher's singular value (divided by the norm of all k). The student's are
-    chosen among its k + 3 leading ones: for each of the teacher's the one with the largest |cosine|, turned its way.
+    `directions`. Each is multiplied by the teacher's singular value (divided by the norm of all k). For each of the
+    teacher's vectors, the student's is the one of its k + 3 leading ones with the largest |cosine|, its sign flipped if
+    the cosine is negative.
 
     Args:
-        g_s: the student's maps (B, C, H, W), one a stage, two or more.
-        g_t: the teacher's, of the same H and W, C being free; they get no gradient.
+        g_s: the student's maps (B, C, H, W), one per stage, two or more.
+        g_t: the teacher's, of the same H and W and any C; they get no gradient.
         k: number of directions, at least 1; a map has at most W.
         dtype: the directions are rounded to it; by default the maps' own, or float32 for half precision.
 
@@ -44,7 +45,7 @@ def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int, dtype: torc
     if k < 1:
         raise ValueError(f"KDSVD.K must be at least 1, it is {k}")
     if len(g_s) < 2:
-        raise ValueError(f"KDSVD compares a stage with the one before; there are {len(g_s)}")
+        raise ValueError(f"KDSVD needs two stages or more, to compare each with the one before; there are {len(g_s)}")
     stages = [_aligned_directions(f_s, f_t, k, dtype) for f_s, f_t in zip(g_s, g_t)]
     changes = [(_change(s0, s1) - _change(t0, t1)).square().sum() for (s0, t0), (s1, t1) in pairwise(stages)]
     return torch.stack(changes).sum() / len(g_s[0])
@@ -63,7 +64,7 @@ def _aligned_directions(f_s: Tensor, f_t: Tensor, k: int, dtype: torch.dtype | N
 
 
 def _change(before: Tensor, after: Tensor) -> Tensor:
-    """(B, W, k), (B, W', k) -> (B, W', W, k), in (0, 1]."""
+    """R of `kdsvd_loss`: (B, W, k), (B, W', k) -> (B, W', W, k), in (0, 1]."""
     return torch.exp((after.unsqueeze(2) - before.unsqueeze(1)).square() / -8)
 
 
@@ -71,9 +72,9 @@ def _change(before: Tensor, after: Tensor) -> Tensor:
 def directions(f: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The n leading right singular vectors (B, W, n) and singular values (B, n) of each map as a (C H, W) matrix.
 
-    A vector's sign, which no decomposition fixes, is such that its entries sum to no less than 0. A direction that
-    the map does not have (singular value 0) is a zero vector. The gradient between directions of equal singular
-    values, which are arbitrary, is taken as 0.
+    A decomposition leaves a vector's sign open; it is chosen so that the entries sum to at least 0. A direction that
+    the map does not have (singular value 0) is a zero vector. Directions of equal singular values are arbitrary, so
+    the gradient between them is set to 0.
 
     Cost: a (W, W) Gram matrix and its eigenvectors; singular values below sqrt(W eps) of the largest count as 0.
     """
@@ -116,10 +117,10 @@ def _tolerance(values: Tensor, dtype: torch.dtype) -> Tensor:
 class KDSVD(FeatureDistiller):
     """Cross-entropy with the labels and `kdsvd_loss` over the stages after the stem.
 
-    The directions are float32 as in the original, in a float64 run too.
+    The directions are float32 as in the original, even in a float64 run.
 
     Raises:
-        ValueError: the networks differ in their number of stages or their maps' sizes, or have vectors for maps.
+        ValueError: the networks differ in their number of stages or their maps' sizes, or have vectors instead of maps.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:

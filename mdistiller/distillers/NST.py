@@ -1,4 +1,4 @@
-"""Neuron selectivity transfer: the student's channels are to be distributed as the teacher's."""
+"""Neuron selectivity transfer: match the distribution of the student's channels to that of the teacher's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._base import FeatureDistiller, Features, register
 from ._feature_maps import align, get_stage_shapes, pair_stages, require_paired_maps
 from ._precision import full_precision
 
-EPS = 1e-12  # a channel's norm counts as no less
+EPS = 1e-12  # lower bound of a channel's norm
 
 
 @full_precision
@@ -23,20 +23,21 @@ def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
         loss = mean_B[ mean_(C_s, C_s) k(s, s') - 2 mean_(C_s, C_t) k(s, t) + mean_(C_t, C_t) k(t, t') ]
 
-    where s and t are channels (HW vectors) divided by their L2 norm; a channel without any activation stays 0.
+    where s and t are channels (HW vectors) divided by their L2 norm; an all-zero channel stays 0.
 
     A sum of k over all pairs is the squared norm of a matrix product, and with the Gram matrices over positions
-    G = F^T F / C (HW x HW) the whole loss is mean_B |G_s - G_t|^2. The cheaper form is taken, over channels or over
-    positions: no pair of channels ever holds HW numbers. Over channels, their norms are the products' diagonal.
+    G = F^T F / C (HW x HW) the whole loss is mean_B |G_s - G_t|^2. The cheaper form is computed, over channels or over
+    positions; neither holds HW numbers for each pair of channels. Over channels, the norms come from the products'
+    diagonals.
 
     Args:
         f_s: the student's (B, C_s, H_s, W_s).
-        f_t: the teacher's (B, C_t, H_t, W_t); of two sizes, the larger map is average-pooled to the smaller.
+        f_t: the teacher's (B, C_t, H_t, W_t); if the sizes differ, the larger is average-pooled to the smaller.
 
     Returns:
         () >= 0 up to rounding, the student's dtype; float32 for half precision.
 
-    Cost: B HW C min(3 C, 2 HW) multiplications, memory for B min(C, HW)^2 numbers a product.
+    Cost: B HW C min(3 C, 2 HW) multiplications, memory for B min(C, HW)^2 numbers per product.
 
     Reference: Huang and Wang 2017, arXiv 1707.01219, equations 3 and 6.
     """
@@ -54,7 +55,7 @@ def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
 
 def _gram(f: Tensor) -> Tensor:
-    """Products of positions over the normalised channels: (B, C, HW) -> (B, HW, HW)."""
+    """Gram matrices over positions of the normalised channels: (B, C, HW) -> (B, HW, HW)."""
     f = F.normalize(f, dim=2, eps=EPS)
     return f.mT @ f
 
@@ -65,7 +66,7 @@ def _mean_square(inner: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
 
 
 def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
-    """Sum of `single_stage_nst_loss` over the stages: `g_s` and `g_t` hold one map each."""
+    """Sum of `single_stage_nst_loss` over the stages: `g_s` and `g_t` hold one map per stage."""
     return torch.stack([single_stage_nst_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t)]).sum()
 
 
@@ -74,7 +75,7 @@ class NST(FeatureDistiller):
     """Cross-entropy with the labels and `nst_loss` over the stages after the stem.
 
     Raises:
-        ValueError: the networks differ in their number of stages, or have vectors where maps are due.
+        ValueError: the networks differ in their number of stages, or have vectors instead of maps.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:

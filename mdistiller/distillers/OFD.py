@@ -1,4 +1,4 @@
-"""Overhaul of feature distillation: the teacher's maps before the ReLU, of whose negative part little is asked."""
+"""Overhaul of feature distillation: match the teacher's maps before the ReLU, loosely where they are negative."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ._precision import full_precision
 
 @full_precision
 def feat_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
-    """Partial L2 distance: where the margin-ReLU of the teacher is negative, the student need only be below it.
+    """Partial L2 distance: where the margin-ReLU of the teacher is negative, only a student above it is penalised.
 
         loss = 1/B * sum[ 0 if s <= g <= 0 else (s - g)^2 ],   g = max(t, margin)
 
     Args:
         source: the student's s (B, C, H, W).
-        target: the teacher's t (B, C, H, W), before its ReLU; takes no gradient.
+        target: the teacher's t (B, C, H, W), before its ReLU; gets no gradient.
         margin: (1, C, 1, 1), negative; see `feature_margin`.
 
     Returns:
@@ -36,18 +36,18 @@ def feat_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
     Raises:
         ValueError: student and teacher differ in shape.
 
-    Cost: one tensor of the maps' size waits for the backward pass.
+    Cost: one tensor of the maps' size is kept for the backward pass.
 
     Reference: Heo et al. 2019, arXiv 1904.01866, section 3.
     """
     if source.shape != target.shape:
         shapes = f"the student's {tuple(source.shape)}, the teacher's {tuple(target.shape)}"
-        raise ValueError(f"OFD compares maps of one shape: {shapes}")
+        raise ValueError(f"OFD needs maps of the same shape: {shapes}")
     return _PartialL2.apply(source, target, margin.to(source))
 
 
 class _PartialL2(torch.autograd.Function):
-    """The gradient is twice the difference that the loss squares, so that difference is all there is to keep."""
+    """The gradient is twice the difference that the loss squares, so only that difference is kept."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, target: Tensor, margin: Tensor) -> Tensor:  # type: ignore[override]
@@ -56,7 +56,7 @@ class _PartialL2(torch.autograd.Function):
         # 1 where the student is above the goal or the goal above 0, else 0; in place as floats, faster than with bools.
         diff *= torch.maximum(goal, diff, out=goal).gt_(0)
         ctx.save_for_backward(diff)
-        # Map by map, as one long sum would lose digits in float32.
+        # Summed map by map, as one long sum would lose precision in float32.
         return torch.linalg.vector_norm(diff.flatten(2), dim=2).square().sum() / len(diff)
 
     @staticmethod
@@ -67,25 +67,25 @@ class _PartialL2(torch.autograd.Function):
 
 
 def feature_margin(bn: nn.BatchNorm2d) -> Tensor:
-    """The mean of the negative outputs of a BatchNorm, taken as Gaussian: each channel's margin.
+    """Each channel's margin: the mean of the negative outputs of a BatchNorm, assuming that its outputs are Gaussian.
 
         margin = E[x | x < 0] = m - s * phi(m/s) / Phi(-m/s),   x ~ N(m, s^2),   m = bias, s = |weight|
 
     Args:
-        bn: with C channels, as `teacher.get_bn_before_relu()` gives it.
+        bn: with C channels, as `teacher.get_bn_before_relu()` returns it.
 
     Returns:
-        (1, C, 1, 1), <= 0, the dtype of `bn`. A channel that is never negative has -s^2/m, the limit; where s is 0,
-        min(m, 0).
+        (1, C, 1, 1), <= 0, the dtype of `bn`. A channel that is never negative gets the limit, -s^2/m; one
+        with s = 0 gets min(m, 0).
 
     Reference: Heo et al. 2019, arXiv 1904.01866, section 3.
     """
     mean = bn.bias.detach().double()
     std = bn.weight.detach().double().abs().clamp(min=torch.finfo(torch.float64).tiny)
     ratio = mean / std
-    # phi / Phi through the scaled complementary error function, which takes the common factor exp(-x^2/2) out.
+    # phi / Phi by the scaled complementary error function, in which their common factor exp(-x^2/2) cancels.
     margin = mean - std * math.sqrt(2 / math.pi) / torch.special.erfcx(ratio / math.sqrt(2))
-    # Far out the two terms cancel; their difference is this series.
+    # For a large ratio the two terms cancel; this series is their difference.
     far = -std * (1 / ratio - 2 / ratio**3)
     return torch.where(ratio > 1e3, far, margin).to(bn.weight.dtype).view(1, -1, 1, 1)
 
@@ -114,11 +114,11 @@ DEFAULTS = CN({"CONNECTOR": CN({"KERNEL_SIZE": 1}), "LOSS": CN({"CE_WEIGHT": 1.0
 class OFD(FeatureDistiller):
     """Cross-entropy with the labels and `feat_loss` over the last stages, each with half the weight of the next.
 
-    The stages are paired from the deepest up, as many as both networks have after the stem and as the teacher gives
-    BatchNorms for; the teacher's maps are average-pooled to the student's size.
+    The stages after the stem are paired from the deepest up, as many as both networks have and as the teacher returns
+    BatchNorms for. The teacher's maps are average-pooled to the student's size.
 
     Raises:
-        ValueError: the teacher's BatchNorms do not fit its stages, or there is no stage to pair.
+        ValueError: the teacher's BatchNorms differ in channels from its stages, or there is no stage to pair.
     """
 
     # As in the paper's code: the targets are normalised by the statistics of the batch.
@@ -133,12 +133,12 @@ class OFD(FeatureDistiller):
         channels_t, bns = channels_t[self.stages], bns[self.stages]
         if not count or [len(bn.weight) for bn in bns] != list(channels_t):
             raise ValueError(
-                f"OFD pairs stages of {list(channels_s)} channels in the student with {list(channels_t)} in the "
-                f"teacher, whose BatchNorms before the ReLU have {[len(bn.weight) for bn in bns]}"
+                f"OFD cannot pair the stages: {list(channels_s)} channels in the student, {list(channels_t)} in the "
+                f"teacher, but the teacher's BatchNorms before the ReLU have {[len(bn.weight) for bn in bns]}"
             )
         self.connectors = ConnectorConvBN(channels_s[self.stages], channels_t, cfg.OFD.CONNECTOR.KERNEL_SIZE)
         for i, bn in enumerate(bns):
-            # Buffers, to move with the module; out of the state dict, as they follow from the teacher.
+            # Buffers, so that they move with the module; not saved, as they are computed from the teacher.
             self.register_buffer(f"margin{i}", feature_margin(bn), persistent=False)
 
     @property
@@ -147,7 +147,7 @@ class OFD(FeatureDistiller):
         return [self.get_buffer(f"margin{i}") for i in range(len(self.connectors.connectors))]
 
     def teacher_forward(self, image: Tensor) -> tuple[Tensor, Features]:
-        """As the base class's, on copies of the buffers: training mode would move the teacher's running statistics."""
+        """As in the base class, but on copies of the buffers: training mode would update the running statistics."""
         buffers = {name: buffer.clone() for name, buffer in self.teacher.named_buffers()}
         with torch.no_grad():
             return functional_call(self.teacher, buffers, (image,))

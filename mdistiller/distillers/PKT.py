@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -32,14 +33,33 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
     Reference: Passalis and Tefas 2018, arXiv 1803.10837, equations 3 to 6.
     """
     p_s, p_t = _neighbours(f_s, eps), _neighbours(f_t, eps)
-    return (p_t * ((p_t + eps) / (p_s + eps)).log()).mean()
+    # With a = p + eps and change = a_t / a_s - 1. The rows of p_s and p_t have the same sum, so p_t - p_s may be
+    # subtracted from each term. The terms are then second order in `change`, and do not cancel near the teacher.
+    change = (p_t - p_s) / (p_s + eps)
+    log_ratio = change.log1p()
+    return ((p_s + eps) * ((1 + change) * log_ratio - change) - eps * log_ratio).mean()
 
 
 def _neighbours(f: Tensor, eps: float) -> Tensor:
     """Row i is image i's probability (B, B) to choose each image of the batch as its neighbour."""
-    f = f / (vector_norm(f, dim=1, keepdim=True) + eps)
-    kernel = (f @ f.mT + 1) / 2
+    length = vector_norm(f, dim=1, keepdim=True)
+    direction = _direction(f, length)
+    # The cosine of f / (length + eps) is c * (1 - t_i) * (1 - t_j), with c that of the directions. Written out, so that
+    # 1 + cosine does not cancel for opposite vectors.
+    c, t = direction @ direction.mT, eps / (length + eps)
+    kernel = (1 + c - c * (t + t.mT - t * t.mT)) / 2
     return kernel / kernel.sum(dim=1, keepdim=True)
+
+
+def _direction(f: Tensor, length: Tensor) -> Tensor:
+    """f / length; a zero vector stays zero.
+
+    The gradient is g -> (g - d (d.g)) / length, d the direction. Automatic differentiation of the division gives the
+    same up to rounding errors of g / length, which are large where the kernel is small.
+    """
+    safe = length.detach().clamp_min(torch.finfo(f.dtype).tiny)
+    constant = f.detach() / safe
+    return constant + (f - constant * (constant * f).sum(dim=1, keepdim=True)) / safe
 
 
 @register("PKT", CN({"LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 30000.0})}))

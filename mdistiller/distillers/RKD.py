@@ -1,4 +1,4 @@
-"""Relational knowledge distillation: the student keeps the distances and angles among the teacher's embeddings."""
+"""Relational knowledge distillation: the student keeps the distances and angles between the teacher's embeddings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rkd_loss(
     distance_weight: float = 25,
     angle_weight: float = 50,
 ) -> Tensor:
-    """Huber difference of the student's and the teacher's relations among the samples of a batch.
+    """Huber loss between the student's and the teacher's distances and angles in a batch.
 
         loss = distance_weight * mean_(i, j) huber(d_s - d_t) + angle_weight * mean_(j, i, k) huber(cos_s - cos_t)
 
@@ -37,23 +37,25 @@ def rkd_loss(
 
     Args:
         f_s: the student's embeddings (B, ...), flattened here.
-        f_t: the teacher's (B, ...), flattened here; takes no gradient.
+        f_t: the teacher's (B, ...), flattened here; gets no gradient.
         squared: compare squared distances.
-        eps: > 0, the least squared distance.
+        eps: > 0, lower bound of a squared distance.
 
     Returns:
-        () >= 0, the student's dtype; float32 for half precision. 0 for a batch of one, which has no relations.
+        () >= 0, the student's dtype; float32 for half precision. 0 for a batch of one, which has no pairs.
 
     Raises:
         ValueError: the batches differ in length, or eps <= 0.
 
-    Cost: O(B^2 D + B^3) time and O(B^2) memory, beside temporaries of 8 MiB or B^2 numbers. In float64 throughout: an
-    angle is worked out from differences of squared distances.
+    Cost: O(B^2 D + B^3) time and O(B^2) memory, plus temporaries of 8 MiB or B^2 numbers. In float64 throughout, as
+    angles are computed from differences of squared distances.
 
     Reference: Park et al. 2019, arXiv 1904.05068, section 3.2.
     """
     if len(f_s) != len(f_t):
-        raise ValueError(f"RKD compares equal batches; the student's has {len(f_s)} samples, the teacher's {len(f_t)}")
+        raise ValueError(
+            f"RKD needs batches of the same length; the student's has {len(f_s)} samples, the teacher's {len(f_t)}"
+        )
     squares_s, squares_t = _squared_distances(f_s), _squared_distances(f_t.detach())
     distance = F.smooth_l1_loss(_relative(squares_s, squared, eps), _relative(squares_t, squared, eps))
     angle = _AngleLoss.apply(squares_s, squares_t, eps)
@@ -67,7 +69,7 @@ def pdist(e: Tensor, squared: bool = False, eps: float = 1e-12) -> Tensor:
     Args:
         e: (B, D).
         squared: return their squares.
-        eps: > 0; off the diagonal no squared distance is smaller, and where it would be there is no gradient.
+        eps: > 0; smaller squared distances off the diagonal are clamped to it and get no gradient.
 
     Returns:
         (B, B) with zeros on the diagonal, the dtype of `e`; float32 for half precision.
@@ -79,7 +81,7 @@ def pdist(e: Tensor, squared: bool = False, eps: float = 1e-12) -> Tensor:
 
 
 def _squared_distances(e: Tensor) -> Tensor:
-    """(B, ...) -> (B, B) in float64, from the differences: exactly 0 for equal rows, whatever their length."""
+    """(B, ...) -> (B, B) in float64, from the differences: exactly 0 for equal rows of any norm."""
     return _SquaredDistances.apply(e.flatten(1).double())
 
 
@@ -111,21 +113,21 @@ def _distances(squares: Tensor, squared: bool, eps: float) -> Tensor:
 
 
 def _relative(squares: Tensor, squared: bool, eps: float) -> Tensor:
-    """Distances (B, B) over their mean off the diagonal."""
+    """Distances (B, B), divided by their mean off the diagonal."""
     distances = _distances(squares, squared, eps)
     pairs = len(squares) * (len(squares) - 1)
     return distances / (distances.sum() / pairs) if pairs else distances
 
 
 class _AngleLoss(torch.autograd.Function):
-    """mean_(j, i, k) huber(cos_s - cos_t) of squared distances (B, B), some vertices j at a time.
+    """mean_(j, i, k) huber(cos_s - cos_t) from squared distances (B, B), for a chunk of vertices j at a time.
 
-    By the law of cosines, with q = d^2 / 2 and u = 1 / d (0 for samples that are not apart),
+    By the law of cosines, with q = d^2 / 2 and u = 1 / d (0 where d^2 <= eps),
 
         cos_jik = (q_ji + q_jk - q_ik) u_ji u_jk
 
-    so that no difference vectors are needed. The slope g of the loss in each cosine is at hand only while its vertex
-    is, so the slopes in q (d u / d q = -u^3) are worked out together with the loss:
+    so that no difference vectors are needed. The slope g of the loss in each cosine exists only while its chunk is
+    processed, so the forward pass also computes the slopes in q (d u / d q = -u^3):
 
         slope_ji = 2 u_ji sum_k g_jik (u_jk - u_ji cos_jik),   slope_ik = -sum_j g_jik u_ji u_jk
     """

@@ -1,4 +1,4 @@
-"""Knowledge review: every level of the teacher guides what the student's same and deeper levels fuse into."""
+"""Knowledge review: every level of the teacher guides a fusion of the student's same and deeper levels."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def hcl_loss(fstudent: Sequence[Tensor], fteacher: Sequence[Tensor]) -> Tensor:
 
         loss = sum_levels[ sum_k w_k mean[(pool_k(f_s) - pool_k(f_t))^2] / sum_k w_k ]
 
-    pool_k averages to the full size (w = 1), then to those of 4x4, 2x2 and 1x1 that are below the map's height, each
-    with half the weight of the one before.
+    pool_k is average pooling to one of several sizes: the full size (w = 1), then those of 4x4, 2x2 and 1x1 that are
+    below the map's height, each with half the weight of the one before.
 
     Args:
-        fstudent: maps (B, C, H, W), one a level.
+        fstudent: the student's maps (B, C, H, W), one per level.
         fteacher: the teacher's, of the same shapes; not detached here.
 
     Returns:
@@ -46,8 +46,8 @@ def hcl_loss(fstudent: Sequence[Tensor], fteacher: Sequence[Tensor]) -> Tensor:
 def _context_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     if f_s.shape != f_t.shape:
         shapes = f"the student's {tuple(f_s.shape)}, the teacher's {tuple(f_t.shape)}"
-        raise ValueError(f"ReviewKD compares maps of one shape: {shapes}")
-    # Pooling is linear: the difference is pooled once, and where sizes divide, each time from the size before.
+        raise ValueError(f"ReviewKD needs maps of the same shape: {shapes}")
+    # Pooling is linear, so only the difference is pooled; where the sizes divide, each time from the size before.
     diff = pooled = f_s - f_t
     height, width = diff.shape[-2:]
     nested = height % 4 == 0 and width % 4 == 0
@@ -62,7 +62,7 @@ def _context_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
 
 class ABF(nn.Module):
-    """Attention-based fusion of a level of the student with what its deeper levels have fused into.
+    """Attention-based fusion of a level of the student with the fused map of its deeper levels.
 
     Args:
         in_channel: C_in of the level's map.
@@ -86,13 +86,13 @@ class ABF(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor | None = None, shape: Size | None = None, out_shape: Size | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The level's map for the teacher's, and the fused map for the next shallower level.
+        """The map to compare with the teacher's at this level, and the fused map for the next shallower level.
 
         Args:
             x: the student's map (B, C_in, H, W).
-            y: (B, M, H', W') from the next deeper level; read if this level fuses.
-            shape: height and width to fuse at; those of `x` unless told.
-            out_shape: height and width of both results; `shape` unless told.
+            y: (B, M, H', W') from the next deeper level; used only if this level fuses.
+            shape: height and width to fuse at; those of `x` by default.
+            out_shape: height and width of both results; `shape` by default.
 
         Returns:
             (B, C_out, *out_shape) and (B, M, *out_shape).
@@ -109,7 +109,7 @@ class ABF(nn.Module):
     def _fuse(conv: nn.Conv2d, x: Tensor, y: Tensor, size: Size) -> Tensor:
         """x * z_0 + y * z_1 with z = sigmoid(conv([x, y])).
 
-        The 1x1 convolution is taken of x and of the still small y, and added: the two are never concatenated.
+        The 1x1 convolution is applied to x and, before its resizing, to y; the results are added without concatenating.
         """
         of_x, of_y = conv.weight.chunk(2, dim=1)
         z = torch.sigmoid(F.conv2d(x, of_x, conv.bias) + _resize(F.conv2d(y, of_y), size))
@@ -117,7 +117,7 @@ class ABF(nn.Module):
 
 
 def _resize(x: Tensor, size: Size) -> Tensor:
-    """The nearest pixels at `size` (one number for a square); `x` itself if that is its size."""
+    """Nearest-neighbour resizing to `size` (one number for a square); `x` itself if it has that size."""
     height, width = (size, size) if isinstance(size, int) else size
     return x if x.shape[-2:] == (height, width) else F.interpolate(x, (height, width), mode="nearest")
 
@@ -147,7 +147,7 @@ def review(abfs: nn.ModuleList, maps: Sequence[Tensor], out_sizes: Sequence[Size
     Returns:
         The maps to compare with the teacher's, shallow to deep.
     """
-    # On a CPU this layout spares the convolutions reordering: a fifth less time for the whole.
+    # On a CPU, convolutions need not reorder this layout: the whole takes a fifth less time.
     layout = torch.channels_last if maps[0].device.type == "cpu" else torch.preserve_format
     results: list[Tensor] = []
     fused: Tensor | None = None
@@ -176,12 +176,13 @@ DEFAULTS = CN(
 class ReviewKD(Distiller):
     """Cross-entropy with the labels and `hcl_loss` between the reviewed student and the teacher's pre-activations.
 
-    The levels are the teacher's stages after the stem and its pooled feature; the student brings its last as many. Its
-    maps are taken before the ReLU if STU_PREACT. The loss grows linearly to REVIEWKD_WEIGHT over WARMUP_EPOCHS.
+    The levels are the teacher's stages after the stem and its pooled feature, and the same number of the student's last
+    levels. The student's maps are those before the ReLU if STU_PREACT is set. The loss weight grows linearly to
+    REVIEWKD_WEIGHT over WARMUP_EPOCHS.
 
-    Numbers of channels and sizes are worked out from the networks and their maps. SHAPES, OUT_SHAPES (deep to shallow),
-    IN_CHANNELS and OUT_CHANNELS (shallow to deep) need not be given: `[]`, or the value in `DEFAULTS`, which is
-    resnet32x4's, says nothing. Any other value must be what the networks have.
+    Numbers of channels and sizes are read from the networks and their maps. SHAPES, OUT_SHAPES (deep to shallow),
+    IN_CHANNELS and OUT_CHANNELS (shallow to deep) need not be set: `[]`, or the value in `DEFAULTS`, which is
+    resnet32x4's, is ignored. Any other value must agree with the networks.
 
     Raises:
         ValueError: IN_CHANNELS or OUT_CHANNELS contradict the networks, or the student has too few stages; in the first
@@ -196,14 +197,17 @@ class ReviewKD(Distiller):
         maps_s, maps_t = self._student_maps(feature_student), self._teacher_maps(feature_teacher)
         if len(maps_s) < self.levels:
             shapes = [", ".join(str(tuple(m.shape)) for m in maps) for maps in (maps_s, maps_t)]
-            raise ValueError(f"ReviewKD needs a student of as many levels; student: {shapes[0]}; teacher: {shapes[1]}")
+            raise ValueError(
+                "ReviewKD needs a student with at least as many levels as the teacher; "
+                f"student: {shapes[0]}; teacher: {shapes[1]}"
+            )
         in_channels, out_channels = ([m.shape[1] for m in maps] for maps in (maps_s, maps_t))
         self._agree("IN_CHANNELS", in_channels)
         self._agree("OUT_CHANNELS", out_channels)
         self.abfs = build_abfs(in_channels, out_channels, self.cfg.MAX_MID_CHANNEL)
 
     def _agree(self, key: str, found: list[Any]) -> None:
-        """Refuse a value of the config's `key` that is given and not what was `found`."""
+        """Refuse a configured value of `key` that contradicts the one `found` in the networks."""
         given = list(self.cfg[key])
         if given and given not in (found, DEFAULTS[key]):
             raise ValueError(f"REVIEWKD.{key} is {given} but the networks have {found}; leave it out, or set it to []")

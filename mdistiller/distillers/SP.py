@@ -1,4 +1,4 @@
-"""Similarity-preserving distillation: images that look alike to the teacher shall look alike to the student."""
+"""Similarity-preserving distillation: match the teacher's similarities between the images of a batch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ._precision import full_precision
 
 @full_precision
 def similarity_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
-    """Mean squared difference of the two networks' similarities among the samples of a batch.
+    """Mean squared difference of the two networks' similarities between the samples of a batch.
 
-        loss = |G_s - G_t|_F^2 / B^2,   G = rows of (F F^T), each divided by its L2 norm,   F = f as (B, everything)
+        loss = |G_s - G_t|_F^2 / B^2,   G = rows of (F F^T), each divided by its L2 norm,   F = f as a (B, D) matrix
 
-    A sample without any activation has similarity 0 to all.
+    An all-zero sample has similarity 0 to all.
 
     Args:
         f_s: the student's features (B, ...).
-        f_t: the teacher's (B, ...); what follows B may differ from the student's.
+        f_t: the teacher's (B, ...); the dimensions after B may differ from the student's.
 
     Returns:
         () in [0, 4 / B], the student's dtype; float32 for half precision. 0 for a batch of one.
@@ -37,7 +37,9 @@ def similarity_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     Reference: Tung and Mori 2019, arXiv 1907.09682, section 3.
     """
     if len(f_s) != len(f_t):
-        raise ValueError(f"SP compares equal batches; the student's has {len(f_s)} samples, the teacher's {len(f_t)}")
+        raise ValueError(
+            f"SP needs batches of the same length; the student's has {len(f_s)} samples, the teacher's {len(f_t)}"
+        )
     return F.mse_loss(_similarities(f_s), _similarities(f_t))
 
 
@@ -47,7 +49,7 @@ def _similarities(f: Tensor) -> Tensor:
 
 
 def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
-    """Sum of `similarity_loss` over the layers: `g_s` and `g_t` hold the features of one layer each."""
+    """Sum of `similarity_loss` over the layers: `g_s` and `g_t` hold one tensor of features per layer."""
     return torch.stack([similarity_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t)]).sum()
 
 

@@ -1,4 +1,4 @@
-"""Variational information distillation: the student's maps shall tell as much as they can about the teacher's."""
+"""Variational information distillation: maximise the information that the student's maps hold about the teacher's."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def vid_loss(regressor: nn.Module, log_scale: Tensor, f_s: Tensor, f_t: Tensor, 
         regressor: (B, C_s, H, W) -> (B, C_t, H, W).
         log_scale: (C_t,), one variance for each channel of the teacher.
         f_s: the student's (B, C_s, H_s, W_s).
-        f_t: the teacher's (B, C_t, H_t, W_t); of two sizes, the larger map is average-pooled to the smaller.
-        eps: > 0, the least variance.
+        f_t: the teacher's (B, C_t, H_t, W_t); if the sizes differ, the larger is average-pooled to the smaller.
+        eps: > 0, lower bound of the variance.
 
     Returns:
-        () in nats for each element, of either sign; float32 for half precision.
+        () in nats per element, may be negative; float32 for half precision.
 
     Reference: Ahn et al. 2019, arXiv 1904.05835, section 2.
     """
@@ -71,8 +71,8 @@ DEFAULTS = CN(
 class VID(FeatureDistiller):
     """Cross-entropy with the labels and the sum of `vid_loss` over the stages after the stem.
 
-    `log_scales` are trained and saved like the `regressors`. The original did neither: they are no part of
-    `get_extra_parameters()`, which counts what it counted, and a state dict without them leaves them as they are.
+    `log_scales` are trained and saved like the `regressors`. The original did neither: so `get_extra_parameters()`
+    does not count them, as the original's does not, and loading a state dict without them leaves them unchanged.
 
     Raises:
         ValueError: the networks differ in their number of stages, or INIT_PRED_VAR does not exceed EPS > 0.

@@ -1,7 +1,7 @@
 """Every distillation method by its name.
 
-A new method is one file beside these: either decorated with `@register(NAME, defaults)` and imported here, or
-entered into `distiller_dict` at the end of this file, with its hyper-parameters in `engine/cfg.py`.
+A new method is one file in this folder. Either decorate its class with `@register(NAME, defaults)` and import it here,
+or add it to `distiller_dict` at the end of this file and its hyper-parameters to `engine/cfg.py`.
 """
 
 from ._base import Distiller, Vanilla, declare_defaults, distiller_dict, method_defaults, register
@@ -46,5 +46,5 @@ __all__ = [
     "register",
 ]
 
-# A method that registers itself by no decorator goes here: "MYKD": MyKD.
+# Add a method without the `@register` decorator here, as in "MYKD": MyKD.
 distiller_dict.update({})

@@ -1,4 +1,4 @@
-"""The original's names for the helpers of its methods; they are defined in `_feature_maps.py`."""
+"""Helpers under the import path that they have in the original; they are defined in `_feature_maps.py`."""
 
 from ._feature_maps import ConvReg, get_feat_shapes
 

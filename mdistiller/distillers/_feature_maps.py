@@ -1,4 +1,4 @@
-"""Feature maps of student and teacher: their shapes, their pairs, and regressors from the one to the other."""
+"""Feature maps of student and teacher: shapes, pairs of stages, and regressors from the student's to the teacher's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 def probe(model: nn.Module, input_size: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
     """The model's output for one zero image of (height, width) = `input_size`.
 
-    In eval mode: a probe in training mode would move the BatchNorm statistics of a pretrained teacher.
+    It runs in eval mode: in training mode it would update the BatchNorm statistics of a pretrained teacher.
     """
     like = next(model.parameters())
     with eval_mode(model):
@@ -38,11 +38,11 @@ def get_feat_shapes(
 
 
 def probe_pair(student: nn.Module, teacher: nn.Module) -> tuple[Features, Features]:
-    """Features of both networks for one zero image of the smallest usual size that both take: 32, 64 or 224."""
+    """Features of both networks for one zero image of the smallest usual size that both accept: 32, 64 or 224."""
     for size in (32, 64):
         try:
             return probe(student, (size, size))[1], probe(teacher, (size, size))[1]
-        except RuntimeError:  # an ImageNet network may pool a 32x32 image away
+        except RuntimeError:  # an ImageNet network may downsample a 32x32 image to nothing
             continue
     return probe(student, (224, 224))[1], probe(teacher, (224, 224))[1]
 
@@ -90,14 +90,17 @@ def require_paired_maps(
         same_size: the maps of a pair must have the same height and width; for a method that does not `align` them.
 
     Raises:
-        ValueError: different numbers of stages, or `require_maps`; names the method and both networks' shapes.
+        ValueError: different numbers of stages, or see `require_maps`; names the method and both networks' shapes.
     """
     pairs = pair_stages(shapes_s, shapes_t)
-    # One entry less is a missing stem only if all the stages have the sizes of the partner's.
+    # One entry less means a missing stem only if all stages have the same sizes as the other network's.
     stemless = abs(len(shapes_s) - len(shapes_t)) == 1 and all(s[2:] == t[2:] for s, t in pairs)
     if len(shapes_s) != len(shapes_t) and not stemless:
         listed = [", ".join(str(tuple(s)) for s in shapes) for shapes in (shapes_s, shapes_t)]
-        raise ValueError(f"{method} pairs networks of equally many stages; student: {listed[0]}; teacher: {listed[1]}")
+        raise ValueError(
+            f"{method} pairs the networks stage by stage, but they differ in their number of stages; "
+            f"student: {listed[0]}; teacher: {listed[1]}"
+        )
     require_maps(pairs, method, same_size)
 
 
@@ -106,7 +109,7 @@ class ConvReg(nn.Module):
 
     Args:
         s_shape: the student's (B, C, H, W).
-        t_shape: the teacher's (B, C, H, W). Its height may be half, twice, or at most the student's.
+        t_shape: the teacher's (B, C, H, W): half or twice the student's height, or no larger than the student's map.
         use_relu: end with a ReLU.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the methods that compare logits share."""
+"""A check that the methods that compare logits share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def check_logits(logits_student: Tensor, logits_teacher: Tensor, temperature: fl
     """Refuse logits of different shapes and a temperature that is not positive.
 
     Raises:
-        ValueError: either; the message names the shapes or the temperature.
+        ValueError: in either case; the message names the shapes or the temperature.
     """
     if logits_student.shape != logits_teacher.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Losses in full precision, whatever the precision of the networks."""
+"""Losses in full precision, for networks of any precision."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ T = TypeVar("T")
 def full_precision(loss: Callable[P, T]) -> Callable[P, T]:
     """Decorator: compute a loss outside autocast, with its half-precision tensors converted to float32."""
 
-    def raised(x: Any) -> Any:
+    def to_float32(x: Any) -> Any:
         return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
 
     @functools.wraps(loss)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         with torch.autocast(device, enabled=False):
-            return loss(*map(raised, args), **{k: raised(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
+            return loss(*map(to_float32, args), **{k: to_float32(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
 
     return run

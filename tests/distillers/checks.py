@@ -1,4 +1,4 @@
-"""What every loss is asked: agreement with its oracle, gradients, low precision."""
+"""Checks for every loss: agreement with its oracle, gradients, low precision."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_agrees(
 
 
 def check_precision(loss: Callable[..., Tensor], *inputs: Tensor, rtol: float = 1e-4, atol: float = 1e-7) -> None:
-    """float64 stays float64; float32 and bfloat16 under autocast lose no more than `rtol` to it, in the value."""
+    """float64 stays float64; the values of float32, and of bfloat16 under autocast, agree with it within `rtol`."""
     assert loss(*inputs).dtype == torch.float64
     for dtype in (torch.float32, torch.bfloat16):
         leaf, *rest = (x.to(dtype) for x in inputs)

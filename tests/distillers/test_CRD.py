@@ -1,4 +1,4 @@
-"""CRD's loss, memory and widths against loops, hand-worked numbers and finite differences."""
+"""CRD's loss, memory and widths against loops, numbers computed by hand and finite differences."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mdistiller.errors import UserError
 
 from .oracles.crd import naive_nce, naive_update, naive_z
 
-DENSE, GATHERED = 20, 300  # entries of the bank that make K = 5 take the one way or the other
+DENSE, GATHERED = 20, 300  # bank sizes for which K = 5 uses _dense_scores or _gathered_scores
 
 
 def draw(num_data: int, dtype: torch.dtype = torch.float64, batch: int = 4, dim: int = 3) -> tuple[Tensor, ...]:
-    """Embeddings, bank, a contrastive_index of K = 5 that names some entries twice."""
+    """Embeddings, bank, a contrastive_index of K = 5 in which some entries occur twice."""
     g = torch.Generator().manual_seed(num_data)
     embed = F.normalize(torch.randn(batch, dim, generator=g, dtype=torch.float64), dim=1)
     bank = F.normalize(torch.randn(num_data, dim, generator=g, dtype=torch.float64), dim=1)
@@ -39,7 +39,7 @@ def scalar(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("chunk", [1, 50, 2**22])
 @pytest.mark.parametrize("num_data", [DENSE, GATHERED])
-def test_loss_and_gradient_are_the_loops(num_data, chunk, monkeypatch):
+def test_loss_and_gradient_agree_with_the_loops(num_data, chunk, monkeypatch):
     # The package's attribute CRD is the class, not this module.
     monkeypatch.setattr(sys.modules["mdistiller.distillers.CRD"], "_CHUNK", chunk)
     embed, bank, index = draw(num_data)
@@ -82,7 +82,7 @@ def test_finite_where_exponentials_overflow():
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that any operation gave back."""
+    """Records the number of elements of the largest tensor that any operation returned."""
 
     elements = 0
 
@@ -93,7 +93,7 @@ class _LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_nothing_of_batch_by_negatives_by_width():
+def test_no_tensor_of_batch_by_negatives_by_width():
     embed, bank = torch.randn(16, 64, requires_grad=True), torch.randn(1000, 64)
     index = torch.randint(0, 1000, (16, 513))
     with _LargestTensor() as largest:
@@ -109,8 +109,8 @@ def memory(num_data: int = DENSE, dtype: torch.dtype = torch.float64, momentum: 
     return module
 
 
-def test_memory_is_the_loops():
-    """Two steps: loss of both networks, Z set once, banks moved."""
+def test_memory_agrees_with_the_loops():
+    """Two steps: loss of both networks, Z set once, banks updated."""
     module = memory()
     bank_s, bank_t = module.memory_v1.clone(), module.memory_v2.clone()
     constants = None
@@ -131,7 +131,7 @@ def test_memory_is_the_loops():
 
 
 def test_update_by_hand():
-    """0.5 (1, 0, 0) + 0.5 (0, 1, 0), at unit length. Of an image that is in the batch twice the last one counts."""
+    """0.5 (1, 0, 0) + 0.5 (0, 1, 0), at unit length. If an image is in the batch twice, the last one counts."""
     module = memory()
     module.memory_v1[3] = scalar([1.0, 0.0, 0.0])
     views = scalar([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
@@ -142,7 +142,7 @@ def test_update_by_hand():
     assert changed == [3, 7]
 
 
-def test_constants_follow_the_state_that_is_loaded():
+def test_z_follows_the_loaded_state():
     v, _, contrastive = draw(DENSE)
     trained, fresh = memory(), memory()
     untouched = fresh.state_dict()
@@ -158,7 +158,7 @@ def test_constants_follow_the_state_that_is_loaded():
 
 
 class Network(nn.Module):
-    """Mean colour to `width` pooled features to 10 logits."""
+    """A 1x1 convolution to `width` channels, average-pooled, then a linear layer to 10 logits."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def batch() -> dict:
     }
 
 
-def test_widths_are_the_networks_own():
+def test_widths_are_read_from_the_networks():
     distiller = build()
     assert distiller.embed_s.linear.weight.shape == (5, 6)
     assert distiller.embed_t.linear.weight.shape == (5, 12)
@@ -214,7 +214,7 @@ def test_values_out_of_range_are_refused(key, value):
         build(**{f"NCE__{key}": value})
 
 
-def test_every_part_learns_and_losses_are_scalars():
+def test_every_parameter_learns_and_losses_are_scalars():
     distiller = build()
     _, losses = distiller(**batch())
     assert {name: loss.shape for name, loss in losses.items()} == {"loss_ce": (), "loss_kd": ()}

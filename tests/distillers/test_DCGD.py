@@ -59,7 +59,7 @@ def batch() -> dict[str, Any]:
 @pytest.mark.parametrize("row", _golden.load("dcgd"), ids=lambda row: row["student"])
 @pytest.mark.parametrize("mode", ["loop", "together"])
 def test_pinned_row(row, mode):
-    """Relative tolerance 1e-6 in float64; both ways of computing the branches."""
+    """Relative tolerance 1e-6 in float64; both branch modes."""
     student, teacher = (build_model(cifar_model_dict, row[name], 100) for name in ("student", "teacher"))
     assert student.groups == list(row["groups"].values())
     assert sum(p.numel() for p in student.parameters()) == row["n_params"]
@@ -85,7 +85,7 @@ def test_pinned_row(row, mode):
     assert norm == pytest.approx(row["student_grad_norm"], rel=1e-6)
 
 
-def test_losses_are_the_formula(groups_file):
+def test_losses_agree_with_the_formula(groups_file):
     distiller = small("DCGD_KD", groups_file, DCGD__TEMPERATURE=5.0, DCGD__LOSS__CE_WEIGHT=0.7)
     distiller.method.kd_loss_weight = 2.0
     fields = batch()
@@ -136,7 +136,7 @@ def bases() -> list[str]:
 
 @pytest.mark.parametrize("base", bases())
 def test_any_method_is_a_base_by_configuration_alone(base, groups_file):
-    """Its losses and gradients on the plain network are what they are without the branches."""
+    """Its losses and gradients on the plain network are the same as without the branches."""
     options = {"CRD__NCE__K": 4, "CRD__FEAT__STUDENT_DIM": 64, "CRD__FEAT__TEACHER_DIM": 64} if base == "CRD" else {}
     torch.manual_seed(0)
     student, teacher = GroupedStudent(network("resnet8"), GROUPS).double(), network("resnet14", 1)
@@ -154,7 +154,7 @@ def test_any_method_is_a_base_by_configuration_alone(base, groups_file):
             **{fact: facts[fact] for fact in distiller_dict[base].needs_run},
         )
     except ValueError as error:
-        pytest.skip(f"{base} does not serve this pair: {error}")
+        pytest.skip(f"{base} does not accept this pair: {error}")
     torch.manual_seed(1)
     distiller = DCGD(student, teacher, cfg, num_data=8)
     assert distiller.get_extra_parameters() == method.get_extra_parameters()
@@ -175,8 +175,8 @@ def test_any_method_is_a_base_by_configuration_alone(base, groups_file):
     # Each learnable parameter once, and each of the distiller's trainable parameters among them.
     learnable = distiller.get_learnable_parameters()
     assert len(learnable) == len({id(p) for p in learnable})
-    method_ids = len(method.get_learnable_parameters())
-    assert len(learnable) == method_ids + len([*student.branches.parameters(), *student.heads.parameters()])
+    method_count = len(method.get_learnable_parameters())
+    assert len(learnable) == method_count + len([*student.branches.parameters(), *student.heads.parameters()])
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in student.parameters())
     assert all(p.grad is None for p in teacher.parameters())
@@ -269,7 +269,7 @@ def test_bad_input_is_refused(groups_file, tmp_path):
         build("resnet8", DCGD__GROUPS="res56")
     with pytest.raises(UserError, match="no last stage"):
         build("MobileNetV2", DCGD__GROUPS=groups_file)
-    with pytest.raises(UserError, match="groups of its own"):
+    with pytest.raises(UserError, match=r"its groups differ from those of DCGD\.GROUPS"):
         build("_M_", DCGD__GROUPS=groups_file)
     with pytest.raises(UserError, match="single"):
         build("_M_", DCGD__EVAL_HEAD="singel")

@@ -1,4 +1,4 @@
-"""DKD against its equations, and where the usual form fails."""
+"""DKD against its equations, also for inputs on which the usual form fails."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_gradients_and_precision():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("classes", [2, 3, 100])
 @pytest.mark.parametrize("lead", [200.0, 1e4, -1e4])
-def test_finite_however_far_a_logit_leads(lead, classes, dtype):
+def test_finite_for_a_large_logit(lead, classes, dtype):
     target = torch.tensor([0, 1])
     ahead = torch.zeros(2, classes, dtype=dtype)
     ahead[:, 0] = lead
@@ -62,12 +62,12 @@ def test_finite_however_far_a_logit_leads(lead, classes, dtype):
         loss = dkd_loss(s, t, target, 1.0, 8.0, 1.0)
         loss.backward()
         assert loss.isfinite() and s.grad.isfinite().all()
-    # Teacher certain of class 0, student of the contrary: p = 1 costs the student's -log p, the lead.
+    # The teacher has p = 1 for class 0, the student p = 0: the loss is the student's -log p, which `lead` dominates.
     certain = dkd_loss(-ahead[:1].abs(), ahead[:1].abs(), target[:1], 1.0, 0.0, 1.0).item()
     assert certain == pytest.approx(abs(lead) + math.log(classes - 1), rel=1e-6)
 
 
-def test_two_classes_have_no_non_target_part():
+def test_two_classes_have_no_non_target_term():
     s, t, y = normal(4, 2).requires_grad_(), normal(4, 2, seed=1), torch.tensor([0, 1, 1, 0])
     loss = dkd_loss(s, t, y, 0.0, 8.0, 4.0)
     loss.backward()
@@ -75,8 +75,8 @@ def test_two_classes_have_no_non_target_part():
     assert dkd_loss(s, t, y, 1.0, 8.0, 4.0).item() == pytest.approx(kd_loss(s, t, 4.0).item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("epoch, warmth", [(1, 0.05), (10, 0.5), (20, 1), (240, 1)])
-def test_warm_up(epoch, warmth):
+@pytest.mark.parametrize("epoch, scale", [(1, 0.05), (10, 0.5), (20, 1), (240, 1)])
+def test_warm_up(epoch, scale):
     torch.manual_seed(0)
     nets = [cifar_model_dict["resnet8"][0](num_classes=10) for _ in range(2)]
     batch = {"image": torch.randn(2, 3, 32, 32), "target": torch.tensor([3, 4]), "epoch": epoch}
@@ -85,7 +85,7 @@ def test_warm_up(epoch, warmth):
     _, losses = method(**batch)
     method.warmup = 0
     _, full = method(**batch)
-    assert losses["loss_kd"].item() == pytest.approx(warmth * full["loss_kd"].item(), rel=1e-5)
+    assert losses["loss_kd"].item() == pytest.approx(scale * full["loss_kd"].item(), rel=1e-5)
     assert losses["loss_ce"].item() == pytest.approx(full["loss_ce"].item(), rel=1e-5)
 
 

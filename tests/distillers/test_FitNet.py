@@ -20,7 +20,7 @@ def build(student="resnet8", teacher="resnet14", nets=None, **options):
 
 
 class Changed(torch.nn.Module):
-    """resnet8 with other features."""
+    """resnet8 with `change` applied to its feature maps."""
 
     def __init__(self, change):
         super().__init__()

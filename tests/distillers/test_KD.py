@@ -43,7 +43,7 @@ def test_precision():
 
 
 @pytest.mark.parametrize("lead", [200.0, 1e4])
-def test_finite_at_a_lead(lead):
+def test_finite_for_a_large_logit(lead):
     s = torch.tensor([[lead, 0, 0]], requires_grad=True)
     loss = kd_loss(s, s.detach().flip(1), 1)
     loss.backward()

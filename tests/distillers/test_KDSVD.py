@@ -1,4 +1,4 @@
-"""KDSVD against a full decomposition, and where that one fails."""
+"""KDSVD against a full singular value decomposition, also for inputs on which that one fails."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_by_hand():
     assert kdsvd_loss([f, f], [f, 7 * f], 1).item() == 0
 
 
-def test_directions_have_a_sign_of_their_own():
+def test_directions_have_a_fixed_sign():
     f = normal(4, 3, 5, 6)
     vectors, sigma = directions(f, 3)
     assert vectors.sum(dim=1).ge(0).all()

@@ -13,7 +13,7 @@ from mdistiller.models import cifar_model_dict
 from .checks import check_agrees, check_precision, normal
 from .oracles.nst import naive_nst_loss, naive_single_stage_nst_loss
 
-# Over channels: few of them on large maps; over positions: many on small maps; and maps of two sizes.
+# Few channels on large maps (the form over channels), many on small maps (over positions), and maps of two sizes.
 SHAPES = [
     ((1, 1, 1, 1), (1, 1, 1, 1)),
     ((3, 2, 5, 3), (3, 4, 5, 3)),
@@ -51,7 +51,7 @@ def test_gradients_and_precision(shape_s, shape_t):
 
 @pytest.mark.parametrize("shape_s, shape_t", SHAPES[1:3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_silent_channels(shape_s, shape_t, dtype):
+def test_zero_channels(shape_s, shape_t, dtype):
     f_s, f_t = normal(*shape_s), normal(*shape_t, seed=1)
     f_s[:, 0], f_t[0] = 0, 0
     f_s = f_s.to(dtype).requires_grad_()
@@ -62,7 +62,7 @@ def test_silent_channels(shape_s, shape_t, dtype):
 
 
 @pytest.mark.parametrize("channels, size", [(24, 12), (64, 4)])
-def test_no_pair_of_channels_holds_a_map(channels, size):
+def test_no_tensor_of_channel_pairs_by_positions(channels, size):
     batch, largest = 2, 0
 
     class Sizes(TorchDispatchMode):

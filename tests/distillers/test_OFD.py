@@ -38,12 +38,12 @@ def test_agrees_with_the_naive_form(shape):
 @pytest.mark.parametrize(
     "source, target, expected",
     [
-        (3, 1, 4),  # a positive target is met from above
-        (-2, 1, 9),  # and from below
-        (1, -0.25, 1.5625),  # a small negative one only from above
+        (3, 1, 4),  # a positive target: penalised above it
+        (-2, 1, 9),  # and below it
+        (1, -0.25, 1.5625),  # a target in [margin, 0]: penalised only above it
         (-0.25, -0.25, 0),
         (-2, -0.25, 0),
-        (0.5, -4, 1),  # one below the margin asks for no more than the margin, -1/2
+        (0.5, -4, 1),  # a target below the margin: the margin, -1/2, replaces it
         (-0.75, -4, 0),
         (0.5, 0, 0.25),  # zero counts as negative
         (-0.5, 0, 0),
@@ -88,7 +88,7 @@ def bn(weights, biases):
 @pytest.mark.parametrize("mean, std", [(0, 1), (0.3, -0.5), (-2, 0.7), (4, 1), (-40, 1), (30, 1), (1, 0.01)])
 def test_margin_against_numerical_integration(mean, std):
     density = stats.norm(mean, abs(std)).logpdf
-    scale = density(min(mean, 0))  # taken out of both integrals: far out the density underflows
+    scale = density(min(mean, 0))  # factored out of both integrals: far from the mean the density underflows
     width = 12 * abs(std) if mean <= 0 else 40 * min(abs(std), std * std / mean)
     low = min(mean, 0) - width
 
@@ -102,12 +102,12 @@ def test_margin_against_numerical_integration(mean, std):
 def test_margin_by_hand_and_at_the_limits():
     found = feature_margin(bn([1, 2, 0, 0, 0, 1e-3, 1, 1], [0, 0, 1, -1, 0, 1e6, 999, 1001])).flatten().tolist()
     half_normal = -math.sqrt(2 / math.pi)
-    series = [-(1 / m - 2 / m**3 + 10 / m**5) for m in (999, 1001)]  # either side of where the form changes
+    series = [-(1 / m - 2 / m**3 + 10 / m**5) for m in (999, 1001)]  # either side of 1e3, where the formula changes
     assert found == pytest.approx([half_normal, 2 * half_normal, 0, -1, 0, -1e-12, *series], rel=1e-9, abs=1e-300)
     assert feature_margin(torch.nn.BatchNorm2d(3)).shape == (1, 3, 1, 1)
 
 
-def test_teacher_trains_along_but_does_not_change():
+def test_teacher_is_in_training_mode_but_does_not_change():
     method = build("resnet8", "resnet14").train()
     before = {k: v.clone() for k, v in method.teacher.state_dict().items()}
     image, target = 2 + 3 * torch.randn(4, 3, 32, 32), torch.arange(4)
@@ -145,7 +145,7 @@ def test_pairs(student, teacher):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.connectors.parameters())
 
 
-def test_refuses_norms_that_do_not_fit():
+def test_refuses_batchnorms_of_other_widths():
     teacher = cifar_model_dict["resnet8"][0](num_classes=10)
     teacher.get_bn_before_relu = lambda: [torch.nn.BatchNorm2d(5)] * 3
     with pytest.raises(ValueError, match=r"\[16, 32, 64\] in the teacher, .* have \[5, 5, 5\]"):

@@ -23,19 +23,19 @@ def loops(e_s, e_t):
         return 0.5 * x * x if abs(x) <= 1 else abs(x) - 0.5
 
     n = len(e_s)
-    parts = [0.0, 0.0]
+    sums = [0.0, 0.0]
     mean = [sum(math.dist(a, b) for a in e for b in e) / (n * (n - 1)) for e in (e_s, e_t)]
     for i in range(n):
         for j in range(n):
-            parts[0] += huber(math.dist(e_s[i], e_s[j]) / mean[0] - math.dist(e_t[i], e_t[j]) / mean[1])
+            sums[0] += huber(math.dist(e_s[i], e_s[j]) / mean[0] - math.dist(e_t[i], e_t[j]) / mean[1])
             for k in range(n):
                 cosines = []
                 for e in (e_s, e_t):
                     to_i, to_k = ([a - b for a, b in zip(e[x], e[j])] for x in (i, k))
                     lengths = math.hypot(*to_i) * math.hypot(*to_k)
                     cosines.append(sum(a * b for a, b in zip(to_i, to_k)) / lengths if lengths else 0.0)
-                parts[1] += huber(cosines[0] - cosines[1])
-    return parts[0] / n**2, parts[1] / n**3
+                sums[1] += huber(cosines[0] - cosines[1])
+    return sums[0] / n**2, sums[1] / n**3
 
 
 def test_naive_form_is_the_papers():
@@ -63,9 +63,9 @@ def test_vertices_in_several_chunks(monkeypatch):
     whole = rkd_loss(e_s, e_t)
     # Two vertices of 49 at a time. (The package's attribute RKD is the class, not the module.)
     monkeypatch.setattr(sys.modules["mdistiller.distillers.RKD"], "_CHUNK", 100)
-    parts = rkd_loss(e_s, e_t)
-    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=0)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, e_s)[0] for loss in (parts, whole)), rtol=1e-12, atol=1e-15)
+    split = rkd_loss(e_s, e_t)
+    torch.testing.assert_close(split, whole, rtol=1e-13, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, e_s)[0] for loss in (split, whole)), rtol=1e-12, atol=1e-15)
 
 
 def test_by_hand():
@@ -76,7 +76,7 @@ def test_by_hand():
     differences = (3 / 4 - 1 / mean_t, 4 / 4 - 1 / mean_t, 5 / 4 - 2**0.5 / mean_t)
     distance = sum(0.5 * d * d for d in differences) * 2 / 9
     assert rkd_loss(e_s, e_t, angle_weight=0).item() == pytest.approx(25 * distance, rel=1e-12)
-    # The right angle agrees; at the other corners cosines 3/5 and 4/5 meet 1/sqrt(2), each twice (i, k and k, i).
+    # The right angle agrees; at the other corners cosines 3/5 and 4/5 against 1/sqrt(2), each twice (i, k and k, i).
     angle = sum(0.5 * (c - 0.5**0.5) ** 2 for c in (0.6, 0.8)) * 2 / 27
     assert rkd_loss(e_s, e_t, distance_weight=0).item() == pytest.approx(50 * angle, rel=1e-12)
     assert pdist(e_s).flatten().tolist() == pytest.approx([0, 3, 4, 3, 0, 5, 4, 5, 0])
@@ -136,7 +136,7 @@ def test_dtypes_and_autocast():
     assert rkd_loss(e_s.float() * 1e18, e_t).isfinite()
 
 
-def test_maps_are_flattened_and_a_single_sample_has_no_relations():
+def test_maps_are_flattened_and_a_single_sample_has_no_loss():
     f_s, f_t = embeddings(4, 12).view(4, 3, 2, 2), embeddings(4, 2, seed=1)
     assert rkd_loss(f_s, f_t) == rkd_loss(f_s.flatten(1), f_t)
     one = f_s[:1].clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""ReviewKD against its equations; what it works out from the networks, and what it refuses."""
+"""ReviewKD against its equations; what it reads from the networks, and what it refuses."""
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_detection_shares_the_fusion():
     assert [f.shape for f in fused] == [f.shape for f in levels]
 
 
-def test_review_of_the_naive_fusion():
+def test_review_agrees_with_the_naive_fusion():
     torch.manual_seed(0)
     abfs = build_abfs([2, 3, 4], [5, 6, 7]).double()
     x = [maps(2, 2, 8, 8), maps(2, 3, 4, 4), maps(2, 4, 2, 2)]
@@ -148,7 +148,7 @@ GIVEN = {
 }
 
 
-def test_given_left_out_and_default_agree():
+def test_explicit_empty_and_default_values_agree():
     losses = []
     for given in (GIVEN, {key: [] for key in GIVEN}, {}):
         torch.manual_seed(0)

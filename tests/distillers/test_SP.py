@@ -38,7 +38,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda f: similarity_loss(f, f_t), maps(4, 2, 3, 1).requires_grad_())
 
 
-def test_silent_samples_and_autocast():
+def test_zero_samples_and_autocast():
     f_s, f_t = maps(4, 3, 2, 2, dtype=torch.bfloat16), maps(4, 7, dtype=torch.bfloat16)
     f_s[1] = 0
     f_s.requires_grad_()

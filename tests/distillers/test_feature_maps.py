@@ -22,9 +22,9 @@ def net(name):
     return cifar_model_dict[name][0](num_classes=10)
 
 
-def test_a_probe_leaves_no_trace():
+def test_a_probe_does_not_change_the_network():
     model = net("resnet8").train()
-    model.bn1.eval()  # a mode of its own is kept
+    model.bn1.eval()  # a submodule's mode is kept
     state = {k: v.clone() for k, v in model.state_dict().items()}
     logits, features = probe(model, (32, 32))
     assert logits.shape == (1, 10) and not logits.requires_grad and len(features["feats"]) == 4
@@ -39,7 +39,7 @@ def test_shapes_of_both_networks():
 
 
 class Large(nn.Module):
-    """Takes images of 64x64 and more."""
+    """Accepts images of 64x64 and larger."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class Large(nn.Module):
         return x, {"feats": [self.conv(x)]}
 
 
-def test_the_smallest_image_that_both_take():
+def test_the_smallest_image_that_both_accept():
     assert get_stage_shapes(net("resnet8"), net("resnet8"))[0][0] == (1, 16, 32, 32)
     assert get_stage_shapes(Large(), Large())[0] == [(1, 2, 25, 25)]
 
@@ -69,7 +69,7 @@ def test_mobilenet_v1_pairs_with_resnet50_stage_by_stage():
     assert all(s[2:] == t[2:] for s, t in pairs)
 
 
-def test_what_cannot_be_paired_is_refused():
+def test_maps_that_cannot_be_paired_are_refused():
     maps = [(1, 4, 8, 8), (1, 4, 8, 8), (1, 8, 4, 4)]
     require_paired_maps(maps, [(1, 2, 8, 8), (1, 5, 6, 6), (1, 3, 4, 4)], "AT")
     with pytest.raises(ValueError, match=r"AT pairs .* student: .*\(1, 8, 4, 4\); teacher: .*\(1, 8, 2, 2\)"):
@@ -86,7 +86,7 @@ def test_what_cannot_be_paired_is_refused():
     "size_s, size_t", [((8, 8), (4, 4)), ((4, 4), (8, 8)), ((8, 8), (8, 8)), ((7, 6), (5, 6)), ((9, 5), (2, 2))]
 )
 @pytest.mark.parametrize("use_relu", [True, False])
-def test_regressor_gives_the_teachers_shape(size_s, size_t, use_relu):
+def test_regressor_returns_the_teachers_shape(size_s, size_t, use_relu):
     regressor = ConvReg((2, 3, *size_s), (2, 5, *size_t), use_relu)
     out = regressor(torch.randn(2, 3, *size_s))
     assert out.shape == (2, 5, *size_t)
@@ -108,5 +108,5 @@ def test_align_pools_the_larger():
     assert align(a, a)[0] is a
 
 
-def test_the_originals_names_are_where_they_were():
+def test_the_originals_import_path_is_kept():
     assert _common.get_feat_shapes is get_feat_shapes and _common.ConvReg is ConvReg

@@ -1,7 +1,7 @@
 """Every pinned row: losses, gradients, extra parameters and four training steps agree with the reference.
 
-See golden/README.md for how the figures were made. Relative tolerance 1e-6 in float64, 2e-6 for KDSVD's loss: the
-reference takes it in float32, so that the figure itself is uncertain by about 1e-6.
+See golden/README.md for how the values were made. Relative tolerance 1e-6 in float64, 2e-6 for KDSVD's loss: the
+reference computes it in float32, so that the value itself is uncertain by about 1e-6.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .. import _golden
 
 ROWS = _golden.load("distillers")
 NUM_DATA = 256  # CRD's bank
-# State of ours that the reference keeps elsewhere or not at all, and that is not filled.
+# Our state entries that the reference keeps elsewhere or not at all; they are not filled.
 OURS = re.compile(r"contrast\.params|log_scales.*")
 
 images, labels = cache(_golden.images), cache(_golden.labels)

@@ -1,4 +1,4 @@
-"""What is refused of logits."""
+"""Which logits and temperatures are refused."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What every registered method must do, tested by its being registered."""
+"""What every registered method must do; a method is tested here as soon as it is registered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from yacs.config import CfgNode as CN
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, method_defaults
 from mdistiller.models import cifar_model_dict
 
-# What has no default that fits any network, or is too large for a test.
+# Settings that have no default for every network, or whose default is too large for a test.
 SETTINGS = ["CRD.NCE.K", 16, "DCGD.GROUPS", "res56"]
 RUN = {"num_data": 64}
 EVERY_METHOD = pytest.mark.parametrize("name", sorted(distiller_dict))
@@ -87,7 +87,7 @@ def test_losses_and_gradients(name):
 
 
 @EVERY_METHOD
-def test_the_teacher_stays_as_it_is(name):
+def test_the_teacher_does_not_change(name):
     distiller = build(name)
     built = copies(net("resnet14", seed=1))
     assert changed(built, distiller.teacher.state_dict()) == []
@@ -118,7 +118,7 @@ def all_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @EVERY_METHOD
-def test_what_training_changes_is_in_the_state(name):
+def test_the_state_dict_holds_what_training_changes(name):
     distiller = build(name)
     before = {k: v.clone() for k, v in all_tensors(distiller).items()}
     train_step(distiller, sgd(distiller))
@@ -129,7 +129,7 @@ def test_what_training_changes_is_in_the_state(name):
 
 
 @EVERY_METHOD
-def test_the_teacher_counts(name):
+def test_the_losses_depend_on_the_teacher(name):
     first, second = ({k: v.item() for k, v in build(name, seed)(**batch())[1].items()} for seed in (1, 5))
     for key in first:
         if key in ("ce", "loss_ce"):
@@ -177,7 +177,7 @@ def test_precisions(name, precision):
 
 
 @EVERY_METHOD
-def test_validation_scores_logits(name):
+def test_eval_mode_returns_logits(name):
     distiller = build(name).eval()
     with torch.no_grad():
         logits = distiller(image=batch()["image"])

@@ -1,4 +1,4 @@
-"""AT as its equations read, image by image."""
+"""AT directly from its equations, image by image."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def naive_z(embed: Tensor, bank: Tensor, contrastive_index: Tensor, temperature:
 
 
 def naive_update(bank: Tensor, embed: Tensor, index: Tensor, momentum: float) -> Tensor:
-    """The bank after one batch, images in turn, each starting from the bank before the batch."""
+    """The bank after one batch, one image at a time; each new entry is computed from the bank before the batch."""
     after = bank.clone()
     for v, image in zip(embed, index.tolist()):
         entry = momentum * bank[image] + (1 - momentum) * v

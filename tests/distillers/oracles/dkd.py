@@ -1,4 +1,4 @@
-"""DKD as its equations read, sample by sample."""
+"""DKD directly from its equations, sample by sample."""
 
 from __future__ import annotations
 

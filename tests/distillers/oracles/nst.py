@@ -1,4 +1,4 @@
-"""NST as its equations read: the kernel of every pair of channels."""
+"""NST directly from its equations: the kernel of every pair of channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ReviewKD's loss with every map of both networks pooled at every size, and its fusion as the figure shows it."""
+"""ReviewKD's loss with every map of both networks pooled at every size, and its fusion as in the paper's figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RKD as its equations read: all difference vectors, distances from the Gram matrix."""
+"""RKD directly from its equations: all difference vectors, distances from the Gram matrix."""
 
 from __future__ import annotations
 

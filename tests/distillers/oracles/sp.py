@@ -1,4 +1,4 @@
-"""SP as its equations read."""
+"""SP directly from its equations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VID as its equations read: a Gaussian log-density, a channel at a time."""
+"""VID directly from its equations: a Gaussian log-density, one channel at a time."""
 
 from __future__ import annotations
 
