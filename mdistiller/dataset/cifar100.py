@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import shutil
 import socket
 import sys
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from tarfile import TarError
 
 import torch
 from torchvision.datasets import CIFAR100
+from torchvision.datasets.utils import download_url
 
 from ._base import get_dataloaders, missing, register
 from .in_memory import ImageArray
@@ -38,13 +40,31 @@ def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
 
 
 def _download(root: Path) -> None:
-    """Bring the archive; torchvision checks its sum before it unpacks, and unpacks nothing outside `root`."""
+    """Fetch the archive, check its checksum, and unpack the data set's files."""
     try:
         with _quiet():
-            CIFAR100(root, download=True)
-    except (OSError, HTTPException, RuntimeError, TarError) as error:
+            download_url(CIFAR100.url, root, CIFAR100.filename, CIFAR100.tgz_md5)
+        _unpack(root / CIFAR100.filename, root)
+    except (OSError, EOFError, HTTPException, RuntimeError, tarfile.TarError) as error:
         how = f"it is missing or its checksum is wrong, and the download failed ({error}); copy the folder there"
         raise missing("CIFAR-100", root / CIFAR100.base_folder, how) from error
+
+
+def _unpack(archive: Path, root: Path) -> None:
+    """Write the data set's own files into `root`, and no other member of the archive.
+
+    Raises:
+        TarError: one of them is missing.
+    """
+    names = [name for name, _ in CIFAR100.train_list + CIFAR100.test_list] + [CIFAR100.meta["filename"]]
+    with tarfile.open(archive) as tar:
+        for name in (f"{CIFAR100.base_folder}/{name}" for name in names):
+            member = tar.extractfile(name) if name in tar.getnames() else None
+            if member is None:
+                raise tarfile.TarError(f"{archive} has no file {name}")
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            with (root / name).open("wb") as file:
+                shutil.copyfileobj(member, file)
 
 
 @contextmanager

@@ -120,17 +120,34 @@ def test_an_archive_with_another_sum_is_not_unpacked(served: Path, tmp_path: Pat
     assert [p.name for p in (tmp_path / "data").rglob("*")] == [CIFAR100.filename]
 
 
-@pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="needs a Python that filters archives")
 @pytest.mark.parametrize("name", ["../outside", "/tmp/mdistiller-outside"])
 def test_an_archive_writes_nothing_outside(
     name: str, served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even one whose sum counts as right."""
+    """Even one whose checksum counts as right."""
     pack(served, {name: b"here I am"})
     monkeypatch.setattr(CIFAR100, "tgz_md5", md5(served.read_bytes()).hexdigest())
-    with pytest.raises(UserError, match="the download failed"):
+    with pytest.raises(UserError, match=r"the download failed .*has no file cifar-100-python/train"):
         get_dataloaders("cifar100", 8, 8, 0, str(tmp_path / "data"))
     assert not (tmp_path / "outside").exists() and not Path("/tmp/mdistiller-outside").exists()
+
+
+def test_an_archive_leads_nowhere_through_a_link(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link in place of the folder, then files below it: the files are written, the link is not made."""
+    make_cifar(tmp_path / "made", monkeypatch)
+    (tmp_path / "elsewhere").mkdir()
+    with tarfile.open(served, "w:gz") as tar:
+        link = tarfile.TarInfo(CIFAR100.base_folder)
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "elsewhere")
+        tar.addfile(link)
+        for path in (tmp_path / "made" / CIFAR100.base_folder).iterdir():
+            tar.add(path, f"{CIFAR100.base_folder}/{path.name}")
+    monkeypatch.setattr(CIFAR100, "tgz_md5", md5(served.read_bytes()).hexdigest())
+    get_dataloaders("cifar100", 8, 8, 0, str(tmp_path / "data"))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert not (tmp_path / "data" / CIFAR100.base_folder).is_symlink()
 
 
 def test_a_right_archive_is_unpacked_and_read(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
