@@ -13,7 +13,7 @@ from .imagenet import get_imagenet_dataloaders, get_imagenet_val_loader
 from .in_memory import ImageArray, InMemoryLoader
 from .tiny_imagenet import get_tinyimagenet_dataloader
 
-# The same registry, by what its entries tell: num_classes, image_size, model_family.
+# The same registry, named after what its entries hold: num_classes, image_size, model_family.
 dataset_info = dataset_dict
 
 
@@ -43,7 +43,7 @@ def get_dataset(cfg: CN) -> tuple[Loader, Loader, int, int]:
 def get_val_loader(
     name: str, root: str = "./data", batch_size: int = 64, num_workers: int = 2, train: bool = False
 ) -> Loader:
-    """The test images of data set `name` alone, or its training images as if they were: in order, not augmented.
+    """A loader of the test images of data set `name`, or (`train`) its training images, in order, not augmented.
 
     Raises:
         UserError: no such data set, or its data is missing or unreadable.

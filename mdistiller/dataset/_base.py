@@ -1,4 +1,4 @@
-"""What every data set is: an entry of `dataset_dict` that reads `Split`s, and the `Loader`s of their batches."""
+"""The interfaces of all data sets: an entry of `dataset_dict` reads `Split`s, whose batches a `Loader` yields."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Batch = tuple[Tensor, ...]
 
 
 class Read(Protocol):
-    """Reads the training or the test part of a data set below `root`, with `skip_broken` without its broken images."""
+    """Reads the training or the test split of a data set below `root`; `skip_broken` leaves out broken images."""
 
     def __call__(self, root: Path, train: bool, skip_broken: bool = False) -> Split: ...
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The facts of a data set that others need, and how to read it.
+    """What other modules need to know about a data set, and how to read it.
 
     Attributes:
         num_classes: C; labels are 0..C-1.
         image_size: height and width of the images that a network sees, in pixels.
         model_family: which model dictionary serves it: "cifar", "tiny_imagenet" or "imagenet".
-        read: (root, train, skip_broken) -> the training or the test part.
+        read: (root, train, skip_broken) -> the training or the test split.
     """
 
     num_classes: int
@@ -45,7 +45,7 @@ dataset_dict = Registry("data set")
 
 
 def register(name: str, num_classes: int, image_size: int, model_family: str) -> Callable[[Read], Read]:
-    """Decorator: enter a data set in `dataset_dict`; the decorated function is its `DatasetInfo.read`."""
+    """Decorator: register a data set in `dataset_dict`; the decorated function is its `DatasetInfo.read`."""
 
     def enter(read: Read) -> Read:
         dataset_dict.register(name)(DatasetInfo(num_classes, image_size, model_family, read))
@@ -55,14 +55,14 @@ def register(name: str, num_classes: int, image_size: int, model_family: str) ->
 
 
 class Split(Protocol):
-    """One part of a data set, not yet batched: `in_memory.ImageArray` or `folders.ImageFiles`."""
+    """One split of a data set, not yet batched: `in_memory.ImageArray` or `folders.ImageFiles`."""
 
     @property
     def targets(self) -> Tensor:
         """(N,) int64 labels."""
 
     def select(self, keep: Tensor) -> Split:
-        """The images at the places `keep` (K,) int64, in that order."""
+        """The images with the indices `keep` (K,) int64, in that order."""
 
     def loader(self, batch_size: int, num_workers: int, train: bool, seed: int = 0) -> Loader:
         """Batches of this split; see `Loader`."""
@@ -71,22 +71,22 @@ class Split(Protocol):
 class Loader(ABC):
     """Batches of a split, on `device`.
 
-    A training loader shuffles, augments and yields (image, target, index); the others go through the images in
-    order, without chance, and yield (image, target). The last batch may be short.
+    A training loader shuffles, augments and yields (image, target, index). Other loaders go through the images in
+    order, without randomness, and yield (image, target). The last batch may be short.
 
         image   (B, 3, H, W) float32, normalised
         target  (B,) int64
-        index   (B,) int64, the image's place in `targets`
+        index   (B,) int64, the image's index in `targets`
 
     All randomness comes from (seed, epoch, index): an epoch is the same on every device, with any number of
-    workers, over any number of ranks, and from whatever batch it is taken up. Without `set_epoch` every pass is the
-    same pass.
+    workers, over any number of ranks, and from whichever batch it is resumed. Without `set_epoch` every pass yields
+    the same batches.
 
     Attributes:
         targets: (N,) int64 labels of all images, on the CPU.
         batch_size: B, over all ranks together in training.
-        rank, world: this process's number and how many share the images; see `shard`.
-        variants: how many pictures augmentation can make of one image, where they are few; else None.
+        rank, world: this process's rank and the number of processes that share the images; see `shard`.
+        variants: how many different images augmentation can make of one image, if they are few; else None.
     """
 
     variants: int | None = None
@@ -103,7 +103,7 @@ class Loader(ABC):
         self.rank, self.world = 0, 1
 
     def __len__(self) -> int:
-        """Batches in an epoch: in training as many on every rank, in validation this rank's own."""
+        """Batches of this rank in an epoch; in training every rank has the same number."""
         return len(self._shares(0))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -111,7 +111,7 @@ class Loader(ABC):
 
     @abstractmethod
     def iter_from(self, batch: int) -> Iterator[Batch]:
-        """The epoch's batches from number `batch` (from 0, over all ranks) on: the rest of an interrupted epoch."""
+        """The epoch's batches from number `batch` on (from 0, over all ranks): the rest of an interrupted epoch."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the augmentation of the next pass."""
@@ -123,20 +123,20 @@ class Loader(ABC):
         return self
 
     def shard(self, rank: int, world: int) -> Loader:
-        """Yield the part of process `rank` (from 0) of `world` from now on; returns self.
+        """Yield only the share of process `rank` (from 0) of `world` from now on; returns self.
 
-        In training, of every batch that one process would yield, rank r yields images r * B / world and on, so that
-        all ranks have equally many; the short last batch loses what does not divide. In validation, rank r yields
-        whole batches, r, r + world, ...: every image comes once, some ranks may have a batch less or none.
+        In training, every batch that one process would yield is cut into `world` slices of equal size, of which rank
+        r yields slice r; what remains of the short last batch is dropped. In validation, rank r yields the whole
+        batches r, r + world, ...: every image comes once, and some ranks may have one batch less, or none.
 
         Raises:
-            UserError: the batch size does not divide, or there are fewer training images than ranks.
+            UserError: the batch size is not a multiple of `world`, or there are fewer training images than ranks.
         """
         assert 0 <= rank < world, (rank, world)
         if self.train and self.batch_size % world:
             raise UserError(
-                f"SOLVER.BATCH_SIZE {self.batch_size} is no multiple of {world} processes; it counts the images of "
-                f"all: take {max(1, round(self.batch_size / world)) * world}"
+                f"SOLVER.BATCH_SIZE {self.batch_size} is not a multiple of {world} processes; it counts the images of "
+                f"all processes: set it to {max(1, round(self.batch_size / world)) * world}"
             )
         if self.train and len(self.targets) < world:
             raise UserError(f"{len(self.targets)} training images are too few for {world} processes; start fewer")
@@ -144,7 +144,7 @@ class Loader(ABC):
         return self
 
     def _shares(self, batch: int) -> list[slice]:
-        """The places of the epoch's order that this rank's batches take, from number `batch` over all ranks on."""
+        """The slice of the epoch's order for each batch of this rank, from number `batch` over all ranks on."""
         count, size = len(self.targets), self.batch_size
         if not self.train:
             starts = range(0, count, size)[batch:]
@@ -154,17 +154,17 @@ class Loader(ABC):
 
 
 def mix_seed(*key: int) -> int:
-    """One 64-bit seed from several numbers >= 0, such that neighbours give unrelated streams."""
+    """One 64-bit seed from several numbers >= 0; neighbouring keys give unrelated streams."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
 def stratified_split(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Places of a fixed `fraction` of every class, and places of the rest; both ascending.
+    """Indices of a fixed `fraction` of every class, and indices of the rest; both ascending.
 
-    Chosen by chance once and for all, so that every run has the same; a smaller fraction is part of a larger one.
-    Each class is rounded on its own and gives at least one image.
+    Chosen at random with a fixed seed, so that every run has the same; a smaller fraction is a subset of a larger one.
+    The number of images is rounded separately for each class and is at least one.
     """
-    # RandomState, because its stream never changes.
+    # RandomState, because its stream is the same in every NumPy release.
     shuffled = torch.from_numpy(np.random.RandomState(0).permutation(len(targets)))
     by_class = shuffled[targets[shuffled].argsort(stable=True)]
     chosen = torch.zeros(len(targets), dtype=torch.bool)
@@ -174,9 +174,9 @@ def stratified_split(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 
 def missing(what: str, folder: Path | str, how: str) -> UserError:
-    """The error for data that is not in its `folder`, with `how` to bring it there."""
+    """The error for data that is not in its `folder`, with `how` to put it there."""
     hint = "DATASET.TYPE digits (configs/digits) runs without any download"
-    return UserError(f"{what} belongs in {folder}: {how}; {hint}")
+    return UserError(f"{what} is expected in {folder}: {how}; {hint}")
 
 
 def get_dataloaders(
@@ -193,13 +193,13 @@ def get_dataloaders(
     """Training loader, validation loader and number of training images of data set `name`.
 
     Args:
-        num_workers: processes that read images; 0 for none. Data sets held in memory need none.
+        num_workers: processes that read images; 0 reads them in this one. Data sets held in memory ignore it.
         root: the folder of the data sets' folders.
         seed: of the order and the augmentation, >= 0.
-        train_fraction: train on this fixed share of every class, in (0, 1].
-        val_fraction: when > 0, this fixed share of every class of the training set, in [0, 1), is held out first and
-            validated on in place of the test set.
-        skip_broken: go on without images that cannot be read, and count them.
+        train_fraction: train on this fixed fraction of every class, in (0, 1].
+        val_fraction: when > 0, this fixed fraction of every class of the training set, in [0, 1), is held out first
+            and used for validation instead of the test set.
+        skip_broken: skip images that cannot be read, and warn with their number.
 
     Raises:
         UserError: no such data set, data missing or unreadable, or nothing to hold out.
@@ -210,7 +210,7 @@ def get_dataloaders(
     if val_fraction > 0:
         kept, held_out = stratified_split(train.targets, 1 - val_fraction)
         if len(held_out) == 0:
-            raise UserError(f"DATASET.VAL_FRACTION {val_fraction} holds out no image of {name}; take a larger one")
+            raise UserError(f"DATASET.VAL_FRACTION {val_fraction} holds out no image of {name}; set a larger one")
         train, val = train.select(kept), train.select(held_out)
     else:
         val = info.read(folder, False, skip_broken)

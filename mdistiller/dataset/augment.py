@@ -1,4 +1,4 @@
-"""Random crops, rotations and mirrorings of whole batches of small uint8 images, with torchvision's bits."""
+"""Random crops, rotations and mirrorings of whole batches of small uint8 images, bit for bit as in torchvision."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 
 class Augment(Protocol):
-    """What training does to the images of a batch, by chance. A frozen dataclass: its text stands for it in keys."""
+    """A random augmentation of a batch of training images. A frozen dataclass: its repr identifies it in cache keys."""
 
     @property
     def variants(self) -> int | None:
-        """How many pictures it can make of one image; None where they are too many to count."""
+        """Number of different results for one image; None if they are too many to be numbered."""
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """The draws of `count` images: tensors (count, ...) on the CPU."""
+        """The random draws for `count` images: tensors (count, ...) on the CPU."""
 
     def apply(self, images: Tensor, *draws: Tensor) -> Tensor:
-        """Images (B, H, W, C) uint8 as their draws (B, ...) want them, of the same shape."""
+        """Images (B, H, W, C) uint8, augmented by their draws (B, ...); the same shape."""
 
     def variant(self, *draws: Tensor) -> Tensor:
-        """(B,) int64 in [0, variants): equal numbers make equal pictures of equal images."""
+        """(B,) int64 in [0, variants): the same number on the same image gives the same result."""
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor, padding: int) -> Tensor:
-    """Pad with zeros, cut every image back to its size at its own place, mirror some left to right.
+    """Pad with zeros, crop every image to its old size at its own offset, mirror some left to right.
 
     Args:
         images: (B, H, W, C).
@@ -44,29 +44,30 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor, p
     rows = top[:, None] + torch.arange(height, device=images.device)
     columns = left[:, None] + _columns(width, mirrored)
     image = torch.arange(count, device=images.device)[:, None, None]
-    # All pixels in one row, each picked by its number: the fastest gather on CPU and GPU alike.
+    # All pixels flattened to one dimension, each picked by its index: the fastest gather on CPU and GPU alike.
     pixel = (image * padded.shape[1] + rows[:, :, None]) * padded.shape[2] + columns[:, None, :]
     return padded.view(-1, channels).index_select(0, pixel.view(-1)).view(images.shape)
 
 
 def rotation(degrees: Tensor, height: int, width: int) -> Tensor:
-    """Where a rotated image takes its pixels from, in Pillow's fixed point: (N, 6) int32 in units of 2^-16 pixels.
+    """The affine map from rotated to source pixels, in Pillow's fixed point: (N, 6) int32 in units of 2^-16 pixels.
 
-    The pixel at row y and column x shows the one at column m0 + m1 x + m2 y and row m3 + m4 x + m5 y, rounded down.
+    The rotated pixel at row y and column x is the source pixel at column m0 + m1 x + m2 y and row m3 + m4 x + m5 y,
+    both rounded down.
 
     Args:
-        degrees: (N,) float64, counter-clockwise, around the middle.
+        degrees: (N,) float64, counter-clockwise, around the centre.
     """
     angle = degrees.double().neg().deg2rad()
     cos, sin = angle.cos(), angle.sin()
     x, y = width / 2, height / 2
-    start_x = x - x * cos - y * sin + (cos + sin) / 2  # half a step: the middle of the first pixel
+    start_x = x - x * cos - y * sin + (cos + sin) / 2  # plus half a step, to the first pixel's centre
     start_y = y + x * sin - y * cos + (cos - sin) / 2
     return (torch.stack([start_x, cos, sin, start_y, -sin, cos], dim=1) * 65536 + 0.5).floor().int()
 
 
 def rotate_and_flip(images: Tensor, matrix: Tensor, mirrored: Tensor) -> Tensor:
-    """Rotate every image by its own `rotation`, black where nothing is, then mirror some left to right.
+    """Rotate every image by its own `rotation`, black outside the source, then mirror some left to right.
 
     Args:
         images: (B, H, W, C) uint8, H and W below 2^15.
@@ -88,21 +89,21 @@ def rotate_and_flip(images: Tensor, matrix: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def _columns(width: int, mirrored: Tensor) -> Tensor:
-    """(B, W): 0, 1, ..., or backwards for the mirrored."""
+    """(B, W) column indices 0, 1, ..., reversed where mirrored."""
     steps = torch.arange(width, device=mirrored.device)
     return torch.where(mirrored[:, None], width - 1 - steps, steps)
 
 
 @dataclass(frozen=True)
 class CropFlip:
-    """Torchvision's RandomCrop(size, padding), and where `flip` holds its RandomHorizontalFlip()."""
+    """Torchvision's RandomCrop(size, padding) and, if `flip`, its RandomHorizontalFlip()."""
 
     padding: int = 4
     flip: bool = True
 
     @property
     def variants(self) -> int:
-        """Places of the crop, times two with the flip."""
+        """Offsets of the crop, times two with the flip."""
         return (2 * self.padding + 1) ** 2 * (2 if self.flip else 1)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,10 +117,10 @@ class CropFlip:
         return crop_and_flip(images, top, left, mirrored, self.padding)
 
     def variant(self, *draws: Tensor) -> Tensor:
-        """The crop's place, and whether it is mirrored, as one number."""
+        """The crop's offset, and whether it is mirrored, as one number."""
         top, left, mirrored = draws
-        place = top * (2 * self.padding + 1) + left
-        return place * 2 + mirrored if self.flip else place
+        offset = top * (2 * self.padding + 1) + left
+        return offset * 2 + mirrored if self.flip else offset
 
 
 @dataclass(frozen=True)
@@ -141,5 +142,5 @@ class RotateFlip:
         return rotate_and_flip(images, matrix, mirrored)
 
     def variant(self, *draws: Tensor) -> Tensor:
-        """Never asked for."""
-        raise AssertionError("an angle has no number")
+        """Must not be called: `variants` is None."""
+        raise AssertionError("rotations are not numbered")

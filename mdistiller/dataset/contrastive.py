@@ -22,8 +22,8 @@ class ContrastiveSampler:
     replacement where there are fewer than K of them. Their order within a row carries no meaning.
 
     Every row is drawn from its own generator, seeded by (seed, epoch, index): rows are independent, a row does not
-    hang on the batch it is in, and a resumed run draws what an uninterrupted one does without any state to keep (with
-    one release of NumPy: its streams may change between releases).
+    depend on its batch, and a resumed run draws the same as an uninterrupted one without saved state (within one NumPy
+    release: its streams may change between releases).
 
     Args:
         targets: (N,) integers, the class of each training image; a tensor, an array or a list.
@@ -35,7 +35,7 @@ class ContrastiveSampler:
         UserError: an unknown mode, K < 1, or targets of fewer than two classes.
 
     Cost: O(N) memory. A batch of 64 at K = 16384 takes 13 ms on two threads of an AMD EPYC at N = 50,000, 20 ms at
-    1,281,167. An index on a GPU is waited for.
+    1,281,167. An `index` on a GPU forces a synchronisation.
     """
 
     def __init__(self, targets: Tensor | np.ndarray | list[int], k: int, mode: str = "exact", seed: int = 0) -> None:
@@ -50,13 +50,13 @@ class ContrastiveSampler:
         self.device = torch.device("cpu")
         self._labels = labels.astype(np.min_scalar_type(len(classes)))
         self._sizes = sizes
-        # Images sorted by class, twice over: those of class c are order[starts[c] : starts[c] + sizes[c]], and those of
-        # all other classes follow them.
+        # Images sorted by class, repeated twice: those of class c are order[starts[c] : starts[c] + sizes[c]], and
+        # those of all other classes follow them.
         self._order = np.tile(np.argsort(labels, kind="stable"), 2)
         self._starts = np.cumsum(sizes) - sizes
 
     def to(self, device: torch.device | str) -> ContrastiveSampler:
-        """Give the draws to `device` from now on; they are made by the processor all the same. Returns itself."""
+        """Return the draws on `device` from now on; they are still made on the CPU. Returns self."""
         self.device = torch.device(device)
         return self
 
@@ -64,7 +64,7 @@ class ContrastiveSampler:
         """contrastive_index (B, K + 1) int64 of the images `index` (B,): the positive, then the negatives."""
         images = index.tolist()
         drawn = np.empty((len(images), self.k + 1), dtype=np.int64)
-        # NumPy lets go of the interpreter's lock while it draws, so threads can run side by side.
+        # NumPy releases the GIL while it draws, so the threads run in parallel.
         threads = max(1, min(torch.get_num_threads(), len(images)))
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda t: self._fill(drawn[t::threads], images[t::threads], epoch), range(threads)))
@@ -78,4 +78,4 @@ class ContrastiveSampler:
             row[0] = image if self.mode == "exact" else self._order[start + rng.integers(size)]
             others = len(self._labels) - size
             place = rng.choice(others, self.k, replace=self.k > others, shuffle=False)
-            np.take(self._order[start + size :], place, out=row[1:], mode="clip")  # "raise" would go through a buffer
+            np.take(self._order[start + size :], place, out=row[1:], mode="clip")  # mode "raise" would buffer `out`

@@ -1,4 +1,4 @@
-"""Many small image files as one array: decoded once, kept on disk beside them."""
+"""Many small image files as one array: decoded once, then cached on disk next to them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .image_file import BrokenImageError, read_pixels, silent_pillow, warn_of_br
 
 
 def read_decoded(paths: Sequence[str], size: int, cache: Path, skip_broken: bool) -> tuple[Tensor, Tensor]:
-    """The pixels (K, size, size, 3) uint8 of the whole images, and their places (K,) int64 in `paths`, ascending.
+    """The pixels (K, size, size, 3) uint8 of the intact images, and their indices (K,) int64 in `paths`, ascending.
 
-    They are taken from the file `cache` where it was made of these very files (names, sizes and times of change) and
-    is undamaged; else decoded and written there, if that can be.
+    They are loaded from the file `cache` if it is undamaged and was made from the same files (names, sizes and
+    modification times); else they are decoded, and written to `cache` if possible.
 
     Raises:
-        BrokenImageError: an image is broken or of another size, unless `skip_broken`, which leaves it out and says so.
+        BrokenImageError: an image is broken or of another size, unless `skip_broken`, which skips it with a warning.
     """
     key = _key(paths, cache.parent)
     images, reasons = _load(cache, key) or _decode_and_store(paths, size, cache, key, skip_broken)
@@ -31,9 +31,9 @@ def read_decoded(paths: Sequence[str], size: int, cache: Path, skip_broken: bool
         raise _first(broken)
     if broken:
         warn_of_broken(broken, len(paths), "were left out (DATASET.SKIP_BROKEN)")
-    whole = torch.from_numpy(reasons == "").nonzero()[:, 0]
+    intact = torch.from_numpy(reasons == "").nonzero()[:, 0]
     pixels = torch.from_numpy(images)
-    return (pixels[whole] if broken else pixels), whole
+    return (pixels[intact] if broken else pixels), intact
 
 
 def _first(broken: dict[str, str]) -> BrokenImageError:
@@ -41,7 +41,7 @@ def _first(broken: dict[str, str]) -> BrokenImageError:
 
 
 def _key(paths: Sequence[str], folder: Path) -> str:
-    """A digest of the files' names below `folder`, sizes and times of change."""
+    """A digest of the files' names below `folder`, sizes and modification times."""
     digest = hashlib.sha256()
     for path in paths:
         try:
@@ -54,21 +54,21 @@ def _key(paths: Sequence[str], folder: Path) -> str:
 
 
 def _load(cache: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Pixels and what is wrong with each image ("" for nothing); None where `cache` has none for `key`."""
+    """Pixels, and what is wrong with each image ("" for nothing); None if `cache` has none for `key`."""
     try:
-        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # a zip, which checks their sums
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # a zip: it verifies checksums
             return (arrays["images"], arrays["reasons"]) if arrays["key"].item() == key else None
     except FileNotFoundError:
         return None
     except Exception as error:  # on damaged bytes NumPy raises nearly anything
-        note(f"{cache} is damaged ({error}) and made anew")
+        note(f"{cache} is damaged ({error}) and is rebuilt")
         return None
 
 
 def _decode_and_store(
     paths: Sequence[str], size: int, cache: Path, key: str, skip_broken: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    note(f"decoding {len(paths)} images once, for {cache}")
+    note(f"decoding {len(paths)} images, to cache them in {cache}")
     images, reasons = _decode(paths, size, skip_broken)
     fresh = cache.with_name(f".{cache.name}.{os.getpid()}")
     try:
@@ -92,7 +92,7 @@ def _decode(paths: Sequence[str], size: int, skip_broken: bool) -> tuple[np.ndar
                 pixels = read_pixels(path)
                 if pixels.shape != (size, size, 3):
                     height, width, _ = pixels.shape
-                    raise BrokenImageError(f"{path} has {width}x{height} pixels, {size}x{size} are due")
+                    raise BrokenImageError(f"{path} has {width}x{height} pixels, expected {size}x{size}; replace it")
                 images[i] = pixels.numpy()
             except BrokenImageError as error:
                 reasons[i] = str(error)

@@ -17,13 +17,13 @@ STD = (0.3234,) * 3
 
 @register("digits", num_classes=10, image_size=32, model_family="cifar")
 def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
-    """Four fifths of every digit to train on, a fifth to test; the same ones always. Nothing is read from `root`."""
-    from sklearn.datasets import load_digits  # a second's import that no other data set needs
+    """Four fifths of every digit for training, the rest for testing; always the same. Nothing is read from `root`."""
+    from sklearn.datasets import load_digits  # takes a second, and no other data set needs it
 
     digits = load_digits()
     small = torch.from_numpy(digits.images)[:, None]  # (N, 1, 8, 8) float64, 0..16
     large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
     images = (large * (255 / 16)).round().to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
-    # No flip: a mirrored 2 is no digit.
+    # No flip: a mirrored 2 is not a digit.
     data = ImageArray(images, torch.from_numpy(digits.target).long(), MEAN, STD, CropFlip(flip=False))
     return data.select(stratified_split(data.targets, 0.8)[0 if train else 1])

@@ -31,7 +31,7 @@ def class_folders(folder: Path, num_classes: int) -> list[str]:
     """
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if len(names) != num_classes:
-        raise UserError(f"{folder} has {len(names)} class folders, {num_classes} are due (empty ones count)")
+        raise UserError(f"{folder} has {len(names)} class folders, expected {num_classes} (empty folders count too)")
     return names
 
 
@@ -55,10 +55,10 @@ class ImageFiles:
     Attributes:
         paths: (N,) bytes. An array, because a list of a million strings is copied into every worker, a page at a time.
         targets: (N,) int64.
-        train_view: path -> (H, W, 3) uint8, as training shows it; its randomness must be torch's, on the CPU.
-        val_view: the same without chance.
+        train_view: path -> (H, W, 3) uint8, augmented; its randomness must come from torch's CPU generator.
+        val_view: path -> (H, W, 3) uint8, without randomness.
         mean, std: per channel, of values in [0, 1].
-        skip_broken: go on without the files that cannot be read; see `FolderLoader`.
+        skip_broken: skip the files that cannot be read; see `FolderLoader`.
     """
 
     paths: np.ndarray
@@ -76,7 +76,7 @@ class ImageFiles:
         return cls(paths, torch.tensor([label for _, label in files]), *args, **kwargs)
 
     def select(self, keep: Tensor) -> ImageFiles:
-        """The images at the places `keep`."""
+        """The images with the indices `keep`."""
         return replace(self, paths=self.paths[keep.numpy()], targets=self.targets[keep])
 
     def loader(self, batch_size: int, num_workers: int, train: bool, seed: int = 0) -> FolderLoader:
@@ -86,7 +86,7 @@ class ImageFiles:
 
 @contextmanager
 def cpu_seed(seed: int) -> Iterator[None]:
-    """Torch's random numbers on the CPU start at `seed` inside and go on as if nothing had been outside."""
+    """Seed torch's CPU generator with `seed`; on exit, restore its state from before."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -96,10 +96,10 @@ def cpu_seed(seed: int) -> Iterator[None]:
 
 
 class _Batches(Dataset[tuple[Batch, dict[str, str]]]):
-    """Whole batches by their key (epoch, indices); the key brings the epoch to workers that outlive it.
+    """A batch for each key (epoch, indices); the key carries the epoch to persistent workers.
 
-    A batch is (image, target, index) with images (B, H, W, 3) uint8, or nothing where no file could be read; with it
-    comes what is wrong with each broken file, by path.
+    Returns the batch (image, target, index) with images (B, H, W, 3) uint8, or () if no file could be read, and what
+    is wrong with each broken file, by path.
     """
 
     def __init__(self, data: ImageFiles, train: bool, seed: int) -> None:
@@ -120,7 +120,7 @@ class _Batches(Dataset[tuple[Batch, dict[str, str]]]):
         return (torch.stack([image for _, image in shown]), self.data.targets[places], places), broken
 
     def _show(self, epoch: int, index: int, broken: dict[str, str]) -> list[tuple[int, Tensor]]:
-        """The place and the view of image `index`, or in training of the first whole one after it; [] without one."""
+        """Index and view of image `index`, or in training of the first intact one after it; [] if there is none."""
         count = len(self.data.paths)
         for step in range(count if self.train and self.data.skip_broken else 1):
             place = (index + step) % count
@@ -134,17 +134,17 @@ class _Batches(Dataset[tuple[Batch, dict[str, str]]]):
     def _view(self, epoch: int, index: int, path: str) -> Tensor:
         if not self.train:
             return self.data.val_view(path)
-        # index + 1, because a trailing zero is as good as nothing in a seed: (seed, epoch) makes the order.
+        # index + 1, because trailing zeros do not change a seed, and (seed, epoch) alone seeds the order.
         with cpu_seed(mix_seed(self.seed, epoch, index + 1)):
             return self.data.train_view(path)
 
 
 class FolderLoader(Loader):
-    """Batches of `ImageFiles`; the workers stay from epoch to epoch and hand over bytes, normalised on the device.
+    """Batches of `ImageFiles`; persistent workers return uint8 images, which are normalised on the device.
 
-    With `skip_broken`, training shows in place of a broken image the next whole one of the list, mostly of its class,
-    with that one's label and index: batches stay full, on all ranks, and the same from run to run. Validation leaves
-    it out. A line at the pass's end counts them.
+    With `skip_broken`, training replaces a broken image by the next intact one of the list (mostly of its class), with
+    that one's label and index: batches stay full, on all ranks, and the same from run to run. Validation leaves broken
+    images out. A warning at the end of each pass gives their number.
 
     Attributes:
         broken: what is wrong with each broken file met so far, by path.
@@ -165,14 +165,14 @@ class FolderLoader(Loader):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # of its own, so that the global one is not touched
+            generator=torch.Generator(),  # so that the global generator is not used
         )
 
     def iter_from(self, batch: int) -> Iterator[Batch]:
-        """The epoch's batches from number `batch` (from 0, over all ranks) on.
+        """The epoch's batches from number `batch` on (from 0, counted over all ranks).
 
         Raises:
-            UserError: a file is broken and `skip_broken` is off, or all are.
+            UserError: a file is broken and `skip_broken` is off, or all files are broken.
         """
         order = self._order()
         self._keys[:] = [(self.epoch, order[share]) for share in self._shares(batch)]
@@ -187,7 +187,7 @@ class FolderLoader(Loader):
                 raise UserError(f"none of the {len(self.targets)} training images can be read: {met.popitem()[1]}")
         self.broken |= met
         if met:
-            what = "the next whole ones stood in" if self.train else "were left out"
+            what = "were replaced by the next intact ones" if self.train else "were left out"
             warn_of_broken(met, len(self.targets), f"{what} (DATASET.SKIP_BROKEN)")
 
     def _on_device(self, image: Tensor, *fields: Tensor) -> Batch:

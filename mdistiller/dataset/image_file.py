@@ -16,9 +16,9 @@ from torch import Tensor
 from ..console import one_line, warn
 from ..errors import UserError
 
-# What the extensions that torchvision takes for images can hold. Pillow knows more, and starts programs for some.
+# The formats of the file extensions that torchvision accepts. Pillow knows more, and starts programs for some.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
-# Long side over short side. Resized to 256 pixels by its short side, one of 1x65,500 would take 12 GB.
+# Largest ratio of long to short side. A 1x65,500 image, resized to a short side of 256 pixels, would take 12 GB.
 SLIMMEST = 100
 
 
@@ -28,9 +28,9 @@ class BrokenImageError(UserError):
 
 @contextmanager
 def silent_pillow() -> Iterator[None]:
-    """Without Pillow's warnings, of odd metadata and the like; that of an image too large becomes an error.
+    """Ignore Pillow's warnings, such as those on odd metadata; its warning of a too large image becomes an error.
 
-    Not for use in several threads at a time.
+    Not thread-safe.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -40,25 +40,25 @@ def silent_pillow() -> Iterator[None]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-    """The image of which only the header is read; what goes wrong here or inside is told with the file's name."""
+    """Open an image and read its header only; any error here or in the `with` block names the file."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError("it is no plain file")  # a named pipe would be waited for
+            raise OSError("it is not a regular file")  # opening a named pipe would block
         with Image.open(path, formats=FORMATS) as image:
             short, long = sorted(image.size)
             if long > SLIMMEST * short:
-                raise OSError(f"it has {image.width}x{image.height} pixels, which no resizing by the short side bears")
+                raise OSError(f"it has {image.width}x{image.height} pixels, too narrow to resize")
             yield image
     except Exception as error:  # on damaged bytes the decoders raise nearly anything
         reason = one_line(error) or type(error).__name__
-        raise BrokenImageError(f"{path} cannot be read as an image ({reason}); put the whole file there") from error
+        raise BrokenImageError(f"{path} cannot be read as an image ({reason}); put an intact copy there") from error
 
 
 def read_image(path: str) -> Image.Image:
-    """The RGB image of a file, grey ones included.
+    """The image of a file, converted to RGB if need be.
 
     Raises:
-        BrokenImageError: the file is missing, broken, too large or too slim.
+        BrokenImageError: the file is missing, broken, too large or too narrow.
     """
     with _opened(path) as image:
         image.load()
@@ -66,7 +66,7 @@ def read_image(path: str) -> Image.Image:
 
 
 def read_pixels(path: str) -> Tensor:
-    """The same as (H, W, 3) uint8."""
+    """The same image as (H, W, 3) uint8."""
     return to_pixels(read_image(path))
 
 
@@ -76,6 +76,6 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def warn_of_broken(broken: Mapping[str, str], count: int, what: str) -> None:
-    """One line that says how many of `count` images are `broken` (by path) and names the first."""
+    """Warn in one line how many of `count` images are `broken` (by path), and name the first ones."""
     names = ", ".join(sorted(broken)[:3]) + (", ..." if len(broken) > 3 else "")
     warn(f"{len(broken)} of {count} images are broken and {what}: {names}")

@@ -20,26 +20,26 @@ VAL = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
 
 
 def train_view(path: str) -> Tensor:
-    """A random part of the image, mirrored at random, resized as a tensor: (224, 224, 3) uint8."""
+    """A random crop of the image, mirrored at random, resized as a tensor: (224, 224, 3) uint8."""
     return TRAIN(read_pixels(path).permute(2, 0, 1)).permute(1, 2, 0)
 
 
 def val_view(path: str) -> Tensor:
-    """The middle of the image, (224, 224, 3) uint8: resized by Pillow, whose pixels published accuracies rest on."""
+    """The centre crop of the image, (224, 224, 3) uint8: resized by Pillow, as for published accuracies."""
     return to_pixels(VAL(read_image(path)))
 
 
 @register("imagenet", num_classes=NUM_CLASSES, image_size=224, model_family="imagenet")
 def read(root: Path, train: bool, skip_broken: bool = False) -> ImageFiles:
     """`root`/imagenet/train or val, with a folder <wnid> for each class."""
-    part = root / "imagenet" / ("train" if train else "val")
-    if not part.is_dir():
-        raise missing("ImageNet", part, "put its class folders n01440764, ... there")
-    files = labelled_files(part, class_folders(part, NUM_CLASSES))
+    folder = root / "imagenet" / ("train" if train else "val")
+    if not folder.is_dir():
+        raise missing("ImageNet", folder, "put its class folders n01440764, ... there")
+    files = labelled_files(folder, class_folders(folder, NUM_CLASSES))
     return ImageFiles.of(files, train_view, val_view, MEAN, STD, skip_broken)
 
 
-# The original's names, here and below.
+# Names from the original code, here and below.
 get_imagenet_dataloaders = partial(get_dataloaders, "imagenet")
 
 

@@ -23,7 +23,7 @@ class Normalize:
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], pixels: int) -> None:
-        # Repeated for every pixel: three numbers at the end of the shape would keep the CPU from vectorising.
+        # Repeated for every pixel: a last dimension of three would keep the CPU from vectorising.
         self.mean = torch.tensor(mean, dtype=torch.float32).repeat(pixels)
         self.std = torch.tensor(std, dtype=torch.float32).repeat(pixels)
         # A tensor, because CUDA multiplies by 1 / 255 when the divisor is a number, which rounds differently.
@@ -47,7 +47,7 @@ class ImageArray:
         images: (N, H, W, 3) uint8.
         targets: (N,) int64.
         mean, std: per channel, of values in [0, 1].
-        augment: what training does to them; by default random crops from 4 zeros around, and mirroring.
+        augment: applied in training; by default random crops after padding with 4 zeros, and random mirroring.
     """
 
     images: Tensor
@@ -57,18 +57,18 @@ class ImageArray:
     augment: Augment = CROP_AND_FLIP
 
     def select(self, keep: Tensor) -> ImageArray:
-        """The images at the places `keep`."""
+        """The images with the indices `keep`."""
         return replace(self, images=self.images[keep], targets=self.targets[keep])
 
     def loader(self, batch_size: int, num_workers: int, train: bool, seed: int = 0) -> InMemoryLoader:
-        """Batches; `num_workers` is not needed here."""
+        """Batches; `num_workers` is ignored."""
         return InMemoryLoader(self, batch_size, train, seed)
 
 
 class InMemoryLoader(Loader):
     """Batches of an `ImageArray`, in training augmented on the device.
 
-    An epoch's draws are made at its start, on the CPU for every device: some 30 bytes an image.
+    An epoch's random draws are all made at its start, on the CPU for every device: about 30 bytes an image.
     """
 
     def __init__(self, data: ImageArray, batch_size: int, train: bool, seed: int = 0) -> None:
@@ -103,16 +103,16 @@ class InMemoryLoader(Loader):
         return self._drawn[1]
 
     def variant(self, index: Tensor) -> Tensor:
-        """Which of its `variants` each image `index` (B,) shows in this epoch: (B,) int64 on the device.
+        """Which of the `variants` each image of `index` (B,) has in this epoch: (B,) int64 on the device.
 
-        The same image in the same variant is the same picture, bit for bit, in every epoch and under every seed.
+        The same image in the same variant has the same pixels, bit for bit, in every epoch and for every seed.
         """
         index = index.to(self.device)
         return self.augment.variant(*(drawn[index] for drawn in self._draws()[1:]))
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the images, their labels and what is done to them; it keys what is computed from them."""
+        """A digest of images, labels, normalisation and augmentation: a cache key for what is computed from them."""
         digest = hashlib.sha256()
         for tensor in (self._images, self._labels):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -121,7 +121,7 @@ class InMemoryLoader(Loader):
         return digest.hexdigest()
 
     def iter_from(self, batch: int) -> Iterator[Batch]:
-        """The epoch's batches from number `batch` (from 0, over all ranks) on."""
+        """The epoch's batches from number `batch` on (from 0, counted over all ranks)."""
         shares = self._shares(batch)
         return self._train_batches(shares) if self.train else self._val_batches(shares)
 

@@ -23,50 +23,50 @@ AUGMENT = RotateFlip(degrees=20, size=SIZE)
 
 @register("tiny_imagenet", num_classes=NUM_CLASSES, image_size=SIZE, model_family="tiny_imagenet")
 def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
-    """`root`/tiny-imagenet-200: `train`/<wnid>/..., and `val` with val_annotations.txt or with <wnid>/... as well.
+    """`root`/tiny-imagenet-200: `train`/<wnid>/..., and `val` with val_annotations.txt or also with <wnid>/...
 
-    The images are held in memory (1.2 GB for training) and kept decoded in train.npz and val.npz beside the folders.
+    The images are held in memory (1.2 GB for training) and cached in train.npz and val.npz next to the folders.
     """
     home = root / "tiny-imagenet-200"
-    part = home / ("train" if train else "val")
-    if not part.is_dir():
-        raise missing("Tiny-ImageNet", part, "unpack tiny-imagenet-200.zip so that it is there")
-    classes = _classes(home, part)
-    in_class_folders = train or any((part / wnid).is_dir() for wnid in classes)
-    files = labelled_files(part, classes) if in_class_folders else annotated_files(part, classes)
+    folder = home / ("train" if train else "val")
+    if not folder.is_dir():
+        raise missing("Tiny-ImageNet", folder, f"unpack tiny-imagenet-200.zip in {root}")
+    classes = _classes(home, folder)
+    in_class_folders = train or any((folder / wnid).is_dir() for wnid in classes)
+    files = labelled_files(folder, classes) if in_class_folders else annotated_files(folder, classes)
     paths, labels = zip(*files)
-    images, whole = read_decoded(paths, SIZE, part.with_suffix(".npz"), skip_broken)
-    return ImageArray(images, torch.tensor(labels)[whole], MEAN, STD, AUGMENT)
+    images, intact = read_decoded(paths, SIZE, folder.with_suffix(".npz"), skip_broken)
+    return ImageArray(images, torch.tensor(labels)[intact], MEAN, STD, AUGMENT)
 
 
-def _classes(home: Path, part: Path) -> list[str]:
-    """The sorted wnids: of wnids.txt, or where that is missing the names of the class folders."""
+def _classes(home: Path, folder: Path) -> list[str]:
+    """The sorted wnids: from wnids.txt, or if it is missing from the names of the class folders."""
     listed = home / "wnids.txt"
     if not listed.is_file():
-        return class_folders(home / "train" if (home / "train").is_dir() else part, NUM_CLASSES)
+        return class_folders(home / "train" if (home / "train").is_dir() else folder, NUM_CLASSES)
     wnids = sorted(set(listed.read_text().split()))
     if len(wnids) != NUM_CLASSES:
-        raise UserError(f"{listed} names {len(wnids)} classes, {NUM_CLASSES} are due; unpack the zip anew")
+        raise UserError(f"{listed} lists {len(wnids)} classes, expected {NUM_CLASSES}; unpack the zip again")
     return wnids
 
 
 def annotated_files(part: Path, classes: list[str]) -> list[tuple[str, int]]:
-    """(path, label) of the images that `part`/val_annotations.txt names: a line holds file, wnid and a box."""
+    """(path, label) of the images that `part`/val_annotations.txt lists: a line holds file, wnid and a box."""
     annotations = part / "val_annotations.txt"
     if not annotations.is_file():
-        raise missing("Tiny-ImageNet's val_annotations.txt", annotations, "unpack tiny-imagenet-200.zip anew")
+        raise missing("Tiny-ImageNet's val_annotations.txt", annotations, "unpack tiny-imagenet-200.zip again")
     label = {wnid: i for i, wnid in enumerate(classes)}
     files = []
     for number, line in enumerate(annotations.read_text().splitlines(), start=1):
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in label:
-            raise UserError(f"{annotations}, line {number}: {wnid!r} is no class; a line is file, wnid, box")
+            raise UserError(f"{annotations}, line {number}: {wnid!r} is not a class; a line must hold file, wnid, box")
         files.append((str(part / "images" / name), label[wnid]))
     if not files:
-        raise UserError(f"{annotations} names no image; unpack tiny-imagenet-200.zip anew")
+        raise UserError(f"{annotations} lists no image; unpack tiny-imagenet-200.zip again")
     return files
 
 
-# The original's name.
+# The name from the original code.
 get_tinyimagenet_dataloader = partial(get_dataloaders, "tiny_imagenet")

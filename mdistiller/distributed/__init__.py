@@ -1,1 +1,1 @@
-"""Several processes: ranks, a batch gathered over them, BatchNorm over them. Nobody else asks torch.distributed."""
+"""Training in several processes: ranks, gathered batches, synchronised BatchNorm; all use of torch.distributed."""

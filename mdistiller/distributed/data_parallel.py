@@ -27,7 +27,7 @@ def data_parallel(module: nn.Module, frozen: Iterable[str]) -> nn.Module:
 
 @contextmanager
 def averaging(module: nn.Module, now: bool) -> Iterator[None]:
-    """Average the gradients of the backward pass inside over the ranks, or (not `now`) only add them up locally.
+    """Within this context, backward averages the gradients over the ranks or, if not `now`, only adds them up locally.
 
     For a module without DistributedDataParallel this changes nothing.
     """

@@ -1,7 +1,7 @@
-"""A batch that is spread over processes, put together again, for the losses that compare images with each other.
+"""Gathers a batch that is spread over processes, for losses that compare its images with each other.
 
-Most losses are means over images, so the mean of the ranks' gradients is that of the whole batch. A loss that compares
-the images of a batch with each other must see all of them: it takes `gather_batch` of what it compares.
+Most losses are means over images, so the mean of the ranks' gradients is the gradient of the whole batch. A loss that
+compares the images of a batch with each other must see all of them: it calls `gather_batch` on what it compares.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def world_size() -> int:
 
 
 def gather_batch(x: Tensor) -> Tensor:
-    """The whole batch (B, ...) on every rank from its parts (B / world, ...), in the order of the ranks.
+    """The whole batch (B, ...) on every rank from the ranks' slices (B / world, ...), in the order of the ranks.
 
-    Differentiable: every rank works out the same loss of the whole batch; the gradients are summed over the ranks, and
-    the mean over ranks that DistributedDataParallel takes afterwards makes of that the loss's own.
+    Differentiable: every rank computes the same loss of the whole batch. Backward sums the gradients over the ranks;
+    the mean over ranks that DistributedDataParallel takes afterwards turns this into the gradient of that loss.
     """
     if world_size() == 1:
         return x
@@ -31,9 +31,9 @@ def gather_batch(x: Tensor) -> Tensor:
 
 
 def _gathered(x: Tensor) -> Tensor:
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    slices = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(slices, x.contiguous())
+    return torch.cat(slices)
 
 
 class _Gather(torch.autograd.Function):
@@ -50,7 +50,7 @@ class _Gather(torch.autograd.Function):
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of `x` over the ranks, without gradient."""
+    """The mean of `x` over the ranks, in place and without gradient."""
     if world_size() > 1:
         dist.all_reduce(x)
         x /= world_size()

@@ -19,12 +19,12 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its run.
+    """The position of this process among those of its run.
 
     Attributes:
         rank: from 0; rank 0 writes the logs and the checkpoints.
-        world: how many there are.
-        local: this process among those on its machine.
+        world: number of processes.
+        local: rank among the processes on the same machine.
     """
 
     rank: int = 0
@@ -33,7 +33,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Ranks:
         return int(numbers)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in their order, on all of them."""
+        """The `value` of every rank, in the order of the ranks, on all of them."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -59,14 +59,14 @@ class Ranks:
         return values
 
     def copy_buffers(self, module: nn.Module) -> None:
-        """Give every rank the buffers of rank 0: BatchNorm's statistics are of each rank's own images."""
+        """Copy the buffers of rank 0 to all ranks, because each has the BatchNorm statistics of its own images."""
         if self.world > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
-        """What is inside is done by rank 0, then by the others."""
+        """Rank 0 runs the `with` block first, then the others do."""
         if not self.first:
             self.wait()
         yield
@@ -74,19 +74,19 @@ class Ranks:
             self.wait()
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has called this."""
         if self.world > 1:
             dist.barrier(group=_host_group())
 
 
 def current_ranks() -> Ranks:
-    """This process's place; one process alone where `joined_ranks` is not open."""
+    """The `Ranks` of this process; outside `joined_ranks`, those of a single process."""
     if not dist.is_initialized():
         return Ranks()
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
 
-# The hosts exchange numbers and barriers over gloo, which does not wait for the work that is queued on the GPUs.
+# Numbers and barriers go over gloo between the CPUs, which does not wait for the work queued on the GPUs.
 _HOSTS: list[dist.ProcessGroup] = []
 
 
@@ -96,11 +96,11 @@ def _host_group() -> dist.ProcessGroup | None:
 
 @contextmanager
 def joined_ranks(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
-    """Join the processes that torchrun started for as long as the context is open; else this process alone.
+    """While the context is open, join the processes that torchrun started; without torchrun, this one is alone.
 
     Args:
-        device: EXPERIMENT.DEVICE; GPUs talk over NCCL, processors over gloo.
-        timeout: seconds after which waiting for another rank is given up.
+        device: EXPERIMENT.DEVICE; GPUs communicate over NCCL, CPUs over gloo.
+        timeout: seconds to wait for another rank before an error.
 
     Raises:
         UserError: more processes on this machine than GPUs.
@@ -114,7 +114,7 @@ def joined_ranks(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks
     if cuda:
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"torchrun started more processes here than there are GPUs ({torch.cuda.device_count()}); "
+                f"torchrun started more processes on this machine than it has GPUs ({torch.cuda.device_count()}); "
                 "set --nproc_per_node to their number, or EXPERIMENT.DEVICE cpu"
             )
         torch.cuda.set_device(local)

@@ -1,4 +1,4 @@
-"""BatchNorm over the images of all ranks. PyTorch has it for GPUs; here it is for processors too."""
+"""BatchNorm over the images of all ranks. PyTorch has it for GPUs; this module adds CPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every BatchNorm2d synchronised over the ranks; names, weights and statistics stay."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    replacements: dict[nn.Module, nn.Module] = {}  # a layer that stands in several places stays one layer
+    replacements: dict[nn.Module, nn.Module] = {}  # a shared layer stays shared
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.BatchNorm2d:
@@ -23,9 +23,9 @@ def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 class HostSyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that takes mean and variance over the images of all ranks while training.
+    """BatchNorm2d that computes mean and variance over the images of all ranks while training.
 
-    Every rank must bring a batch of the same height and width. (B, C, H, W) -> (B, C, H, W).
+    Every rank must pass a batch of the same height and width. (B, C, H, W) -> (B, C, H, W).
     """
 
     @classmethod
@@ -47,7 +47,7 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
         count = sums[-1].detach()
         mean = sums[:-1] / count
         centred = x - mean[:, None, None]
-        # From the centred values: squares' mean minus the mean's square would cancel.
+        # From the centred values: E[x^2] - E[x]^2 would lose precision by cancellation.
         variance = _SumOverRanks.apply(centred.square().sum(dims)) / count
         self._track(mean.detach(), variance.detach() * count / (count - 1))
         scale = (variance + self.eps).rsqrt()
@@ -66,7 +66,7 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum is every rank's input to its own loss, so its gradient is the sum of theirs."""
+    """The sum over ranks. Every rank's loss depends on it, so its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]

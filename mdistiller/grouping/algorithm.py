@@ -34,10 +34,10 @@ def similarity(confusion: np.ndarray) -> np.ndarray:
 
         s = x + x^T,   x[i][j] = errors of i that went to j / all errors of i
 
-    A class without an error has a row of zeros in x: only what others are taken for it counts.
+    A class without errors has a row of zeros in x: only the errors of other classes that went to it count.
 
     Args:
-        confusion: (S, S) counts >= 0, row true, column predicted; the diagonal is no error.
+        confusion: (S, S) counts >= 0, row true, column predicted; the diagonal counts no errors.
 
     Returns:
         (S, S) float64 in [0, 2], symmetric, its diagonal zero.
@@ -45,16 +45,16 @@ def similarity(confusion: np.ndarray) -> np.ndarray:
     errors = confusion.astype(np.float64)
     np.fill_diagonal(errors, 0)
     share = errors / np.maximum(errors.sum(axis=1, keepdims=True), 1)
-    # Twelve digits: shares that are equal on paper (1/3 + 1/3 and 2/3) tie here too, on every machine.
+    # Rounded to 12 digits, so that shares that are mathematically equal (1/3 + 1/3 and 2/3) tie on every machine.
     return np.round(share + share.T, 12)
 
 
 def group_by_confusion(confusion: np.ndarray, num_groups: int) -> list[list[int]]:
-    """Put together the classes (or super-classes) that a teacher confuses.
+    """Group the classes (or super-classes) that a teacher confuses.
 
     With s = `similarity(confusion)`: the most similar pair seeds a group, then the most similar pair among the
     classes left, until there are G; then each remaining class, in ascending order, joins the group with the highest
-    mean s to the members that it has by then. Ties go to the lower index: of pairs, to the lower first, then second
+    mean s to its members so far. Ties go to the lower index: of pairs, to the lower first, then second
     class; of groups, to the one seeded earlier.
 
     Args:
@@ -65,7 +65,7 @@ def group_by_confusion(confusion: np.ndarray, num_groups: int) -> list[list[int]
         G lists of ascending indices in the order of their seeds; every index of [0, S) is in one.
 
     Raises:
-        UserError: the counts are no square matrix of numbers >= 0, G < 1, S < 2G, or the teacher made no error.
+        UserError: the counts are not a square matrix of numbers >= 0, G < 1, S < 2G, or the teacher made no error.
 
     Cost: O(S^2 log S).
     """
@@ -76,7 +76,7 @@ def group_by_confusion(confusion: np.ndarray, num_groups: int) -> list[list[int]
     for i in range(size):
         if i not in seeded:
             means = [np.round(s[i, group].mean(), 12) for group in groups]
-            groups[int(np.argmax(means))].append(i)  # argmax takes the first of equals
+            groups[int(np.argmax(means))].append(i)  # argmax returns the first of equals
     return [sorted(group) for group in groups]
 
 
@@ -94,7 +94,7 @@ def _seed(s: np.ndarray, num_groups: int) -> list[list[int]]:
 
 
 def _check(confusion: np.ndarray, num_groups: int) -> int:
-    """The number of classes, after refusing what cannot be grouped."""
+    """Refuse counts that cannot be grouped; returns the number of classes."""
     shape = confusion.shape
     if confusion.ndim != 2 or shape[0] != shape[1] or (confusion < 0).any():
         raise UserError(f"confusion counts must be a square matrix of numbers >= 0, these have the shape {shape}")
@@ -107,7 +107,7 @@ def _check(confusion: np.ndarray, num_groups: int) -> int:
         )
     if confusion.sum() == np.trace(confusion):
         raise UserError(
-            "the teacher makes no error on these images, so that nothing tells the groups; count its errors on images "
+            "the teacher makes no error on these images, so there is nothing to group by; count its errors on images "
             "that it was not trained on (--split heldout), or by cross-validation (--split kfold)"
         )
     return shape[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Super-class of each of the 100 classes, in the data set's own order of both (its "coarse_labels").
+# Super-class of each of the 100 classes, both numbered as in the data set (its "coarse_labels").
 # fmt: off
 SUPERCLASS = [
     4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7,
@@ -35,7 +35,7 @@ SUPERCLASS_NAMES = [
 ]
 
 _RESNET = [[9, 18, 19], [10, 17], [2, 4, 7, 13, 15], [3, 5, 6], [0, 1, 8, 11, 12, 14, 16]]
-# By teacher, in super-classes. Published as they are, though they come from the teachers' mistakes on the test images.
+# Groups of super-classes by teacher, as published: they come from the teachers' mistakes on the test images.
 PUBLISHED = {
     "res56": _RESNET,
     "res110": _RESNET,

@@ -1,4 +1,4 @@
-"""Groups by name or from a JSON file, and back into one."""
+"""Load groups by name or from a JSON file, and save them to one."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def published_groups(teacher: str) -> list[list[int]]:
 
 
 def load_groups(source: str) -> list[list[int]]:
-    """The groups of classes that `DCGD.GROUPS` means.
+    """The groups of classes that `DCGD.GROUPS` names.
 
     Args:
         source: a JSON file (anything ending in ".json": a list of lists of class indices, or a dict that holds one
             under "groups", as `tools/group_classes.py` writes it), else the name of a published grouping. A relative
-            path is looked for in the current folder, then among the project's own files.
+            path is looked for in the current folder, then in the project's own files.
 
     Raises:
-        UserError: neither, or the file holds something else.
+        UserError: `source` is neither, or the file holds something else.
     """
     if not source.endswith(".json"):
         return published_groups(source)
@@ -43,7 +43,7 @@ def load_groups(source: str) -> list[list[int]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{source} is no JSON file: {error}") from None
+        raise UserError(f"{source} is not a JSON file: {error}") from None
     groups: Any = content.get("groups") if isinstance(content, dict) else content
     if not _is_list_of_int_lists(groups):
         raise UserError(f'{source} holds no groups; expected {{"groups": [[0, 2], [1, 3]]}} or the bare list of lists')
@@ -58,7 +58,7 @@ def check_groups(groups: list[list[int]], num_classes: int) -> None:
     """Refuse groups that are not a partition of the classes.
 
     Raises:
-        UserError: a group is empty, or a class of [0, num_classes) is missing, foreign or there twice.
+        UserError: a group is empty, or a class of [0, num_classes) is missing or there twice, or one is out of range.
     """
     classes = [c for group in groups for c in group]
     if not all(groups) or not groups:
@@ -66,11 +66,11 @@ def check_groups(groups: list[list[int]], num_classes: int) -> None:
     if sorted(classes) == list(range(num_classes)):
         return
     missing = sorted(set(range(num_classes)) - set(classes))
-    foreign = sorted(set(classes) - set(range(num_classes)))
+    unknown = sorted(set(classes) - set(range(num_classes)))
     twice = sorted({c for c in classes if classes.count(c) > 1})
     raise UserError(
         f"the groups must hold each class from 0 to {num_classes - 1} once: "
-        f"missing {missing or 'none'}, unknown {foreign or 'none'}, twice {twice or 'none'}; "
+        f"missing {missing or 'none'}, unknown {unknown or 'none'}, twice {twice or 'none'}; "
         "are they meant for another data set?"
     )
 

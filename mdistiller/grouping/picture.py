@@ -1,4 +1,4 @@
-"""The confusion matrix as a picture, its classes ordered by group."""
+"""A plot of the confusion matrix, its classes ordered by group."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 def draw_confusion(
     path: Path, confusion: np.ndarray, groups: Sequence[Sequence[int]], names: Sequence[str], title: str = ""
 ) -> None:
-    """Write a PNG of each class's errors by where they went, in percent, with a frame around each group.
+    """Write a PNG of where each class's errors went, in percent of them, with a frame around each group.
 
     Args:
         confusion: (S, S) counts, row true, column predicted; the diagonal is left out.
-        groups: lists of indices in [0, S), drawn from the upper left.
-        names: (S,) labels of the axes; from 50 classes on they are left out.
+        groups: lists of indices in [0, S), drawn in this order from the upper left.
+        names: (S,) labels of the axes; left out for 50 classes or more.
     """
-    # A figure without pyplot: no display, no global state.
+    # Without pyplot: no display, no global state.
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 

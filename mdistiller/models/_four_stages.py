@@ -1,4 +1,4 @@
-"""The ResNet of four stages, of 64, 128, 256 and 512 times the block's expansion: for ImageNet and for small images.
+"""The ResNet of four stages (64, 128, 256 and 512 channels times the expansion), for ImageNet and for small images.
 
 Reference: He et al. 2016, arXiv 1512.03385.
 """
@@ -45,7 +45,7 @@ class FourStageResNet(StagedNet):
         self.apply(self.init_weights)
 
     def enter_stages(self, stem: Tensor) -> Tensor:
-        """What the first stage sees of the stem's map."""
+        """The first stage's input, from the stem's map."""
         return stem
 
     def forward_trunk(self, image: Tensor) -> tuple[Maps, Maps]:

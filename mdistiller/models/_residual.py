@@ -1,4 +1,4 @@
-"""Residual blocks and stages of them: `relu(f(x) + skip(x))`, after and before that ReLU.
+"""Residual blocks and stages of them: `relu(f(x) + skip(x))`, returned after and before that ReLU.
 
 Reference: He et al. 2016, arXiv 1512.03385.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the map's size but for its stride."""
+    """A convolution without bias, padded so that only its stride changes the map's size."""
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
 
 
@@ -98,7 +98,7 @@ class Bottleneck(Residual):
 
 
 class Stage(nn.Sequential):
-    """`count` blocks in a row, the first with the stride; gives the last block's output after and before its ReLU."""
+    """`count` blocks in a row, the first with the stride; returns the last block's output after and before ReLU."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ Maps = list[Tensor]
 def init_weights(module: nn.Module) -> None:
     """Draw a convolution's weights from N(0, 2 / (k * k * out_channels)); BatchNorm and biases start as the identity.
 
-    Linear layers keep PyTorch's own start. Use: `net.apply(init_weights)`.
+    Linear layers keep PyTorch's own initialisation. Use: `net.apply(init_weights)`.
 
     Reference: He et al. 2015, arXiv 1502.01852, section 2.2.
     """
@@ -46,9 +46,9 @@ def global_pool(x: Tensor) -> Tensor:
 
 
 class StagedNet(nn.Module):
-    """A classifier of images whose last stage can be split off; see the module's docstring.
+    """An image classifier whose last stage can be split off; see the module's docstring.
 
-    A family defines `forward_trunk`, `forward_last`, the two names below, and what distillers ask of every network:
+    A family defines `forward_trunk`, `forward_last`, the two names below, and what distillers call on every network:
     `get_feat_modules`, `get_bn_before_relu`, `get_stage_channels`.
     """
 
@@ -56,13 +56,13 @@ class StagedNet(nn.Module):
     last_stage: ClassVar[tuple[str, ...]]
     # The linear layer from the pooled feature to the logits.
     classifier_name: ClassVar[str] = "fc"
-    # How one module's weights start; for `apply`.
+    # Initialises the weights of one module; for `apply`.
     init_weights = staticmethod(init_weights)
 
     def forward_trunk(self, image: Tensor) -> tuple[Maps, Maps]:
         """Feature maps after and before the activation, of the stem and of every stage but the last.
 
-        A map before the activation that only the next stage's BatchNorm yields (WRN) comes from `forward_last`.
+        In WRN the next stage's BatchNorm computes the map before the activation; `forward_last` returns the last one.
         """
         raise NotImplementedError
 
@@ -81,7 +81,7 @@ class StagedNet(nn.Module):
         return getattr(self, self.classifier_name)
 
     def new_last_stage(self) -> nn.Module:
-        """A last stage of the same form and names with freshly drawn weights."""
+        """A last stage with the same layers and names, and freshly initialised weights."""
         branch = nn.Module()
         for name in self.last_stage:
             branch.add_module(name, copy.deepcopy(getattr(self, name)))
@@ -99,7 +99,7 @@ class StagedNet(nn.Module):
         raise NotImplementedError
 
     def get_bn_before_relu(self) -> list[nn.Module]:
-        """Of each stage, the BatchNorm that ends it: where OFD takes its margins from."""
+        """The BatchNorm that ends each stage, from which OFD computes its margins."""
         raise NotImplementedError
 
     def get_stage_channels(self) -> list[int]:

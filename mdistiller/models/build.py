@@ -1,4 +1,4 @@
-"""From names to networks, and from teachers to the files of their weights."""
+"""Networks by name, and the checkpoint files of teachers."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def default_checkpoint(path: str) -> str:
 
 
 def build_model(models: Registry, name: str, num_classes: int, **kwargs: Any) -> nn.Module:
-    """The network `name` with freshly drawn weights.
+    """The network `name` with freshly initialised weights.
 
     Args:
         models: one of the model dictionaries; its entries are constructors, or pairs that begin with one.
         num_classes: width of the logits.
-        kwargs: what else the constructor takes (`pretrained` of the ImageNet models).
+        kwargs: further arguments of the constructor (`pretrained` of the ImageNet models).
 
     Raises:
-        UnknownNameError: no such model; the message gives the near names.
+        UnknownNameError: no such model; the message lists similar names.
     """
     entry = models[name]
     constructor = entry[0] if isinstance(entry, tuple) else entry
@@ -40,18 +40,18 @@ def build_model(models: Registry, name: str, num_classes: int, **kwargs: Any) ->
 def teacher_checkpoint(path: str | Path | None, name: str = "the teacher") -> Path:
     """The file that holds a teacher's weights.
 
-    A relative path, and a default under the repository's download_ckpts/, is looked for in the current folder's
-    download_ckpts/ first and in the repository's then; what the user wrote is tried as it stands before both.
+    A user's path is first tried unchanged. Then a relative path, or a default under the repository's download_ckpts/,
+    is looked for in the current folder's download_ckpts/, and last in the repository's.
 
     Args:
         path: from a model dictionary or from `DISTILLER.TEACHER_CKPT`; None when neither names one.
         name: of the teacher, for the message.
 
     Raises:
-        UserError: no file is there, or `path` is None.
+        UserError: the file does not exist, or `path` is None.
     """
     if not path:
-        raise UserError(f"{name} has no published checkpoint; name a file by {_OWN_FILE}")
+        raise UserError(f"{name} has no published checkpoint; set {_OWN_FILE} to a file")
     wanted = Path(path)
     places = [wanted]
     if wanted.is_relative_to(REPOSITORY_FOLDER):
@@ -62,4 +62,4 @@ def teacher_checkpoint(path: str | Path | None, name: str = "the teacher") -> Pa
         if place.is_file():
             return place
     tried = " or ".join(map(str, dict.fromkeys(places)))
-    raise UserError(f"no checkpoint of {name} at {tried}; put it there or name another file by {_OWN_FILE}")
+    raise UserError(f"no checkpoint of {name} at {tried}; put it there or set {_OWN_FILE} to another file")

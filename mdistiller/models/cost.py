@@ -28,7 +28,7 @@ class Cost:
 
 
 def network_cost(model: nn.Module, image_size: int) -> Cost:
-    """Count `model` on one image of 3 x image_size x image_size, with torch's own flop counter."""
+    """The cost of `model` for one image of 3 x image_size x image_size, by torch's own flop counter."""
     like = next(model.parameters())
     counter = FlopCounterMode(display=False)
     with eval_mode(model), counter:

@@ -1,4 +1,4 @@
-"""Networks in eval mode for a moment."""
+"""A context in which networks are in eval mode."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ class GroupedStudent(nn.Module):
             together on a GPU, where it starts half as many kernels, and a loop on the CPU, where it saves nothing.
 
     Raises:
-        UserError: `base` has no last stage to split off, the groups are no partition of its classes, or there is no
-            such mode.
+        UserError: `base` has no last stage to split off, the groups are not a partition of its classes, or there
+            is no such mode.
     """
 
     head_names = ("grouped", "single", "mean")
@@ -48,8 +48,8 @@ class GroupedStudent(nn.Module):
         super().__init__()
         if not isinstance(base, StagedNet):
             raise UserError(
-                f"{type(base).__name__} has no last stage to split off, so that DCGD cannot group it; "
-                "take a ResNet, WRN or VGG as the student"
+                f"{type(base).__name__} has no last stage to split off, so DCGD cannot group it; "
+                "use a ResNet, WRN or VGG as the student"
             )
         classifier = base.get_classifier()
         check_groups([list(group) for group in groups], classifier.out_features)
@@ -59,10 +59,10 @@ class GroupedStudent(nn.Module):
         self.branches = nn.ModuleList([base.new_last_stage() for _ in groups])
         self.heads = nn.ModuleList([nn.Linear(classifier.in_features, len(group)) for group in groups])
         self.heads.apply(base.init_weights)
-        # Class c stands in this column of the heads' outputs, laid side by side.
+        # Class c is in column `column[c]` of the heads' concatenated outputs.
         self.column: Tensor
         self.register_buffer("column", torch.tensor([c for g in groups for c in g]).argsort(), persistent=False)
-        # In a tuple, so that the wide branch, which has no weights of its own, is no submodule.
+        # In a tuple, so that the wide branch, which has no weights of its own, is not registered as a submodule.
         self._wide = (_widen(_Pooled(self.branches[0], base.forward_last), len(self.groups)),)
 
     def set_branch_mode(self, mode: str) -> None:
@@ -81,7 +81,7 @@ class GroupedStudent(nn.Module):
         return self.forward_grouped(features), {**features, "logits_single": logits_single}
 
     def forward_grouped(self, features: dict[str, Any]) -> Tensor:
-        """The grouped logits (B, C) in class order, from what the plain network's forward returned as its features."""
+        """The grouped logits (B, C) in class order, from the features that the plain network's forward returned."""
         trunk = features["feats"][-2]  # the last stage adds one map to those of the trunk
         pooled = self._pooled_together(trunk) if self._together(trunk) else self._pooled_in_a_loop(trunk)
         logits = [head(x) for head, x in zip(self.heads, pooled)]
@@ -101,18 +101,18 @@ class GroupedStudent(nn.Module):
         return [self.base.forward_last(branch, x)[2] for branch in self.branches]
 
     def _pooled_together(self, x: Tensor) -> Sequence[Tensor]:
-        """The same from one network G times as wide: its weights are the branches', one below the other."""
+        """The same from one network G times as wide, whose weights are the branches' weights concatenated."""
         (wide,) = self._wide
         wide.train(self.training)
         weights = _side_by_side([dict(branch.named_parameters()) for branch in self.branches])
         statistics = _side_by_side([dict(branch.named_buffers()) for branch in self.branches])
         state = {f"branch.{name}": tensor for name, tensor in (weights | statistics).items()}
         pooled = functional_call(wide, state, (x.repeat(1, len(self.branches), 1, 1),))
-        if self.training:  # BatchNorm has moved the copies
+        if self.training:  # BatchNorm has updated the copies
             _write_back(statistics, [dict(branch.named_buffers()) for branch in self.branches])
         return pooled.chunk(len(self.branches), dim=1)
 
-    # What distillers ask of every network is asked of the plain one.
+    # What distillers call on every network is passed on to the plain network.
     def get_feat_modules(self) -> nn.ModuleList:
         """The plain network's."""
         return self.base.get_feat_modules()
@@ -127,7 +127,7 @@ class GroupedStudent(nn.Module):
 
 
 class _Pooled(nn.Module):
-    """A branch as a module of its own: trunk's map -> pooled feature."""
+    """A branch as a module with a forward: trunk's map -> pooled feature."""
 
     def __init__(self, branch: nn.Module, forward_last: Callable[..., Any]) -> None:
         super().__init__()
@@ -139,9 +139,9 @@ class _Pooled(nn.Module):
 
 
 def _widen(module: nn.Module, count: int) -> nn.Module:
-    """A copy of `module`, without weights, that runs `count` of its kind side by side in the channels.
+    """A copy of `module`, without weights, that runs `count` such modules at once, side by side in the channels.
 
-    Everything in a last stage but convolutions works on each channel by itself.
+    Only convolutions need a change: the other layers of a last stage work on each channel separately.
     """
     wide = copy.deepcopy(module).to("meta")
     for m in wide.modules():
@@ -151,23 +151,23 @@ def _widen(module: nn.Module, count: int) -> nn.Module:
 
 
 def _side_by_side(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of one name, one below the other; of a counter (BatchNorm's steps), the first stands for all."""
+    """The tensors of each name, concatenated; of a scalar (BatchNorm's count of batches), a copy of the first."""
     first = states[0]
     return {name: torch.cat([s[name] for s in states]) if first[name].ndim else first[name].clone() for name in first}
 
 
 def _write_back(merged: dict[str, Tensor], states: Sequence[dict[str, Tensor]]) -> None:
-    """What `_side_by_side` put together, back to where it came from."""
+    """Copy what `_side_by_side` concatenated back to where it came from."""
     for name, tensor in merged.items():
-        parts = tensor.chunk(len(states)) if tensor.ndim else [tensor] * len(states)
-        torch._foreach_copy_([s[name] for s in states], list(parts))  # one kernel for all branches
+        chunks = tensor.chunk(len(states)) if tensor.ndim else [tensor] * len(states)
+        torch._foreach_copy_([s[name] for s in states], list(chunks))  # one kernel for all branches
 
 
 class LinearStemResNet(ResNet):
-    """The plain network of the published students: a CIFAR ResNet without the ReLU behind its stem.
+    """The plain network of the published students: a CIFAR ResNet without the ReLU after its stem.
 
-    The published code leaves it out, and the pinned figures with it. Names and shapes are those of the ResNet with the
-    ReLU, but the weights of one give nonsense in the other.
+    The published code has no ReLU there, and the pinned values come from it. Names and shapes are those of the ResNet
+    with the ReLU, but the weights of one do not work in the other.
     """
 
     def forward_trunk(self, image: Tensor) -> tuple[Maps, Maps]:

@@ -89,7 +89,8 @@ BAD_TRAIN = {
         "no checkpoint of resnet56 at no/file",
     ),
     "unpublished teacher": (
-        ["DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", "resnet20"], "name a file by DISTILLER.TEACHER_CKPT"
+        ["DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", "resnet20"],
+        "set DISTILLER.TEACHER_CKPT (tools/eval.py: -c) to a file",
     ),
     "batch of none": (["SOLVER.BATCH_SIZE", "0"], "SOLVER.BATCH_SIZE must be a whole number >= 1, not 0"),
     "negative LR": (["SOLVER.LR", "-1"], "SOLVER.LR must be positive and finite, not -1.0"),

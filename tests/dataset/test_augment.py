@@ -1,4 +1,4 @@
-"""Rotations of whole batches have the bits of torchvision's, image by image."""
+"""Rotated batches equal torchvision's rotations of each image, bit for bit."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def check(images: Tensor, degrees: Tensor, mirrored: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (33, 33), (20, 47), (1, 5)])
-def test_random_angles_have_the_bits_of_torchvision(height: int, width: int) -> None:
+def test_random_angles_equal_torchvision(height: int, width: int) -> None:
     g = torch.Generator().manual_seed(width)
     degrees = torch.empty(300).uniform_(-180, 180, generator=g).double()
     check(noise(300, height, width), degrees, torch.rand(300, generator=g) < 0.5)
 
 
-def test_special_angles_have_the_bits_of_torchvision() -> None:
+def test_special_angles_equal_torchvision() -> None:
     degrees = torch.tensor([0, 20, -20, 45, -45, 1e-3, -1e-3, 60, 30, -30], dtype=torch.double)
     check(noise(10, 64, 64), degrees, torch.zeros(10).bool())
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs the Tiny-ImageNet sample")
-def test_real_images_as_randomrotation_shows_them() -> None:
+def test_real_images_equal_torchvision_s_random_rotation() -> None:
     paths = sorted(SAMPLE.glob("train/*/images/*"))[::4]  # 500
     images = torch.stack([torch.from_numpy(np.array(Image.open(p).convert("RGB"))) for p in paths])
     theirs, degrees = [], []
@@ -75,10 +75,10 @@ def test_the_draws_are_uniform() -> None:
     # Twenty bins of 1,000: 19 degrees of freedom, 99.9 % of all draws lie below 43.8.
     counts = torch.histc(degrees, 20, -20, 20)
     assert float(((counts - 1000) ** 2 / 1000).sum()) < 43.8
-    assert abs(mirrored.double().mean() - 0.5) < 0.015  # four deviations
+    assert abs(mirrored.double().mean() - 0.5) < 0.015  # four standard deviations
 
 
-def test_rotated_batches_are_those_of_the_drawn_angles() -> None:
+def test_batches_are_rotated_by_the_drawn_angles() -> None:
     data = ImageArray(noise(30, 16, 16), torch.arange(30), (0.0,) * 3, (1.0,) * 3, RotateFlip(20, 16))
     loader = data.loader(8, 0, train=True, seed=3)
     assert loader.variants is None

@@ -1,4 +1,4 @@
-"""Broken images: named in one line, or gone on without, the same way every time; nothing hangs."""
+"""Broken images: reported in one line or skipped, the same way in every run; nothing hangs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def greys(image: torch.Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_shows_the_next_whole_image(
+def test_training_replaces_broken_images_by_the_next_intact_ones(
     workers: int, paths: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     whole = loader_of([paths[0]] * 12, train=True)  # the same order
@@ -65,12 +65,12 @@ def test_training_shows_the_next_whole_image(
             assert index.tolist() == [stands_in.get(i, i) for i in wanted.tolist()]
             assert greys(image) == index.tolist() and torch.equal(target, index // 2)
         names = f"{paths[11]}, {paths[3]}, {paths[4]}"
-        line = "warning: 3 of 12 images are broken and the next whole ones stood in (DATASET.SKIP_BROKEN): "
+        line = "warning: 3 of 12 images are broken and were replaced by the next intact ones (DATASET.SKIP_BROKEN): "
         assert capfd.readouterr().err == f"{line}{names}\n"
     assert sorted(loader.broken) == sorted(str(paths[i]) for i in (3, 4, 11))
 
 
-def test_training_ranks_stay_equally_full(paths: list[Path]) -> None:
+def test_training_batches_stay_full_on_every_rank(paths: list[Path]) -> None:
     files = [(str(path), 0) for path in paths]
     data = ImageFiles.of(files, read_pixels, read_pixels, MEAN, STD, True)
     whole = list(data.loader(4, 0, train=True))
@@ -80,7 +80,7 @@ def test_training_ranks_stay_equally_full(paths: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_validation_leaves_them_out(workers: int, paths: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_validation_skips_broken_images(workers: int, paths: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
     loader = loader_of(paths, False, workers)
     batches = list(loader)
     assert [greys(image) for image, _ in batches] == [[0, 1, 2], [5, 6, 7, 8, 9], [10]]
@@ -88,29 +88,29 @@ def test_validation_leaves_them_out(workers: int, paths: list[Path], capfd: pyte
     assert "3 of 12 images are broken and were left out (DATASET.SKIP_BROKEN)" in capfd.readouterr().err
 
 
-def test_a_batch_of_broken_images_alone_does_not_come(paths: list[Path]) -> None:
+def test_a_batch_of_only_broken_images_is_left_out(paths: list[Path]) -> None:
     batches = list(loader_of([paths[3]] * 5 + [paths[0]], train=False))
     assert [greys(image) for image, _ in batches] == [[0]]
 
 
-def test_training_on_broken_images_alone_ends(paths: list[Path]) -> None:
+def test_training_on_only_broken_images_is_refused(paths: list[Path]) -> None:
     with pytest.raises(UserError, match=r"none of the 2 training images can be read: .*[34].png cannot be read"):
         list(loader_of(paths[3:5], train=True))
 
 
-def test_whole_images_bring_no_warning(paths: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_intact_images_give_no_warning(paths: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
     list(loader_of(paths[5:9], train=True))
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("train", [True, False])
-def test_otherwise_it_is_named_in_one_line(train: bool, workers: int, paths: list[Path]) -> None:
+def test_without_skip_broken_the_file_is_named_in_one_line(train: bool, workers: int, paths: list[Path]) -> None:
     with pytest.raises(UserError) as error:
         list(loader_of([paths[0], paths[3]], train, workers, skip_broken=False))
     message = str(error.value)
     assert message.startswith(f"{paths[3]} cannot be read as an image (") and "\n" not in message
-    assert message.endswith("put the whole file there, or set DATASET.SKIP_BROKEN True")
+    assert message.endswith("put an intact copy there, or set DATASET.SKIP_BROKEN True")
 
 
 def test_grey_and_transparent_images_become_rgb(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ HUGE = [png(60_000, 60_000), png(2**31 - 1, 1), jpeg_of_size(65_500, 65_500), pn
 
 
 @pytest.mark.parametrize("content", HUGE)
-def test_headers_of_huge_images_are_not_believed(content: bytes, tmp_path: Path) -> None:
+def test_huge_sizes_in_the_header_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(content)
     start = time.monotonic()
     with silent_pillow(), pytest.raises(BrokenImageError, match=r"image.png cannot be read as an image"):
@@ -156,8 +156,8 @@ def test_headers_of_huge_images_are_not_believed(content: bytes, tmp_path: Path)
     assert time.monotonic() - start < 2
 
 
-def test_no_program_is_started_for_a_stranger_s_file(tmp_path: Path) -> None:
-    """Pillow would hand PostScript to Ghostscript, whatever the file's name ends in."""
+def test_no_external_program_is_started(tmp_path: Path) -> None:
+    """Pillow would pass PostScript to Ghostscript, even in a file named .jpg."""
     path = tmp_path / "image.jpg"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
     with Image.open(path) as image:
@@ -166,11 +166,11 @@ def test_no_program_is_started_for_a_stranger_s_file(tmp_path: Path) -> None:
         read_image(str(path))
 
 
-def test_a_pipe_or_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_or_a_folder_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     for name in ("pipe.jpg", "folder.jpg"):
-        with pytest.raises(BrokenImageError, match=f"{name} cannot be read as an image .it is no plain file"):
+        with pytest.raises(BrokenImageError, match=f"{name} cannot be read as an image .it is not a regular file"):
             read_image(str(tmp_path / name))
 
 
@@ -225,13 +225,13 @@ def test_500_damaged_images_work_or_are_named(tmp_path: Path, capfd: pytest.Capt
 
     start = time.monotonic()
     check()
-    assert time.monotonic() - start < 60  # 4 s when the machine is free
+    assert time.monotonic() - start < 60  # 4 s on an idle machine
     assert min(outcomes.values()) > 50 and sum(outcomes.values()) >= 500, outcomes
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_worker_s_warnings_stay_off_the_terminal(tmp_path: Path) -> None:
-    """A real process: in pytest warnings would be caught."""
+    """In a subprocess, because pytest captures warnings."""
     (tmp_path / "image.jpg").write_bytes(jpeg_of_size(10_000, 10_000))  # Pillow only warns of this size
     code = f"""if True:
         from mdistiller.dataset.folders import ImageFiles

@@ -1,4 +1,4 @@
-"""The sampler's draws: who may be drawn, how often, and from what they follow."""
+"""The sampler's draws: which images may be drawn, how often, and what the draws depend on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mdistiller.errors import UnknownNameError, UserError
 TARGETS = torch.tensor([2, 0, 1, 0, 2, 0, 1, 2, 2, 0])  # classes of 4, 2 and 4
 
 
-# A class of 1,000 images, whose rows are as many draws from the same 8 others.
+# A class of 1,000 images: their rows are 1,000 draws from the same 8 images of other classes.
 CROWD, OTHERS = torch.tensor([0] * 1000 + [1, 2] * 4), 8
 
 
@@ -28,7 +28,7 @@ def draws(k: int, mode: str = "exact", epochs: int = 4, seed: int = 1) -> np.nda
 
 @pytest.mark.parametrize("mode", ["exact", "relax"])
 @pytest.mark.parametrize("k", [1, 5, 6, 8, 50])
-def test_who_is_drawn(mode, k):
+def test_which_images_are_drawn(mode, k):
     index = torch.arange(10)
     for epoch in range(20):
         rows = ContrastiveSampler(TARGETS, k, mode)(index, epoch)
@@ -45,11 +45,11 @@ def test_who_is_drawn(mode, k):
 
 
 def chi_square(observed: np.ndarray, expected: float, variance_share: float, freedom: int) -> float:
-    """p-value of counts that each have variance expected * variance_share and together `freedom` degrees."""
+    """p-value of counts that each have variance expected * variance_share and together `freedom` degrees of freedom."""
     return float(stats.chi2.sf(((observed - expected) ** 2).sum() / (expected * variance_share), freedom))
 
 
-def test_every_negative_is_as_likely_as_any():
+def test_every_negative_is_equally_likely():
     """3 are drawn of 8: each is in 3/8 of the rows.
 
     Counts of a draw of k out of m have covariance n k/m (1 - k/m) (I - 1/m) m/(m - 1): m - 1 degrees of freedom.
@@ -60,7 +60,7 @@ def test_every_negative_is_as_likely_as_any():
     assert 0.001 < chi_square(counts, rows * k / m, (1 - k / m) * m / (m - 1), m - 1) < 0.999
 
 
-def test_every_set_of_negatives_is_as_likely_as_any():
+def test_every_set_of_negatives_is_equally_likely():
     """All 56 triples out of 8, hence all pairs too: 56 - 1 degrees of freedom."""
     drawn = np.sort(draws(3, epochs=6, seed=2)[:, 1:], axis=1) - 1000
     triples = list(itertools.combinations(range(OTHERS), 3))
@@ -70,20 +70,20 @@ def test_every_set_of_negatives_is_as_likely_as_any():
 
 
 def test_rows_of_one_batch_are_independent():
-    """The single negatives of neighbours in a batch: all 8 x 8 pairs are as likely, 64 - 1 degrees of freedom."""
+    """The single negatives of neighbours in a batch: all 8 x 8 pairs are equally likely, 64 - 1 degrees of freedom."""
     pairs = draws(1, epochs=8, seed=3)[:, 1].reshape(-1, 2) - 1000
     counts = np.bincount(pairs @ [OTHERS, 1], minlength=64)
     assert 0.001 < chi_square(counts, len(pairs) / 64, 1.0, 63) < 0.999
 
 
 def test_epochs_are_independent():
-    """The same for one image in two epochs that follow each other."""
+    """The same for one image in two consecutive epochs."""
     pairs = draws(1, epochs=8, seed=4)[:, 1].reshape(4, 2, 1000).swapaxes(1, 2).reshape(-1, 2) - 1000
     counts = np.bincount(pairs @ [OTHERS, 1], minlength=64)
     assert 0.001 < chi_square(counts, len(pairs) / 64, 1.0, 63) < 0.999
 
 
-def test_relaxed_positives_and_replaced_negatives_are_uniform():
+def test_relax_positives_and_negatives_with_replacement_are_uniform():
     """Mode relax: the positive is any of its own 1,000, itself included. K = 40 of 8: each negative 5 times a row."""
     rows = draws(40, "relax", epochs=2, seed=5)
     assert stats.chisquare(np.histogram(rows[:, 0], bins=20, range=(0, 1000))[0]).pvalue > 0.001
@@ -94,7 +94,7 @@ def test_relaxed_positives_and_replaced_negatives_are_uniform():
 
 
 def test_large_and_sparse_draws_are_uniform():
-    """NumPy draws few out of many and many out of few by different algorithms; both are used as they are."""
+    """NumPy draws few out of many and many out of few by different algorithms; both are tested."""
     targets = np.arange(60_000) % 3
     for k in (300, 16_384):
         sampler = ContrastiveSampler(targets, k, seed=5)
@@ -103,10 +103,10 @@ def test_large_and_sparse_draws_are_uniform():
         assert stats.chisquare(counts).pvalue > 0.001
 
 
-def test_a_row_follows_from_seed_epoch_and_image_alone():
+def test_a_row_depends_only_on_seed_epoch_and_image():
     sampler = ContrastiveSampler(TARGETS, 5, "relax", seed=6)
     whole = sampler(torch.arange(10), 3)
-    # Not from the batch, the other calls, the number of threads or the process.
+    # Not on the batch, the other calls, the number of threads or the process.
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -120,18 +120,18 @@ def test_a_row_follows_from_seed_epoch_and_image_alone():
 
 
 def test_any_labels_and_devices():
-    """Labels need not be 0..C-1 nor a tensor; the draws go where they are asked for."""
+    """Labels need not be 0..C-1 nor a tensor; the draws are returned on the chosen device."""
     sampler = ContrastiveSampler([7, 7, -3, 7], 1).to("meta")
     assert sampler(torch.tensor([0]), 1).device.type == "meta"
     assert sampler.to("cpu")(torch.tensor([0, 1, 3]), 1).tolist() == [[0, 2], [1, 2], [3, 2]]
 
 
-def test_memory_is_of_the_order_of_the_samples():
+def test_memory_is_linear_in_the_number_of_samples():
     sampler = ContrastiveSampler(np.arange(100_000) % 10, 16)
     assert len(pickle.dumps(sampler)) < 20 * 100_000  # two int64 a sample
 
 
-def test_what_is_refused():
+def test_bad_arguments_are_refused():
     with pytest.raises(UnknownNameError, match=r"CRD.MODE 'exakt'; did you mean exact"):
         ContrastiveSampler(TARGETS, 5, "exakt")
     with pytest.raises(UserError, match="other classes, but the training set has 1"):

@@ -1,4 +1,4 @@
-"""What holds for every data set: the registry, the fixed shares, and `get_dataset`."""
+"""What holds for every data set: the registry, the fixed fractions, and `get_dataset`."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_get_dataset() -> None:
         ("imagenet", (1000, 224, "imagenet")),
     ],
 )
-def test_facts(name: str, facts: tuple[int, int, str]) -> None:
+def test_dataset_info(name: str, facts: tuple[int, int, str]) -> None:
     info = dataset_info[name]
     assert (info.num_classes, info.image_size, info.model_family) == facts
 
 
-def test_an_unknown_name_gets_the_near_ones() -> None:
+def test_an_unknown_name_lists_similar_ones() -> None:
     with pytest.raises(UserError, match="unknown data set 'cifar10'; did you mean cifar100"):
         get_dataset(config(TYPE="cifar10"))
 
@@ -73,7 +73,7 @@ def test_val_fraction_holds_out_training_images() -> None:
     assert not held_out & kept and held_out | kept == every
 
 
-def test_a_share_that_holds_out_nothing_is_refused() -> None:
+def test_a_fraction_that_holds_out_nothing_is_refused() -> None:
     with pytest.raises(UserError, match=r"VAL_FRACTION 0\.001 holds out no image of digits"):
         get_dataset(config(VAL_FRACTION=0.001))
 
@@ -86,19 +86,19 @@ def test_stratified_split_by_classes() -> None:
     assert chosen.tolist() == sorted(chosen.tolist()) and rest.tolist() == sorted(rest.tolist())
 
 
-def test_a_smaller_share_is_part_of_a_larger_one() -> None:
+def test_a_smaller_fraction_is_a_subset_of_a_larger_one() -> None:
     targets = torch.arange(1000) % 7
     quarter, half = (set(stratified_split(targets, f)[0].tolist()) for f in (0.25, 0.5))
     assert quarter < half
 
 
-def test_a_share_is_chosen_by_chance_not_by_place() -> None:
+def test_a_fraction_is_chosen_at_random_not_by_position() -> None:
     chosen, _ = stratified_split(torch.zeros(10000, dtype=torch.long), 0.5)
-    # 5,000 places of 0..9999 have the mean 4999.5 with a deviation of 29.
+    # 5,000 indices of 0..9999 have the mean 4999.5 with a standard deviation of 29.
     assert abs(chosen.double().mean() - 4999.5) < 120
 
 
-def test_seeds_of_neighbours_differ() -> None:
+def test_seeds_of_neighbouring_keys_differ() -> None:
     seeds = {mix_seed(seed, epoch, index + 1) for seed in range(10) for epoch in range(10) for index in range(10)}
     seeds |= {mix_seed(seed, epoch) for seed in range(10) for epoch in range(10)}
     assert len(seeds) == 1100

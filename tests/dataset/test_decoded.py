@@ -1,4 +1,4 @@
-"""Small images kept decoded: the pixels of the files, made anew whenever a file or the cache has changed."""
+"""The cache of decoded images: the pixels of the files, rebuilt whenever a file or the cache has changed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_decoded_once(paths: list[str], cache: Path, reads: list[str], capfd: py
         images, whole = read_decoded(paths, 8, cache, False)
         assert torch.equal(images, pillow(paths)) and whole.tolist() == [0, 1, 2, 3, 4, 5]
     assert reads == paths
-    assert capfd.readouterr().err == f"note: decoding 6 images once, for {cache}\n"
+    assert capfd.readouterr().err == f"note: decoding 6 images, to cache them in {cache}\n"
     assert sorted(p.name for p in cache.parent.iterdir()) == ["train", "train.npz"]
 
 
@@ -110,7 +110,7 @@ def test_a_damaged_cache_never_gives_other_pixels(
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", b"\x93NUMPY\x01\x00"])
-def test_a_cache_that_is_none_is_remade(
+def test_a_file_that_is_not_a_cache_is_rebuilt(
     content: bytes, paths: list[str], cache: Path, reads: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     cache.write_bytes(content)
@@ -131,10 +131,10 @@ def test_a_cache_does_not_unpickle(paths: list[str], cache: Path, tmp_path: Path
     assert not (tmp_path / "sprung").exists()
 
 
-def test_without_room_it_goes_on_in_one_line(
+def test_a_full_disk_is_reported_in_one_line(
     paths: list[str], cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The file-size limit is the kernel's, as a full disk is."""
+    """The kernel's limit of the file size acts like a full disk."""
     before, limits = signal.getsignal(signal.SIGXFSZ), resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -150,7 +150,7 @@ def test_without_room_it_goes_on_in_one_line(
     assert [p.name for p in cache.parent.iterdir()] == ["train"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_no_matter(paths: list[str], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_is_no_error(paths: list[str], tmp_path: Path) -> None:
     images, _ = read_decoded(paths, 8, tmp_path / "nowhere" / "train.npz", False)
     assert torch.equal(images, pillow(paths))
 
@@ -170,14 +170,15 @@ def test_broken_images_are_named_or_left_out(
         assert capfd.readouterr().err.splitlines()[-1] == warning
     reads.clear()
     with pytest.raises(UserError, match=f"{paths[1]} cannot be read"):
-        read_decoded(paths, 8, cache, False)  # the cache knows
+        read_decoded(paths, 8, cache, False)  # the cache holds the error
     assert not reads
     Path(paths[1]).unlink()
     with pytest.raises(UserError, match="No such file"):
         read_decoded(paths, 8, cache, False)
 
 
-def test_another_size_is_told(paths: list[str], cache: Path) -> None:
+def test_a_wrong_size_is_reported(paths: list[str], cache: Path) -> None:
     Image.new("RGB", (9, 8)).save(paths[4])
-    with pytest.raises(UserError, match=f"{paths[4]} has 9x8 pixels, 8x8 are due, or set DATASET.SKIP_BROKEN True"):
+    message = f"{paths[4]} has 9x8 pixels, expected 8x8; replace it, or set DATASET.SKIP_BROKEN True"
+    with pytest.raises(UserError, match=message):
         read_decoded(paths, 8, cache, False)

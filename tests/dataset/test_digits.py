@@ -1,4 +1,4 @@
-"""The digits: enlarged right, split once and for all."""
+"""The digits: correctly enlarged, with a fixed split."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_split_is_fixed_and_stratified() -> None:
     assert test.targets[:12].tolist() == [1, 3, 4, 5, 8, 5, 5, 0, 4, 7, 2, 6]  # pinned when the split was made
 
 
-def test_no_digit_is_in_both_parts() -> None:
+def test_no_digit_is_in_both_splits() -> None:
     parts = [read(Path(), train).images[:, :, :, 0].flatten(1) for train in (True, False)]
     rows = [{tuple(row) for row in part.tolist()} for part in parts]
     assert not rows[0] & rows[1]

@@ -57,7 +57,7 @@ def test_batches_hold_image_target_index(files: ImageFiles) -> None:
     assert loader.targets.tolist() == [0] * 6 + [1] * 5
 
 
-def test_validation_is_in_order_without_chance(files: ImageFiles) -> None:
+def test_validation_is_in_order_without_randomness(files: ImageFiles) -> None:
     batches = list(files.loader(4, 0, train=False))
     to_input = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])
     expected = [to_input(Image.open(path.decode())) for path in files.paths]
@@ -72,7 +72,7 @@ def test_the_number_of_workers_changes_nothing(files: ImageFiles) -> None:
     assert same(batches_of(alone, 2)[1:], batches_of(crew, 2, start=1))
 
 
-def test_seed_and_epoch_decide(files: ImageFiles) -> None:
+def test_batches_depend_only_on_seed_and_epoch(files: ImageFiles) -> None:
     loader = files.loader(4, 0, train=True, seed=3)
     first = batches_of(loader, 1)
     assert not same(first, batches_of(loader, 2))
@@ -81,13 +81,13 @@ def test_seed_and_epoch_decide(files: ImageFiles) -> None:
     assert not same(first, batches_of(files.loader(4, 0, train=True, seed=4), 1))
 
 
-def test_an_image_is_augmented_anew_every_epoch(files: ImageFiles) -> None:
+def test_an_image_is_augmented_differently_in_every_epoch(files: ImageFiles) -> None:
     one = files.select(torch.tensor([5])).loader(1, 0, train=True)
     seen = {tuple(batches_of(one, epoch)[0][0].flatten().tolist()) for epoch in range(20)}
     assert len(seen) > 10  # of 25 crops x 2 flips
 
 
-def test_the_loader_leaves_the_global_random_numbers_alone(files: ImageFiles) -> None:
+def test_the_loader_does_not_use_the_global_generator(files: ImageFiles) -> None:
     state = torch.get_rng_state()
     list(files.loader(4, 0, train=True))
     assert torch.equal(torch.get_rng_state(), state)
@@ -115,7 +115,7 @@ def test_files_are_found_at_any_depth_and_only_images(tmp_path: Path) -> None:
     assert found == [("a/z.png", 0), ("b/images/1.JPEG", 1), ("b/images/2.JPEG", 1)]
 
 
-def test_no_image_at_all_is_said(tmp_path: Path) -> None:
+def test_folders_without_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"no image in the class folders of {tmp_path}"):
         labelled_files(tmp_path, ["a"])
 
@@ -124,7 +124,7 @@ def test_missing_class_folders_are_counted(tmp_path: Path) -> None:
     for name in "cab":
         (tmp_path / name).mkdir()
     assert class_folders(tmp_path, 3) == ["a", "b", "c"]
-    with pytest.raises(UserError, match="has 3 class folders, 1000 are due"):
+    with pytest.raises(UserError, match="has 3 class folders, expected 1000"):
         class_folders(tmp_path, 1000)
 
 

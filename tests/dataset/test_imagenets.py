@@ -1,4 +1,4 @@
-"""Tiny-ImageNet and ImageNet: which file gets which label, and what is said of missing parts."""
+"""Tiny-ImageNet and ImageNet: which file gets which label, and the errors for missing data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def save(path: Path, grey: int, size: int = 64) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """tiny-imagenet-200 with three training images, and three validation images in the zip's way; returns its root."""
+    """tiny-imagenet-200 with three training images, and three validation images as in the zip; returns its root."""
     home = tmp_path / "tiny-imagenet-200"
     for place in (0, 1, 199):
         save(home / "train" / WNIDS[place] / "images" / f"{WNIDS[place]}_0.JPEG", place)
@@ -77,7 +77,7 @@ def test_tiny_accepts_class_folders_under_val(tiny: Path) -> None:
     assert get_val_loader("tiny_imagenet", str(tiny), 8, 0).targets.tolist() == [3, 199]
 
 
-def test_tiny_without_wnids_goes_by_the_training_folders(tiny: Path) -> None:
+def test_tiny_without_wnids_uses_the_training_folders(tiny: Path) -> None:
     home = tiny / "tiny-imagenet-200"
     (home / "wnids.txt").unlink()
     for wnid in WNIDS:
@@ -88,16 +88,16 @@ def test_tiny_without_wnids_goes_by_the_training_folders(tiny: Path) -> None:
 def test_tiny_bad_annotations_are_named(tiny: Path) -> None:
     annotations = tiny / "tiny-imagenet-200" / "val" / "val_annotations.txt"
     annotations.write_text("val_0.JPEG\tn99999999\t0\t0\t1\t1\n")
-    with pytest.raises(UserError, match="line 1: 'n99999999' is no class"):
+    with pytest.raises(UserError, match="line 1: 'n99999999' is not a class"):
         get_val_loader("tiny_imagenet", str(tiny))
     annotations.unlink()
-    with pytest.raises(UserError, match=r"val_annotations\.txt belongs in"):
+    with pytest.raises(UserError, match=r"val_annotations\.txt is expected in"):
         get_val_loader("tiny_imagenet", str(tiny))
 
 
 def test_tiny_short_wnids_are_refused(tiny: Path) -> None:
     (tiny / "tiny-imagenet-200" / "wnids.txt").write_text("n00000000\n")
-    with pytest.raises(UserError, match="names 1 classes, 200 are due"):
+    with pytest.raises(UserError, match="lists 1 classes, expected 200"):
         get_val_loader("tiny_imagenet", str(tiny))
 
 
@@ -125,26 +125,26 @@ def test_imagenet_batches(image_net: Path) -> None:
 def test_imagenet_val_alone(image_net: Path) -> None:
     (image_net / "imagenet" / "train").rename(image_net / "imagenet" / "elsewhere")
     assert get_imagenet_val_loader(2, num_workers=0, root=str(image_net)).targets.tolist() == [0, 999]
-    with pytest.raises(UserError, match=r"ImageNet belongs in .*imagenet.train"):
+    with pytest.raises(UserError, match=r"ImageNet is expected in .*imagenet.train"):
         dataset_dict["imagenet"].read(image_net, True)
 
 
 @pytest.mark.parametrize(("name", "folder"), [("tiny_imagenet", "tiny-imagenet-200/val"), ("imagenet", "imagenet/val")])
-def test_missing_data_is_one_line_with_the_place(name: str, folder: str, tmp_path: Path) -> None:
+def test_missing_data_is_reported_in_one_line_with_the_folder(name: str, folder: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         get_val_loader(name, str(tmp_path))
     message = str(error.value)
     assert str(tmp_path / folder) in message and "DATASET.TYPE digits" in message and "\n" not in message
 
 
-def test_transforms_are_the_original_s() -> None:
-    assert RotateFlip(degrees=20, size=64) == tiny_imagenet.AUGMENT  # its bits: test_augment.py
+def test_transforms_are_those_of_the_original_code() -> None:
+    assert RotateFlip(degrees=20, size=64) == tiny_imagenet.AUGMENT  # its pixels: test_augment.py
     assert [type(t) for t in imagenet.TRAIN.transforms] == [v2.RandomResizedCrop, v2.RandomHorizontalFlip]
     assert [type(t) for t in imagenet.VAL.transforms] == [v2.Resize, v2.CenterCrop]
 
 
 def photo(path: Path, width: int = 320, height: int = 240) -> Path:
-    """A JPEG of smooth coloured noise, as photographs are."""
+    """A JPEG of coloured noise, smooth like a photograph."""
     noise = torch.rand(1, 3, 12, 16, generator=torch.Generator().manual_seed(width)) * 255
     smooth = F.interpolate(noise, size=(height, width), mode="bicubic").clamp(0, 255).byte()
     Image.fromarray(smooth[0].permute(1, 2, 0).numpy()).save(path, quality=90)
@@ -155,12 +155,12 @@ TO_INPUT = (T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.22
 
 
 def photos(tmp_path: Path) -> list[Path]:
-    """Real ImageNet images where there are some, else made ones."""
+    """Real ImageNet images if there are any, else generated ones."""
     real = sorted((SHARED / "imagenet-sample" / "val").glob("*/*"))[:40]
     return real or [photo(tmp_path / f"{i}.jpg", 300 + i, 200) for i in range(8)]
 
 
-def test_imagenet_validation_has_the_bits_of_pillow(tmp_path: Path) -> None:
+def test_imagenet_validation_equals_pillow(tmp_path: Path) -> None:
     to_input = T.Compose([T.Resize(256), T.CenterCrop(224), *TO_INPUT])
     paths = photos(tmp_path)
     files = ImageFiles.of([(str(p), 0) for p in paths], imagenet.train_view, imagenet.val_view, MEAN, STD)
@@ -168,8 +168,8 @@ def test_imagenet_validation_has_the_bits_of_pillow(tmp_path: Path) -> None:
     assert torch.equal(images, torch.stack([to_input(Image.open(path).convert("RGB")) for path in paths]))
 
 
-def test_imagenet_training_shows_what_pillow_shows(tmp_path: Path) -> None:
-    """The same crops and flips for the same seed; resizing rounds otherwise by two levels of 255 at most."""
+def test_imagenet_training_is_close_to_pillow(tmp_path: Path) -> None:
+    """The same crops and flips for the same seed; resizing rounds differently, by at most two levels of 255."""
     by_pillow = T.Compose([T.RandomResizedCrop(224), T.RandomHorizontalFlip(), to_pixels])
     for seed, path in enumerate(photos(tmp_path)):
         torch.manual_seed(seed)
@@ -181,7 +181,7 @@ def test_imagenet_training_shows_what_pillow_shows(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (SHARED / "tiny-imagenet-200-sample").is_dir(), reason="needs the Tiny-ImageNet sample")
 def test_real_tiny_sample(tmp_path: Path) -> None:
-    (tmp_path / "tiny-imagenet-200").mkdir()  # the cache is written beside the folders
+    (tmp_path / "tiny-imagenet-200").mkdir()  # the cache is written next to the folders
     for name in ("train", "val", "wnids.txt"):
         (tmp_path / "tiny-imagenet-200" / name).symlink_to(SHARED / "tiny-imagenet-200-sample" / name)
     train_loader, val_loader, count = get_tinyimagenet_dataloader(50, 50, 0, root=str(tmp_path))

@@ -1,4 +1,4 @@
-"""Batches of images in memory: the same bits as torchvision's, the same chances, and resumable."""
+"""Batches of images in memory: torchvision's pixels bit for bit, the same probabilities, and resumable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def by_torchvision(image: torch.Tensor, top: int, left: int, mirrored: bool, pad
 
 
 @pytest.mark.parametrize("padding", [4, 1])
-def test_every_crop_and_flip_has_the_bits_of_torchvision(padding: int) -> None:
+def test_every_crop_and_flip_equals_torchvision(padding: int) -> None:
     places = 2 * padding + 1
     top, left, mirrored = torch.meshgrid(torch.arange(places), torch.arange(places), torch.arange(2), indexing="ij")
     top, left, mirrored = top.flatten(), left.flatten(), mirrored.flatten().bool()
@@ -87,7 +87,7 @@ def test_all_offsets_and_flips_are_equally_likely() -> None:
     assert chi_square(cell.bincount(minlength=162).double()) < 222
 
 
-def test_every_image_is_equally_likely_at_every_place() -> None:
+def test_every_image_is_equally_likely_at_every_position() -> None:
     loader = random_array(10, size=1).loader(10, 0, train=True)
     seen = torch.zeros(10, 10, dtype=torch.double)
     for epoch in range(2000):
@@ -110,7 +110,7 @@ def batches_of(loader: InMemoryLoader, epoch: int, start: int = 0) -> list:
     return list(loader.iter_from(start))
 
 
-def test_seed_and_epoch_decide_and_nothing_else() -> None:
+def test_batches_depend_only_on_seed_and_epoch() -> None:
     data = random_array(40)
     first = batches_of(data.loader(16, 0, train=True, seed=1), 1)
     torch.manual_seed(99)
@@ -120,14 +120,14 @@ def test_seed_and_epoch_decide_and_nothing_else() -> None:
     assert not same(first, batches_of(data.loader(16, 0, train=True, seed=2), 1))
 
 
-def test_the_loader_leaves_the_global_random_numbers_alone() -> None:
+def test_the_loader_does_not_use_the_global_generator() -> None:
     state = torch.get_rng_state()
     list(random_array(8).loader(4, 0, train=True))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3])
-def test_an_epoch_can_be_taken_up_at_any_batch(start: int) -> None:
+def test_an_epoch_can_be_resumed_at_any_batch(start: int) -> None:
     loader = random_array(40).loader(16, 0, train=True, seed=5)
     assert same(batches_of(loader, 4)[start:], batches_of(loader, 4, start))
 
@@ -168,7 +168,7 @@ def test_batch_size_must_be_positive() -> None:
 
 
 @pytest.mark.parametrize(("flip", "variants"), [(True, 162), (False, 81)])
-def test_a_variant_is_one_picture_in_every_epoch(flip: bool, variants: int) -> None:
+def test_a_variant_has_the_same_pixels_in_every_epoch(flip: bool, variants: int) -> None:
     loader = random_array(4, size=8, flip=flip).loader(4, 0, train=True)
     assert loader.variants == variants
     seen: dict[tuple[int, int], torch.Tensor] = {}
@@ -179,7 +179,7 @@ def test_a_variant_is_one_picture_in_every_epoch(flip: bool, variants: int) -> N
                 assert torch.equal(seen.setdefault((i, variant), picture), picture)
     # 2,400 draws: one of 162 variants is missed with a chance of 162 e^(-14.8), 6e-5.
     assert {v for _, v in seen} == set(range(variants))
-    # Different variants are different pictures: noise is its own only once.
+    # Different variants have different pixels, because the images are noise.
     pictures = {(i, tuple(picture.flatten().tolist())) for (i, _), picture in seen.items()}
     assert len(pictures) == len(seen)
 
@@ -214,7 +214,7 @@ def test_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(draws) == 2
 
 
-def test_the_fingerprint_tells_data_and_augmentation_apart() -> None:
+def test_the_fingerprint_depends_on_data_and_augmentation() -> None:
     data = random_array(6)
     base = data.loader(2, 0, train=True).fingerprint
     assert base == data.loader(3, 0, train=True, seed=9).fingerprint  # the same pictures in another order

@@ -1,4 +1,4 @@
-"""Ranks: together they see the epoch that one process sees, the same bits, nothing twice."""
+"""Ranks: together they yield the epoch of a single process, bit for bit, and no image twice."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(("world", "batch_size"), [(2, 8), (4, 8), (3, 6)])
-def test_training_ranks_side_by_side_are_the_whole_batch(make: Make, world: int, batch_size: int) -> None:
+def test_training_ranks_together_yield_the_whole_batch(make: Make, world: int, batch_size: int) -> None:
     whole = list(make(batch_size, True))
     ranks = [list(make(batch_size, True).shard(r, world)) for r in range(world)]
     # 21 images: at 8 the batches are 8, 8, 5 (cut to 4), at 6 they are 6, 6, 6, 3.
@@ -82,25 +82,25 @@ def test_validation_ranks_see_every_image_once(make: Make) -> None:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_rank_takes_up_at_any_batch_of_all(make: Make, train: bool) -> None:
+def test_a_rank_can_resume_at_any_batch(make: Make, train: bool) -> None:
     loader = make(4, train).shard(1, 2)  # 21 images: global batches 0 to 5, the last of a single image
     every = list(loader)
     for batch in range(6):
         rest = list(loader.iter_from(batch))
-        # Training: a part of each; validation: batches 1, 3 and 5, of which those before `batch` are done.
+        # Training: a slice of each; validation: batches 1, 3 and 5, of which those before `batch` are done.
         missing = batch if train else batch // 2
         assert len(rest) == max(0, len(every) - missing)
         assert all(same(list(a), list(b)) for a, b in zip(rest, every[missing:]))
 
 
-def test_what_cannot_be_shared_is_refused(make: Make) -> None:
-    with pytest.raises(UserError, match=r"SOLVER.BATCH_SIZE 10 is no multiple of 4 processes; .* take 8"):
+def test_batches_that_cannot_be_shared_are_refused(make: Make) -> None:
+    with pytest.raises(UserError, match=r"SOLVER.BATCH_SIZE 10 is not a multiple of 4 processes; .* set it to 8"):
         make(10, True).shard(0, 4)
     with pytest.raises(UserError, match="21 training images are too few for 32 processes"):
         make(32, True).shard(0, 32)
     make(10, False).shard(0, 4)
 
 
-def test_shard_gives_the_loader_back(make: Make) -> None:
+def test_shard_returns_the_loader(make: Make) -> None:
     loader = make(4, True)
     assert loader.shard(0, 1) is loader and (loader.rank, loader.world) == (0, 1)

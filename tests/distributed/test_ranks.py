@@ -51,7 +51,7 @@ def test_two_ranks_have_the_gradients_of_one_process_under_every_method(teacher,
     groups.write_text(json.dumps([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]))
     for processes, name in ((0, "one"), (2, "two")):
         status, output = finish(
-            start(processes, "tests/engine/ranks_worker.py", teacher, groups, tmp_path / name)
+            start(processes, "tests/distributed/ranks_worker.py", teacher, groups, tmp_path / name)
         )
         assert status == 0, output
     one, first, second = (torch.load(tmp_path / name) for name in ("one.0", "two.0", "two.1"))

@@ -35,7 +35,7 @@ CIFAR = Path(__file__).parents[2] / "data" / "cifar-100-python"
 
 
 def oracle(counts: list[list[int]], num_groups: int) -> list[list[int]]:
-    """The rule word by word, in exact fractions: ties are ties."""
+    """The rule of `group_by_confusion` in exact fractions, where ties are exact."""
     size = range(len(counts))
     errors = [sum(counts[i][j] for j in size if j != i) for i in size]
     x = [[Fraction(counts[i][j], errors[i]) if i != j and errors[i] else Fraction(0) for j in size] for i in size]
@@ -112,7 +112,7 @@ def test_ties_go_to_the_lower_index():
     assert group_by_confusion(everything_equal, 3) == [[0, 1, 6], [2, 3], [4, 5]]
 
 
-def test_shares_that_are_equal_on_paper_tie():
+def test_shares_that_are_mathematically_equal_tie():
     # s(0,1) = 1/3 + 1/3 by two roundings, s(2,3) = 2/3 by one: a tie, so that (0,1) seeds first.
     counts = np.zeros((8, 8), int)
     counts[0, [1, 4, 5]] = counts[1, [0, 6, 7]] = 1
@@ -120,10 +120,10 @@ def test_shares_that_are_equal_on_paper_tie():
     assert group_by_confusion(counts, 2)[0][:2] == [0, 1]
 
 
-def test_classes_without_errors_join_by_what_is_taken_for_them():
+def test_classes_without_errors_join_by_the_errors_of_others():
     counts = np.zeros((5, 5), int)
     counts[0, 1] = counts[2, 3] = 5
-    counts[2, 4] = 1  # 4 makes no error; 2 is taken for it
+    counts[2, 4] = 1  # 4 makes no error; an image of 2 is predicted as 4
     assert group_by_confusion(counts, 2) == [[0, 1], [2, 3, 4]]
 
 
@@ -153,7 +153,7 @@ def test_superclasses_are_the_data_sets_own():
     assert len(SUPERCLASS) == 100
     assert all(SUPERCLASS.count(s) == 5 for s in range(20))
     if not (CIFAR / "train").exists():
-        pytest.skip("no CIFAR-100 here")
+        pytest.skip("needs CIFAR-100")
     train, meta = (pickle.loads((CIFAR / name).read_bytes(), encoding="latin1") for name in ("train", "meta"))
     for fine, coarse in zip(train["fine_labels"], train["coarse_labels"]):
         assert SUPERCLASS[fine] == coarse
@@ -195,12 +195,12 @@ def test_unknown_names_and_files_are_refused(tmp_path):
         ([], "empty"),
     ],
 )
-def test_what_is_no_partition_is_refused(groups, words):
+def test_groups_that_are_not_a_partition_are_refused(groups, words):
     with pytest.raises(UserError, match=words):
         check_groups(groups, 3)
 
 
-def test_picture_is_a_png(tmp_path):
+def test_plot_is_a_png(tmp_path):
     path = tmp_path / "new" / "confusion.png"
     draw_confusion(path, np.arange(16).reshape(4, 4), [[0, 3], [1, 2]], ["a", "b", "c", "d"], "four classes")
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The registries: every network builds, runs and learns; names, near names, and where teachers' files are found."""
+"""The registries: every network builds, runs and learns; names, similar names, and the paths of teachers' files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_names() -> None:
     assert {"ResNet18", "ResNet34", "ResNet50", "ResNet101", "ResNet152", "MobileNetV1"} <= set(imagenet_model_dict)
 
 
-def test_unknown_name_gives_the_near_one() -> None:
+def test_unknown_name_lists_a_similar_one() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown CIFAR model 'resnet65'; did you mean resnet56"):
         build_model(cifar_model_dict, "resnet65", 100)
 
@@ -95,7 +95,7 @@ def put(path: Path) -> Path:
     return path
 
 
-def test_default_is_looked_for_here_first(folders: tuple[Path, Path]) -> None:
+def test_default_is_looked_for_in_the_current_folder_first(folders: tuple[Path, Path]) -> None:
     here, repository = folders
     default = build_module.default_checkpoint("cifar_teachers/t/c.pth")
     with pytest.raises(UserError) as error:
@@ -113,7 +113,7 @@ def test_default_is_looked_for_here_first(folders: tuple[Path, Path]) -> None:
     assert teacher_checkpoint(default) == in_here
 
 
-def test_a_users_path_is_tried_as_it_stands_first(folders: tuple[Path, Path]) -> None:
+def test_a_users_path_is_tried_unchanged_first(folders: tuple[Path, Path]) -> None:
     here, repository = folders
     in_repository = put(repository / "out/student_best")
     assert teacher_checkpoint("out/student_best") == in_repository
@@ -122,7 +122,7 @@ def test_a_users_path_is_tried_as_it_stands_first(folders: tuple[Path, Path]) ->
     assert teacher_checkpoint(in_repository.resolve()) == in_repository
 
 
-def test_absolute_path_is_looked_for_there_alone(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_absolute_path_is_the_only_one_tried(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"at \S+/nowhere\.pth; put it there"):
         teacher_checkpoint(tmp_path / "nowhere.pth")
 

@@ -1,4 +1,4 @@
-"""Networks in eval mode for a moment."""
+"""The context in which networks are in eval mode."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every row of golden/models.json: state names and shapes, logits, features, what distillers ask of a network."""
+"""Every row of golden/models.json: state names and shapes, logits, features, what distillers call on a network."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MODELS = {
 ROWS = {f"{row['dataset']}-{row['model']}": row for row in golden.load("models")}
 TOLERANCE = 1e-6
 
-# Cells in which the reference is at fault, and the right value.
-BASIC_BLOCK_STAGES = [64, 128, 256, 512]  # the reference says [256, 512, 1024, 2048] of these nets too
+# Entries that are wrong in the reference, and the right value.
+BASIC_BLOCK_STAGES = [64, 128, 256, 512]  # the reference says [256, 512, 1024, 2048] for these nets too
 MENDED: dict[tuple[str, str], Any] = {
     ("cifar100-ResNet18", "stage_channels"): BASIC_BLOCK_STAGES,
     ("tiny_imagenet-ResNet18", "stage_channels"): BASIC_BLOCK_STAGES,
@@ -50,11 +50,11 @@ MENDED: dict[tuple[str, str], Any] = {
 def run(name: str) -> tuple[torch.nn.Module, Tensor, dict[str, Any]]:
     """The pinned network `name`, its logits and features for the pinned images."""
     row = ROWS[name]
-    # The logits of an ImageNet row are cut at 50; the classifier's bias tells the number of classes.
+    # The logits of an ImageNet row are cut at 50; the classifier's bias has the number of classes.
     num_classes = list(row["state_dict"].values())[-1][0]
     model = build_model(MODELS[row["dataset"]], row["model"], num_classes)
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == row["state_dict"]
-    # The order as well: an optimizer's state in a checkpoint knows the parameters by their number.
+    # The order as well: an optimizer's state in a checkpoint refers to the parameters by index.
     assert list(model.state_dict()) == list(row["state_dict"])
     golden.fill(model, "")
     model.double().eval()

@@ -1,4 +1,4 @@
-"""The grouped student: plain loops as the oracle, both ways of computing its branches, every family of networks."""
+"""The grouped student: plain loops as the oracle, both modes of computing its branches, every family of networks."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_logits_are_the_heads_outputs_in_class_order():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_together_gives_the_loops_numbers(family):
-    """Logits, gradients, BatchNorm's statistics, and the logits of eval mode behind them: to 1e-9 in float64."""
+def test_together_equals_the_loop(family):
+    """Logits, gradients, BatchNorm's statistics and the eval-mode logits after them, to 1e-9 in float64."""
     loop, together = build(family), build(family, "together")
     image = _golden.images(0, 3, 64 if family.startswith("ImageNet") else 16)
     weight = torch.arange(15, dtype=torch.float64).reshape(3, 5).cos()
@@ -79,7 +79,7 @@ def test_together_gives_the_loops_numbers(family):
     torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
 
 
-def test_evaluating_moves_no_statistics():
+def test_evaluating_changes_no_statistics():
     student = build("resnet8", "together").eval()
     before = copy.deepcopy(student.state_dict())
     with torch.inference_mode():
@@ -126,7 +126,7 @@ def test_bfloat16_autocast():
     assert student.branches[0].layer3[0].conv1.weight.grad.isfinite().all()
 
 
-def test_what_distillers_ask_is_answered_by_the_plain_network():
+def test_what_distillers_call_is_passed_on_to_the_plain_network():
     student = build("resnet8")
     assert student.get_stage_channels() == student.base.get_stage_channels()
     assert student.get_bn_before_relu() == student.base.get_bn_before_relu()
@@ -155,8 +155,8 @@ def test_registered_networks_can_be_grouped(models, name):
     assert len(GroupedStudent(base, GROUPS).branches) == 3
 
 
-def test_published_students_have_no_relu_behind_the_stem():
-    """The pinned figures say so; the same weights in the ordinary ResNet give other logits."""
+def test_published_students_have_no_relu_after_the_stem():
+    """As in the pinned values; the same weights in the ordinary ResNet give other logits."""
     published, plain = FAMILIES["published"]().eval(), FAMILIES["resnet8"]().eval()
     plain.load_state_dict(published.state_dict())
     image = _golden.images(0, 1, 32).float()

@@ -1,4 +1,4 @@
-"""What golden/models.json does not pin: the mended faults of the mobile networks, and torchvision's weights."""
+"""What golden/models.json does not pin: the corrected faults of the mobile networks, and torchvision's weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def randomise_bn(net: nn.Module) -> None:
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("build", MOBILE)
-def test_mobile_features_agree(build, size):
+def test_mobile_features_have_matching_shapes(build, size):
     net = build(num_classes=7).eval()
     with torch.no_grad():
         logits, features = net(torch.randn(2, 3, size, size))
@@ -62,7 +62,7 @@ def test_mobilenetv2_preacts(build, activated):
 
 
 def test_mobilenetv2_preact_comes_from_its_bn():
-    # The last block of `mobile_half` has no skip: in training mode its BatchNorm sets the feature's mean and spread.
+    # The last block of `mobile_half` has no skip: in training mode its BatchNorm sets the feature's mean and deviation.
     net = mobile_half().double()
     randomise_bn(net)
     _, features = net(torch.randn(16, 3, 32, 32, dtype=torch.double))
@@ -85,7 +85,7 @@ def test_shufflev2_feature_is_the_shuffled_relu_of_its_preact():
             assert torch.equal(feat[:, 2 * c + 1], preact[:, half + c].relu())
 
 
-def test_shufflev2_norm_names_the_bn_channel_behind_each_channel():
+def test_shufflev2_norm_traces_each_channel_to_its_bn():
     torch.manual_seed(0)
     # In training mode, where no channel is dead.
     stage = Stage(24, 16, repeats=3).double()
@@ -103,7 +103,7 @@ def test_shufflev2_norm_names_the_bn_channel_behind_each_channel():
         assert behind == [(norm.weight[c].item(), norm.bias[c].item())]
 
 
-def test_mobile_half_starts_as_its_paper_says():
+def test_mobile_half_is_initialised_as_in_its_paper():
     torch.manual_seed(0)
     net = mobile_half()
     assert net.classifier[0].weight.std().item() == pytest.approx(0.01, rel=0.02)
@@ -158,7 +158,7 @@ def test_zero_init_residual():
 
 @pytest.fixture
 def weight_file(tmp_path, monkeypatch) -> Path:
-    """Where resnet18's weights lie in a torch hub cache that is empty yet."""
+    """The path of resnet18's weights in a torch hub cache, which is still empty."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -174,7 +174,7 @@ def test_pretrained_loads_from_the_hub_cache(weight_file):
 
 
 def test_pretrained_without_network_says_where_the_file_belongs(weight_file, monkeypatch):
-    # Every request goes to a proxy on a port where nobody listens.
+    # Every request goes to a proxy on a port where nothing listens.
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
@@ -198,7 +198,7 @@ def test_pretrained_foreign_file(weight_file):
         resnet.resnet18(pretrained=True)
 
 
-def test_pretrained_knows_1000_classes():
+def test_pretrained_has_1000_classes():
     with pytest.raises(UserError, match="1000 classes, not 10"):
         resnet.resnet18(pretrained=True, num_classes=10)
 

@@ -63,7 +63,7 @@ def test_the_trunk_leaves_out_last_stage_and_classifier(name: str) -> None:
 @pytest.mark.parametrize("name", LAST_STAGE)
 def test_initial_weights(name: str) -> None:
     net = build(name)
-    # A branch is drawn anew by the same rule, even from a net that has been trained.
+    # A branch is initialised by the same rule, even from a net that has been trained.
     with torch.no_grad():
         for p in (p for part in net.last_stage for p in getattr(net, part).parameters()):
             p.fill_(3.0)

@@ -15,10 +15,10 @@ STEM_CHANNELS = 24
 
 
 class Bottleneck(nn.Module):
-    """Grouped 1x1, channel shuffle, 3x3 on each channel, grouped 1x1; added to the input, or joined to it.
+    """Grouped 1x1, channel shuffle, depthwise 3x3, grouped 1x1; added to the input, or concatenated with it.
 
-    At stride 2 the input is average-pooled and its channels are joined to the new ones. The value before the last
-    ReLU is returned too.
+    At stride 2 the input is average-pooled and its channels are concatenated with the new ones. The value before
+    the last ReLU is returned too.
 
     Reference: Zhang et al. 2017, arXiv 1707.01083, figure 2.
     """
@@ -68,7 +68,7 @@ def _run(stage: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
 class ShuffleNet(nn.Module):
     """ShuffleNet for 32x32 images (or larger), with four features: the stem and the three stages.
 
-    The stem's pre-activation is its feature, after the ReLU, as the pinned figures have it.
+    The stem's pre-activation is its feature, after the ReLU, as in the pinned values.
 
     Args:
         num_classes: C.

@@ -17,9 +17,9 @@ STEM_CHANNELS = 24
 
 
 class ChannelNorm(NamedTuple):
-    """Scale and shift of the BatchNorm behind each channel of a map that several BatchNorms made.
+    """Scale and shift of each channel of a map whose channels come from several BatchNorms.
 
-    Stands where one BatchNorm would: the channel's pre-activation has mean `bias` and standard deviation |`weight`|.
+    Used in place of a single BatchNorm: the channel's pre-activation has mean `bias` and standard deviation |`weight`|.
     """
 
     weight: Tensor
@@ -29,7 +29,7 @@ class ChannelNorm(NamedTuple):
 
 
 def _join(parts: Sequence[Any]) -> ChannelNorm:
-    """Norms of maps whose channels are joined."""
+    """The norm of maps concatenated along their channels."""
     return ChannelNorm(
         torch.cat([p.weight.detach() for p in parts]),
         torch.cat([p.bias.detach() for p in parts]),
@@ -37,7 +37,7 @@ def _join(parts: Sequence[Any]) -> ChannelNorm:
 
 
 def _conv_bn(channels: int, out_channels: int, kernel: int, stride: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    """A 1x1 convolution, or a 3x3 one that keeps channels apart, and its BatchNorm."""
+    """A 1x1 convolution, or a depthwise 3x3 one, and its BatchNorm."""
     groups = 1 if kernel == 1 else channels
     conv = nn.Conv2d(channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     return conv, nn.BatchNorm2d(out_channels)
@@ -57,22 +57,22 @@ class BasicBlock(nn.Module):
         self.conv3, self.bn3 = _conv_bn(half, half, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) -> the same shape, shuffled and after the ReLU; not shuffled and before it."""
+        """(B, C, H, W) -> two maps of this shape: after the ReLU and shuffled; before the ReLU and not shuffled."""
         passed, out = x.chunk(2, dim=1)
         out = F.relu(self.bn1(self.conv1(out)))
         out = self.bn3(self.conv3(self.bn2(self.conv2(out))))
         preact = torch.cat([passed, out], dim=1)
-        # What passed is >= 0 already, so this ReLU touches the other half alone.
+        # The half that passed is >= 0 already, so this ReLU changes only the other half.
         return channel_shuffle(F.relu(preact), 2), preact
 
     def norm(self, x: ChannelNorm) -> ChannelNorm:
-        """The norm of `preact`, given the one of the input's pre-activation."""
+        """The norm of `preact`, given the norm of the input's pre-activation."""
         passed = ChannelNorm(x.weight.chunk(2)[0], x.bias.chunk(2)[0])
         return _join([passed, self.bn3])
 
 
 class DownBlock(nn.Module):
-    """Both branches see all channels and halve the map; their outputs are joined and shuffled.
+    """Both branches take all channels and halve the map; their outputs are concatenated and shuffled.
 
     Reference: Ma et al. 2018, arXiv 1807.11164, figure 3 (d).
     """
@@ -87,7 +87,7 @@ class DownBlock(nn.Module):
         self.conv5, self.bn5 = _conv_bn(half, half, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C_in, H, W) -> (B, C_out, H / 2, W / 2), shuffled and after the ReLU; not shuffled and before it."""
+        """(B, C_in, H, W) -> two maps (B, C_out, H / 2, W / 2): as those of `BasicBlock`."""
         left = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         right = F.relu(self.bn3(self.conv3(x)))
         right = self.bn5(self.conv5(self.bn4(self.conv4(right))))
@@ -111,14 +111,14 @@ class Stage(nn.Sequential):
         super().__init__(DownBlock(in_channels, out_channels), *(BasicBlock(out_channels) for _ in range(repeats)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The last block's output, shuffled and after the ReLU; not shuffled and before it."""
+        """The two maps of the last block; see `BasicBlock.forward`."""
         preact = x
         for block in self:
             x, preact = block(x)
         return x, preact
 
     def norm(self) -> ChannelNorm:
-        """Which BatchNorm made each channel of the stage's pre-activation, followed back through the shuffles."""
+        """The norm of the stage's pre-activation: each channel traced back through the shuffles to its BatchNorm."""
         blocks: list[Any] = list(self)
         norm = blocks[0].norm()
         for block in blocks[1:]:
@@ -131,7 +131,7 @@ class ShuffleNetV2(nn.Module):
 
     A stage's pre-activation holds the half that passed (made by earlier blocks, after their ReLU) and the half that
     the last block made, in this order, not shuffled (the pinned sums and norms hold for either order).
-    The stem's pre-activation is its feature, after the ReLU, as the pinned figures have it.
+    The stem's pre-activation is its feature, after the ReLU, as in the pinned values.
 
     Args:
         num_classes: C.
@@ -161,9 +161,9 @@ class ShuffleNetV2(nn.Module):
         return nn.ModuleList([self.conv1, self.bn1, self.layer1, self.layer2, self.layer3])
 
     def get_bn_before_relu(self) -> list[ChannelNorm]:
-        """For each stage the scale and shift behind every channel of its pre-activation, as they are now.
+        """For each stage the current scale and shift of every channel of its pre-activation.
 
-        No single BatchNorm makes a stage's map, so the channels are followed back to the BatchNorms that made them;
+        No single BatchNorm makes a stage's map, so the channels are traced back to the BatchNorms that made them;
         OFD reads `weight` and `bias` of it as of a BatchNorm. For the half that passed OFD's margin has no effect:
         those channels are never negative.
         """

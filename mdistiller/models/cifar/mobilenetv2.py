@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._staged import global_pool, init_weights
 
-# One row a group of blocks: expansion, channels at width 1, repeats, first stride. Table 2 of the paper, with the
+# One row per group of blocks: expansion, channels at width 1, repeats, first stride. Table 2 of the paper, with the
 # second group at stride 1 because CIFAR's images are small.
 GROUPS = [
     (1, 16, 1, 1),
@@ -90,9 +90,9 @@ class MobileNetV2(nn.Module):
     """MobileNetV2 for 32x32 images (or larger), with five features: the stem and the four resolutions.
 
     The stem's pre-activation is its BatchNorm's output. The other four features end in a linear projection, which
-    no activation follows, so there the pre-activation is the feature itself. It is what OFD asks of a teacher (the
-    last value that still has its negative part; the margin comes from the projection's BatchNorm) and what ReviewKD
-    fuses (the map before information is cut off), and it has the feature's shape as in every other network.
+    no activation follows, so there the pre-activation is the feature itself. It is what OFD needs from a teacher (the
+    last value that still has negative entries; the margin comes from the projection's BatchNorm) and what ReviewKD
+    fuses (the map before an activation discards information), and it has the feature's shape as in every other network.
 
     Args:
         num_classes: C.

@@ -12,7 +12,7 @@ from .mobilenetv2 import InvertedResidual, last_bn
 
 
 class TinyBottleneck(InvertedResidual):
-    """Expand, filter, project, with ReLU6 and biases."""
+    """`InvertedResidual` with ReLU6 and biases."""
 
     body_name = "residual"
 

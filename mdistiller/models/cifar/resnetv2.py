@@ -1,4 +1,4 @@
-"""ResNet-18 and ResNet-50 for small images: ImageNet's four stages behind a 3x3 stem that keeps the image's size.
+"""ResNet-18 and ResNet-50 for small images: ImageNet's four stages after a 3x3 stem that keeps the image's size.
 
 Serves CIFAR (32x32) and Tiny-ImageNet (64x64).
 

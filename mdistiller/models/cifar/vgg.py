@@ -19,7 +19,7 @@ CHANNELS = (64, 128, 256, 512, 512)
 
 
 def _block(in_channels: int, out_channels: int, count: int) -> nn.Sequential:
-    """`count` times convolution, BatchNorm, ReLU, without the last ReLU: distillers ask for the map before it."""
+    """`count` times convolution, BatchNorm, ReLU, without the last ReLU: distillers use the map before it."""
     layers: list[nn.Module] = []
     for _ in range(count):
         layers += [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()]
@@ -27,9 +27,9 @@ def _block(in_channels: int, out_channels: int, count: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-@torch.fx.wrap  # one step to torch.fx, which cannot follow a choice by shape
+@torch.fx.wrap  # a leaf for torch.fx, which cannot trace a branch on the shape
 def _halve_large(x: Tensor) -> Tensor:
-    """Max-pooled by two, from 8 rows on: a 64x64 image is halved once more than one of 32x32."""
+    """Max-pooled by two if it has 8 rows or more: a 64x64 image is halved once more than one of 32x32."""
     return F.max_pool2d(x, 2) if x.shape[-2] >= 8 else x
 
 
@@ -59,7 +59,7 @@ class VGG(StagedNet):
 
     @staticmethod
     def init_weights(module: nn.Module) -> None:
-        """As everywhere; the classifier's weights start at N(0, 0.01^2), its bias at zero."""
+        """The common `init_weights`, and for the classifier N(0, 0.01^2) for its weights and zero for its bias."""
         init_weights(module)
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)

@@ -27,7 +27,7 @@ class PreactBlock(nn.Module):
         self.convShortcut = None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output, and its input behind `bn1`: what stands before the previous block's ReLU."""
+        """The block's output, and its input after `bn1`: the pre-activation of the previous block's output."""
         preact = self.bn1(x)
         a = F.relu(preact)
         skip = x if self.convShortcut is None else self.convShortcut(a)
@@ -35,7 +35,7 @@ class PreactBlock(nn.Module):
 
 
 class NetworkBlock(nn.Module):
-    """`count` blocks in a row, the first with the stride; gives the output, and the input behind its BatchNorm."""
+    """`count` blocks in a row, the first with the stride; returns the output, and the input after its BatchNorm."""
 
     def __init__(self, count: int, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class NetworkBlock(nn.Module):
 
     @property
     def first_bn(self) -> nn.Module:
-        """The BatchNorm that the stage's input meets first."""
+        """The first BatchNorm that is applied to the stage's input."""
         return self.layer[0].bn1  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,9 +56,9 @@ class NetworkBlock(nn.Module):
 
 
 class WideResNet(StagedNet):
-    """WRN-`depth`-`widen_factor`. `feats` are the sums between stages, `preact_feats` the same behind their BatchNorm.
+    """WRN-`depth`-`widen_factor`. `feats` are the sums between stages, `preact_feats` the same after their BatchNorm.
 
-    Each BatchNorm runs once a forward, so that its running statistics see every batch once.
+    Each BatchNorm runs once per forward, so that its running statistics see every batch once.
 
     Args:
         depth: 6n + 4 for n blocks a stage.
@@ -88,7 +88,7 @@ class WideResNet(StagedNet):
 
     @staticmethod
     def init_weights(module: nn.Module) -> None:
-        """As everywhere; the classifier's bias starts at zero."""
+        """The common `init_weights`, and zero for the classifier's bias."""
         init_weights(module)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)

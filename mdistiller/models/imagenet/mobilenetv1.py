@@ -27,7 +27,7 @@ SETTINGS = [
     (1024, 2),
     (1024, 1),
 ]
-# Places in `model` of the last layer at each resolution from 1/4 on.
+# Indices in `model` of the last layer at each resolution from 1/4 on.
 STAGE_ENDS = (3, 5, 11, 13)
 
 
@@ -65,7 +65,7 @@ class MobileNetV1(nn.Module):
             )
         super().__init__()
         channels = 32
-        # Every layer ends in its BatchNorm; `forward` puts the ReLU, so that the value before it can be handed out.
+        # Every layer ends in its BatchNorm; `forward` applies the ReLU, so that it can also return the value before it.
         self.model = nn.ModuleList([nn.Sequential(*_conv_bn(3, channels, 3, stride=2))])
         for out_channels, stride in SETTINGS:
             self.model.append(_separable(channels, out_channels, stride))

@@ -56,7 +56,7 @@ class ResNet(FourStageResNet):
 def load_published(net: nn.Module, name: str) -> None:
     """Load torchvision's published weights (IMAGENET1K_V1) of the model that it calls `name`.
 
-    They come from torch hub's cache, or from the network into it.
+    They are read from torch hub's cache, into which they are downloaded if missing.
 
     Raises:
         UserError: the weights are not in the cache and cannot be fetched, or the cached file is damaged.
@@ -66,10 +66,10 @@ def load_published(net: nn.Module, name: str) -> None:
     url = get_model_weights(name)["IMAGENET1K_V1"].url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     try:
-        # check_hash looks at what was downloaded, not at what lies in the cache.
+        # check_hash verifies downloads only, not files already in the cache.
         state = torch.hub.load_state_dict_from_url(url, check_hash=True, map_location="cpu", weights_only=True)
     except Exception as error:
-        # A damaged file shows itself by errors of many types: of zip, of pickle.
+        # A damaged file raises errors of many types, for example of zip or pickle.
         if path.exists():
             raise UserError(f"{path} cannot be read as weights; delete it, so that it is fetched again") from error
         raise UserError(f"could not fetch {url} ({error}); put the file at {path}") from error
@@ -83,7 +83,7 @@ def _resnet(
     name: str, block: type[Residual], counts: Sequence[int], pretrained: bool, num_classes: int, **kwargs: Any
 ) -> ResNet:
     if pretrained and num_classes != 1000:
-        raise UserError(f"{name}'s published weights know 1000 classes, not {num_classes}; use pretrained=False")
+        raise UserError(f"{name}'s published weights are for 1000 classes, not {num_classes}; use pretrained=False")
     net = ResNet(block, counts, num_classes, **kwargs)
     if pretrained:
         load_published(net, name)
