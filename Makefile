@@ -1,5 +1,6 @@
 # make quickstart   set up, train and distil on the embedded data, print a table, draw the curves (output/quickstart)
-# make test         set up and run the tests
+# make test         set up and run the tests, in minutes
+# make test-slow    the tests that `make test` leaves out;  make test-all   both
 # make lint         ruff and mypy
 # make detection, make test-detection    set up detectron2 too; run the tests of detection/
 
@@ -7,14 +8,23 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-slow test-all lint clean
 
 quickstart: $(VENV)/.installed
 	$(RUN) tools/quickstart.py
 
-# Two processes of one thread each: on small networks this is quicker than one process of two threads.
+# Processes of one thread each: on small networks this is faster than one process of several threads.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -q
+
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -q
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.installed-dev
+	$(PYTEST) -m slow
+
+test-all:
+	$(MAKE) test
+	$(MAKE) test-slow
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
@@ -41,7 +51,7 @@ clean:
 detection: $(VENV)/.installed-detection
 
 test-detection: $(VENV)/.installed-detection
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/detection -n auto -q
+	$(PYTEST) tests/detection
 
 # The wheel is tagged for Python 3.10 but is plain Python once its bundled binary, which nothing here needs, is gone.
 $(VENV)/.installed-detection: $(VENV)/.installed-dev detection/detectron2.txt

@@ -4,11 +4,11 @@
     python benchmarks/branches.py
     python benchmarks/branches.py --student resnet32 --device cuda --json
 
-The two take turns, so that both meet the same machine; medians. Kernels are counted, not timed: what a GPU has to
-start for one step. That both give the same numbers is tested in tests/models/test_grouped.py.
+The two alternate, so that both see the same machine load; times are medians. Kernels, which a GPU launches for one
+step, are counted, not timed. tests/models/test_grouped.py checks that both compute the same.
 
-Reached on two cores of an AMD EPYC (Zen 4) with torch 2.15, 2026-11-23, nothing else running: resnet20, five branches:
-loop 189.9 ms and 360 kernels, together 236.1 ms and 163 kernels, together is 0.80 times as fast. No GPU was at hand.
+Measured on two cores of an AMD EPYC (Zen 4) with torch 2.15, 2026-11-23, nothing else running: resnet20, five branches:
+loop 189.9 ms and 360 kernels, together 236.1 ms and 163 kernels, together is 0.80 times as fast. No GPU was available.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.engine.runtime.environment import pick_device
+from mdistiller.engine.runtime.device import pick_device
 from mdistiller.grouping import published_groups
 from mdistiller.models import GroupedStudent, build_model, cifar_model_dict
 
 
 class CountKernels(TorchDispatchMode):
-    """Counts operators that compute; those that only look at a tensor in another way start no kernel."""
+    """Counts the operators that compute; views launch no kernel."""
 
     count = 0
 
@@ -56,7 +56,7 @@ def seconds(student: GroupedStudent, features: dict, mode: str) -> float:
 
 
 def kernels(student: GroupedStudent, features: dict, mode: str) -> int:
-    """What a GPU would have to start for one step, counted on the CPU."""
+    """The kernels that a GPU would launch for one step, counted on the CPU."""
     student.zero_grad(set_to_none=True)
     with CountKernels() as counter:
         step(student, features, mode)
@@ -64,7 +64,7 @@ def kernels(student: GroupedStudent, features: dict, mode: str) -> int:
 
 
 def measure(student_name: str, batch: int, repeats: int, device: torch.device) -> dict:
-    """Medians in milliseconds, their ratio, and the kernels of each way."""
+    """Medians in milliseconds, their ratio, and the kernels of each mode."""
     torch.manual_seed(0)
     student = GroupedStudent(build_model(cifar_model_dict, student_name, 100), published_groups("res56"))
     student.to(device, memory_format=torch.channels_last)  # as the trainer does
