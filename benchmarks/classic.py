@@ -1,8 +1,8 @@
-"""The classic path: distillation as trainers are usually written. What the benchmarks measure against.
+"""The classic path: a distillation trainer as usually written, the baseline of the benchmarks.
 
-Every image goes through PIL on its own in a DataLoader; tensors are NCHW, everything runs eagerly in float32, the
-teacher as it was trained; the host reads loss and accuracy at every step. The losses are the package's own, so that
-the ratio is that of the path around them.
+A DataLoader augments image by image with PIL; tensors are NCHW; everything runs eagerly in float32; the teacher is not
+folded; the host reads loss and accuracy at every step. The losses are the package's own, so that the ratio compares
+only the code around them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ClassicImages(Dataset[tuple[Any, ...]]):
-    """Images in memory, each on its way through PIL; with `negatives` > 0 also with CRD's choice, drawn one by one."""
+    """Images in memory, augmented one by one with PIL; with `negatives` > 0 also CRD's negatives, drawn per image."""
 
     def __init__(self, data: ImageArray, negatives: int = 0) -> None:
         self.images, self.targets = data.images.numpy(), data.targets.numpy()
@@ -68,10 +68,10 @@ def imagenet_loader(folder: Path, images: int, batch: int, workers: int, train: 
 
 
 class ClassicTrainer:
-    """A training step with its meters on the host.
+    """Runs training steps, with the meters on the host.
 
     Args:
-        distiller: student, teacher and loss, as built; nothing is changed about them.
+        distiller: student, teacher and loss, used as built.
         lr, momentum, weight_decay: of plain SGD.
     """
 
@@ -92,8 +92,8 @@ class ClassicTrainer:
         """One step on a batch of the loader."""
         fields = {name: tensor.to(self.device, non_blocking=True) for name, tensor in zip(FIELDS, batch)}
         self.optimizer.zero_grad()
-        logits, parts = self.distiller(**fields, epoch=epoch)
-        loss = sum(part.mean() for part in parts.values())
+        logits, losses = self.distiller(**fields, epoch=epoch)
+        loss = sum(term.mean() for term in losses.values())
         loss.backward()
         self.optimizer.step()
         self.losses.append(loss.item())

@@ -1,8 +1,8 @@
-"""The arithmetic floor of a training step: what its multiply-accumulates alone would take on this machine.
+"""The arithmetic floor of a training step: the time that its multiply-accumulates alone would take on this machine.
 
     floor = rate / (teacher forward + student forward + student backward),   backward = 2 x forward
 
-in images a second, where `rate` is the best that a large convolution reaches here.
+in images a second; `rate` is the most multiply-accumulates a second that a large convolution reaches on this machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LARGE = ((64, 32), (128, 16), (256, 16), (512, 8))
 
 
 def convolution_rate(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> float:
-    """The most multiply-accumulates a second of `rounds` 3x3 convolutions of each `LARGE` size."""
+    """The highest rate (multiply-accumulates a second) of `rounds` 3x3 convolutions of each size in `LARGE`."""
     best = 0.0
     for channels, size in LARGE:
         x = torch.randn(64, channels, size, size, device=device, dtype=dtype)
@@ -48,7 +48,7 @@ def floor_rate(teacher: str, student: str, rate: float, needs_teacher: bool = Tr
 
 
 def bfloat16_units(device: torch.device) -> bool | None:
-    """Whether the device computes in bfloat16 by itself; None where that cannot be told."""
+    """Whether the device supports bfloat16 in hardware; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:

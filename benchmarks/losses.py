@@ -1,9 +1,9 @@
-"""How much faster the losses are than as they are usually written (naive_losses.py), and how much memory CRD saves.
+"""How much faster the losses are than their usual forms (naive_losses.py), and how much memory CRD saves.
 
     python benchmarks/losses.py [--json] [--repeats 7] [--threads 2]
 
-Batch 64, resnet32x4 -> resnet8x4, K = 16384, 50,000 samples, float32. Reached by `python benchmarks/losses.py` on two
-cores of an AMD EPYC (Zen 4, AVX-512) with torch 2.15, 2026-11-23, nothing else running. Wall time, medians of 7.
+Batch 64, resnet32x4 -> resnet8x4, K = 16384, 50,000 samples, float32. Measured with `python benchmarks/losses.py` on
+two cores of an AMD EPYC (Zen 4, AVX-512) with torch 2.15, 2026-11-23, nothing else running. Wall time, medians of 7.
 
     method    naive ms   ours ms   ratio  target  processor time ratio
     NST         9001.6     114.8    78.4      30                  70.2
@@ -15,10 +15,10 @@ cores of an AMD EPYC (Zen 4, AVX-512) with torch 2.15, 2026-11-23, nothing else 
     ReviewKD    2039.2    1257.5     1.6     1.1                   1.6
     CRD peak memory: naive 1068 MiB, ours 20.2 MiB, ratio 53 (target 20)
     RKD float32 relative error against float64: value 1.4e-9 in both, gradient 4.2e-7 naive, 2.6e-8 ours
-    CRD sampling, 64 x 16384: 17 ms here and 14 ms in a process of its own at 50,000 samples (target 15), 25 ms and
+    CRD sampling, 64 x 16384: 17 ms in this process, 14 ms in a separate one at 50,000 samples (target 15), 25 ms and
     20 ms at 1,281,167
 
-On a machine busy with other work, where the two threads do not run side by side, NST reached 15, CRD 8.6 and ReviewKD
+On a machine busy with other work, where the two threads do not run in parallel, NST reached 15, CRD 8.6 and ReviewKD
 1.0; on one thread NST 66.7, CRD 18.1, OFD 9.9, KDSVD 3.0, RKD 5.2, AT 2.2, ReviewKD 1.2.
 """
 
@@ -36,8 +36,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # straight from a clone
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is silent about there being no GPU
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a clone, not installed
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no message of the profiler that there is no GPU
 
 import naive_losses as naive
 import torch
@@ -60,7 +60,7 @@ Loss = Callable[[], Tensor]
 
 @dataclass
 class Case:
-    """One loss twice. Both read the same tensors, of which `leaves` get gradients."""
+    """One loss in both forms, on the same tensors, of which `leaves` get gradients."""
 
     name: str
     target: float
@@ -70,7 +70,7 @@ class Case:
 
 
 def cases(batch: int = 64, negatives: int = 16384, num_data: int = 50_000) -> Iterator[Case]:
-    """Every loss with a target, on the features of freshly initialised resnet32x4 -> resnet8x4 for random images."""
+    """Every loss with a speed target, on features of untrained resnet32x4 -> resnet8x4 for random images."""
     torch.manual_seed(0)
     teacher, student = (cifar_model_dict[name][0](num_classes=100) for name in ("resnet32x4", "resnet8x4"))
     image = torch.randn(batch, 3, 32, 32)
@@ -133,7 +133,7 @@ def milliseconds(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def check_agreement(case: Case, rtol: float = 1e-3) -> None:
-    """A race between two different losses would show nothing: value and gradients agree up to float32's rounding."""
+    """Assert that both forms have the same value and gradients up to float32's rounding: else times mean nothing."""
     torch.testing.assert_close(case.ours(), case.naive(), rtol=rtol, atol=1e-6)
     pairs = zip(gradients(case.ours, case.leaves), gradients(case.naive, case.leaves))
     for place, (ours, theirs) in enumerate(pairs):
@@ -142,7 +142,7 @@ def check_agreement(case: Case, rtol: float = 1e-3) -> None:
 
 
 def race(case: Case, repeats: int) -> dict[str, float]:
-    """Medians of forward + backward, the two taking turns."""
+    """Median times of forward + backward of both forms, which alternate."""
     times: dict[str, list[tuple[float, float]]] = {"naive": [], "ours": []}
     for _ in range(repeats):
         for name, loss in (("naive", case.naive), ("ours", case.ours)):
@@ -158,7 +158,7 @@ def race(case: Case, repeats: int) -> dict[str, float]:
 
 
 def peak_mebibytes(loss: Loss, leaves: list[Tensor]) -> float:
-    """The most that forward + backward hold at a time, from the allocator's own record of every tensor."""
+    """Peak memory of forward + backward, from the allocator's record of every tensor."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         gradients(loss, leaves)
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -172,7 +172,7 @@ def peak_mebibytes(loss: Loss, leaves: list[Tensor]) -> float:
 def rkd_errors(batch: int = 64) -> dict[str, float]:
     """Relative error in float32, of value and gradient, against the naive form in float64, on clustered embeddings.
 
-    Clustered as a trained network's are: classes of 8 samples, 1 % of their distance from the origin apart.
+    They are clustered like a trained network's: 8 samples per class, which differ by 1 % of their norm.
     """
     torch.manual_seed(0)
     e_s, e_t = (
@@ -194,7 +194,7 @@ def rkd_errors(batch: int = 64) -> dict[str, float]:
 
 
 def sampler_milliseconds(repeats: int, num_data: int, classes: int) -> dict[str, float]:
-    """A batch of 64 at K = 16384: medians of wall time and of the processor time of all threads."""
+    """Time to sample for a batch of 64 at K = 16384: medians of wall time and of the processor time of all threads."""
     sampler = ContrastiveSampler(torch.arange(num_data) % classes, 16384)
     index = torch.randperm(num_data)[:64]
     times = [milliseconds(partial(sampler, index, epoch)) for epoch in range(repeats)]
@@ -203,7 +203,7 @@ def sampler_milliseconds(repeats: int, num_data: int, classes: int) -> dict[str,
 
 
 def measure(repeats: int) -> dict[str, Any]:
-    """Everything, as it goes into --json."""
+    """All measurements, as --json prints them."""
     results: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__, "losses": {}}
     for case in cases():
         check_agreement(case)
@@ -220,7 +220,7 @@ def measure(repeats: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The processor's ratio is the steadier one where the machine has other work too."""
+    """The measurements as text. On a busy machine, the ratio of processor times is the steadier one."""
     lines = [f"{'method':<10}{'naive ms':>10}{'ours ms':>10}{'ratio':>8}{'target':>8}{'processor time ratio':>22}"]
     for name, r in results["losses"].items():
         lines.append(
@@ -243,8 +243,8 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times every loss against its usual form.")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each form, taken in turns (default 7)")
-    parser.add_argument("--threads", type=int, default=2, help="of the processor (default 2)")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each form, alternating (default 7)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = measure(arguments.repeats)

@@ -1,7 +1,7 @@
-"""The losses as such code is usually written: torch operations, formula by formula. What benchmarks/losses.py beats.
+"""The losses as usually written, formula by formula in torch operations: the baseline of benchmarks/losses.py.
 
-Each takes what its counterpart in `mdistiller.distillers` takes and gives its value and gradients; benchmarks/losses.py
-checks that before it measures.
+Each has the arguments, value and gradients of its counterpart in `mdistiller.distillers`; benchmarks/losses.py checks
+that before it measures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Maps = Sequence[Tensor]
 
 
 def naive_at(g_s: Maps, g_t: Maps, p: float = 2) -> Tensor:
-    """The maps are of one size, as in all the functions here."""
+    """Student and teacher maps have the same size, as in all functions of this file."""
 
     def attention(f: Tensor) -> Tensor:
         return F.normalize(f.pow(p).mean(1).flatten(1))
@@ -63,15 +63,15 @@ def naive_kdsvd(g_s: Maps, g_t: Maps, k: int) -> Tensor:
 
 
 def naive_ofd(g_s: Maps, g_t: Maps, margins: Maps) -> Tensor:
-    """The cases of the partial distance, each behind its mask. Half weight for each stage before the last."""
+    """The cases of the partial distance, each with its mask. Each stage has half the weight of the next."""
     loss = torch.zeros(())
     for s, t, m in zip(g_s, g_t, margins):
-        part = (
+        distance = (
             (s - m).pow(2) * ((s > m) & (t <= m)).float()
             + (s - t).pow(2) * ((s > t) & (t > m) & (t <= 0)).float()
             + (s - t).pow(2) * (t > 0).float()
         )
-        loss = loss / 2 + part.sum() / len(s)
+        loss = loss / 2 + distance.sum() / len(s)
     return loss
 
 

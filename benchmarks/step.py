@@ -1,22 +1,22 @@
 #!/usr/bin/env python
-"""The whole training step, data included: images a second and peak memory, against a classic path and the arithmetic.
+"""Images a second and peak memory of the whole training step, data included, against a classic path and the floor.
 
     python benchmarks/step.py
     python benchmarks/step.py --pairs resnet56-resnet20 --methods KD DKD --modes default bf16 --threads 2 --json
 
-KD and DKD on every pair, every other method on the first. The classic path (classic.py), this trainer's default and
-its opt-in modes take turns in one process; medians, lowest and highest, and ratios to the classic path turn by turn.
-Each turn of this trainer's starts the same epoch anew, so that `teacher cache` finds all that it looks for, which is
-the best that it can do; a first turn, which compiles and fills caches, does not count.
+KD and DKD run on every pair, the other methods on the first. The classic path (classic.py), this trainer's default and
+its opt-in modes alternate in one process. Results are medians, lowest and highest; ratios to the classic path are taken
+turn by turn. Every turn of this trainer repeats the same epoch, so that `teacher cache` has only hits, its best case.
+A first turn, which compiles and fills caches, is not counted.
 
 The floor is the time that the multiply-accumulates alone would take (see floor.py). Peak memory is that of the tensors
-of one step beyond what is held between steps: on the CPU from the allocator's record of this process (a classic
-loader's workers have more), on a GPU from torch's.
+of one step beyond what is held between steps: on the CPU from the allocator's record of this process (without the
+workers of the classic loader), on a GPU from torch's.
 
-Reached by `--methods KD DKD --threads 2 --steps 6 --rounds 5` on two cores of an AMD EPYC (Zen 4, bfloat16 units) with
-torch 2.15, 2026-11-23, nothing else running; times the classic path: resnet56 -> resnet20 default 1.48 (KD) and 1.44
-(DKD), bf16 2.32 and 2.36; resnet32x4 -> resnet8x4 default 1.47 and 1.30, bf16 2.38 and 2.05. docs/performance.md has
-the spread and the other methods. No GPU was at hand.
+Measured with `--methods KD DKD --threads 2 --steps 6 --rounds 5` on two cores of an AMD EPYC (Zen 4, bfloat16 units)
+with torch 2.15, 2026-11-23, nothing else running. Images a second as multiples of the classic path's: resnet56 ->
+resnet20 default 1.48 (KD) and 1.44 (DKD), bf16 2.32 and 2.36; resnet32x4 -> resnet8x4 default 1.47 and 1.30, bf16 2.38
+and 2.05. docs/performance.md has the spread and the other methods. No GPU was available.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # straight from a clone
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is silent about there being no GPU,
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and about memory that was there before it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a clone, not installed
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no message of the profiler that there is no GPU,
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # nor about memory allocated before it started
 
 import torch
 import torch.nn as nn
@@ -53,8 +53,10 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.engine.build import build_distiller, build_trainer
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.meters import Meters
-from mdistiller.engine.runtime.environment import describe_run, pick_device, seed_everything
+from mdistiller.engine.runtime.device import pick_device
+from mdistiller.engine.runtime.environment import describe_run
 from mdistiller.engine.runtime.malloc import keep_freed_memory
+from mdistiller.engine.runtime.seeds import seed_everything
 from mdistiller.errors import UserError
 from mdistiller.models import build_model, cifar_model_dict, teacher_checkpoint
 
@@ -62,7 +64,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAIRS = ("resnet56-resnet20", "resnet32x4-resnet8x4")
 ON_EVERY_PAIR = ("KD", "DKD")
 
-# What each mode sets beyond the defaults; {folder} is an empty one of this run.
+# What each mode sets beyond the defaults; {folder} stands for an empty temporary folder.
 MODES: dict[str, list[str]] = {
     "default": [],
     "bf16": ["SOLVER.AMP", "bf16"],
@@ -84,16 +86,16 @@ GOALS |= {(pair, "bf16"): 2.0 for pair in PAIRS}
 
 @dataclass
 class Runner:
-    """One way to train, ready to run; each turn goes over the same batches."""
+    """One path, ready to train; each turn goes over the same batches."""
 
     batches: Callable[[], Iterator[Any]]
     train: Callable[[Any], None]
     device: torch.device
-    # This trainer's way with malloc is the whole process's; the classic path gets glibc's own back for its turns.
+    # Whether malloc keeps freed memory, as in this trainer, or returns it, as glibc does for the classic path.
     keeps_memory: bool
 
     def images_per_second(self, steps: int) -> float:
-        """Over `steps` steps, after one that fills the caches and wakes the workers."""
+        """Images a second over `steps` steps, after one that fills the caches and starts the workers."""
         keep_freed_memory(self.keeps_memory)
         batches = self.batches()
         self.train(next(batches))
@@ -104,11 +106,11 @@ class Runner:
             images += len(batch[1])
         self._wait()
         reached = images / (time.perf_counter() - start)
-        del batches  # and with it the workers
+        del batches  # which also ends the workers
         return reached
 
     def peak_mebibytes(self) -> float:
-        """The most that one step holds at a time beyond what is held before it."""
+        """Peak memory of one step, beyond what is held before it."""
         batches = self.batches()
         self.train(next(batches))
         if self.device.type == "cuda":
@@ -174,7 +176,7 @@ def classic_trainer(cfg: CN, num_data: int) -> ClassicTrainer:
 
 
 def use_data(root: str) -> str:
-    """Makes sure that there is CIFAR-100, real or as much noise; says which."""
+    """If CIFAR-100 is not in `root`, use noise of its size instead; return a description of the data."""
     if (Path(root).expanduser() / "cifar-100-python" / "train").is_file():
         return f"CIFAR-100 in {root}"
 
@@ -185,13 +187,13 @@ def use_data(root: str) -> str:
         return ImageArray(images, torch.arange(count) % 100, MEAN, STD)
 
     dataset_dict["cifar100"] = replace(dataset_dict["cifar100"], read=noise)
-    return f"noise of CIFAR-100's size: there is none in {root}"
+    return f"noise of CIFAR-100's size, which is not in {root}"
 
 
 def teacher_file(name: str, folder: Path) -> str:
-    """The published teacher's checkpoint, or where it is missing one of a network that has never been trained.
+    """The published teacher's checkpoint, or if it is missing, one of an untrained network.
 
-    Its BatchNorms have seen data, so that its outputs have a trained network's scale.
+    The untrained network has BatchNorm statistics of random images, so that its outputs have a trained one's scale.
     """
     with suppress(UserError):
         return str(teacher_checkpoint(cifar_model_dict[name][1], name))
@@ -201,7 +203,7 @@ def teacher_file(name: str, folder: Path) -> str:
         teacher = build_model(cifar_model_dict, name, 100).train()
         for layer in teacher.modules():
             if isinstance(layer, nn.BatchNorm2d):
-                layer.momentum = None  # the plain mean of what it sees
+                layer.momentum = None  # the plain mean over batches
         with torch.no_grad():
             for _ in range(3):
                 teacher(torch.randn(32, 3, 32, 32))
@@ -212,7 +214,7 @@ def teacher_file(name: str, folder: Path) -> str:
 def race(
     method: str, pair: str, modes: list[str], args: argparse.Namespace, rates: dict[str, float], folder: Path
 ) -> dict[str, Any]:
-    """One method on one pair: classic against the modes, those that it refuses with their reason."""
+    """One method on one pair: the classic path against the modes; a mode that the method refuses, with the reason."""
     teacher, student = pair.split("-")
     config = partial(settings, method, pair, teacher_file(teacher, folder), args.data, args.batch)
     more = ["EXPERIMENT.DEVICE", args.device]
@@ -241,7 +243,7 @@ def race(
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything, as it goes into --json."""
+    """All measurements, as --json prints them."""
     device = pick_device(args.device)
     result: dict[str, Any] = {
         "machine": describe_run(), "device": str(device), "bfloat16_units": bfloat16_units(device),
@@ -261,7 +263,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown, a table for each pair."""
+    """The measurements as Markdown, one table per pair."""
     rates, machine = result["best_gmacs_per_second"], result["machine"]
     lines = [
         f"{machine['gpu'] if result['device'] != 'cpu' else machine['processor']}, {machine['threads']} threads, torch "
@@ -295,12 +297,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     others = [name for name in distiller_dict if name not in (*ON_EVERY_PAIR, "DCGD")]
     parser.add_argument("--methods", nargs="+", default=[*ON_EVERY_PAIR, *others], choices=[*distiller_dict])
     parser.add_argument("--modes", nargs="+", default=["default", "bf16"], choices=[*MODES])
-    parser.add_argument("--data", default=str(REPOSITORY / "data"), help="holds cifar-100-python; else noise is used")
+    parser.add_argument("--data", default=str(REPOSITORY / "data"), help="has cifar-100-python; else noise is used")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20, help="of a turn")
-    parser.add_argument("--rounds", type=int, default=7, help="turns that each path takes")
-    parser.add_argument("--threads", type=int, default=2, help="of the processor")
-    parser.add_argument("--workers", type=int, default=2, help="of the classic path's DataLoader")
+    parser.add_argument("--steps", type=int, default=20, help="steps per turn")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each path")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes of the classic path's DataLoader")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the tables")
     return parser.parse_args(arguments)

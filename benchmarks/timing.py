@@ -1,4 +1,4 @@
-"""What the benchmarks share: works that take turns on one machine, and the spread of what they reach."""
+"""What the benchmarks share: measurements that alternate on one machine, and their spread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def take_turns(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each work returns, `rounds` times over; in turns, so that all meet the same machine."""
+    """The results of calling each work `rounds` times, alternating, so that all see the same machine load."""
     reached: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
@@ -21,5 +21,5 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """The spread of `values` over `base`, turn by turn: what slows the machine down for a while slows both."""
+    """The spread of `values` / `base`, turn by turn, so that a temporary slowdown of the machine affects both."""
     return spread([a / b for a, b in zip(values, base)])

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Copy a few training images of a COCO folder, with their annotations, into a COCO folder of their own.
+"""Copy a few training images of a COCO folder, with their annotations, into a new COCO folder.
 
     python detection/coco_subset.py --source ../shared/data/coco-tiny --images 8 --max-objects 5 -o datasets/coco
 
-For trying a setup out: the copy is found where the configs look for COCO. Takes the first images by their number.
+To try out a setup, write the copy to the folder in which the configs look for COCO. The images with the lowest ids are
+taken.
 """
 
 import argparse
@@ -22,13 +23,13 @@ ANNOTATIONS = Path("annotations/instances_train2017.json")
 
 
 def copy_subset(source: Path, target: Path, count: int, max_objects: int) -> list[int]:
-    """Copy the first `count` images that show 1 to `max_objects` objects; returns their numbers.
+    """Copy the first `count` images that show 1 to `max_objects` objects; return their ids.
 
     Raises:
-        UserError: `source` has too few of them, or `target` has annotations already.
+        UserError: `source` has too few such images, or `target` already has annotations.
     """
     if (target / ANNOTATIONS).exists():
-        raise UserError(f"{target / ANNOTATIONS} is there already: choose another folder")
+        raise UserError(f"{target / ANNOTATIONS} already exists: choose another folder")
     data = json.loads((source / ANNOTATIONS).read_text())
     objects = Counter(annotation["image_id"] for annotation in data["annotations"])
     images = sorted((i for i in data["images"] if 1 <= objects[i["id"]] <= max_objects), key=lambda i: i["id"])[:count]

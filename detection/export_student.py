@@ -4,8 +4,8 @@
     python detection/export_student.py --config-file detection/configs/DKD/DKD-R18-R101.yaml \\
         --weights output/DKD-R18-R101/model_final.pth -o student.pth
 
-The config is written beside, as student.yaml. One of a MobileNetV2 needs `import detection.model` in detectron2,
-and its `add_distillation_cfg`.
+The config is written next to it, as student.yaml. detectron2 has no MobileNetV2: to load such a student there, import
+`detection.model` and call its `add_distillation_cfg`.
 """
 
 import argparse
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mdistiller.console import one_line_errors
 
 with one_line_errors():
-    import detection  # noqa: F401  (says how to install detectron2 where it is not)
+    import detection  # noqa: F401  (reports how to install detectron2 if it is missing)
 
 from detection.model.config import load_cfg
 from detection.model.merge import export, student_cfg
@@ -25,10 +25,10 @@ from detection.model.merge import export, student_cfg
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="what the checkpoint was trained with")
+    parser.add_argument("--config-file", required=True, help="the config that the checkpoint was trained with")
     parser.add_argument("--weights", required=True, help="a checkpoint of student and teacher")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings over those of the config")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings that override the config's")
     args = parser.parse_intermixed_args()
     with one_line_errors():
         cfg = load_cfg(args.config_file, args.opts)

@@ -2,11 +2,11 @@
 """Put a teacher's and a student's weights into the one file that MODEL.WEIGHTS names.
 
     python detection/merge_weights.py --teacher model_final_f6e8b1.pkl --student resnet18.pth -o pretrained/r18-r101.pth
-    python detection/merge_weights.py --config-file C --teacher T -o F        (a student that starts from nothing)
+    python detection/merge_weights.py --config-file C --teacher T -o F        (a student trained from scratch)
 
---teacher: a detector of detectron2's zoo (.pkl), or a checkpoint of this project. --student: such a detector, or an
-ImageNet network of detectron2's zoo, torchvision or timm. The pair tells its published config; --config-file, and
-KEY VALUE after it, name another one.
+--teacher: a detector of detectron2's model zoo (.pkl), or a checkpoint of this project. --student: such a detector, or
+an ImageNet network of detectron2's model zoo, torchvision or timm. The two networks determine the published config;
+--config-file names another one, and KEY VALUE overrides its settings.
 """
 
 import argparse
@@ -19,32 +19,32 @@ from mdistiller.console import one_line_errors
 from mdistiller.errors import UserError
 
 with one_line_errors():
-    import detection  # noqa: F401  (says how to install detectron2 where it is not)
+    import detection  # noqa: F401  (reports how to install detectron2 if it is missing)
 
 from detection.model import merge
 from detection.model.config import load_cfg
 
 
 def report(whose: str, placed: merge.Placed) -> None:
-    """Say what found its place and list what did not."""
-    print(f"{whose}: {len(placed.weights)} tensors in their place")
+    """Print how many tensors were matched, and list the others."""
+    print(f"{whose}: {len(placed.weights)} tensors matched")
     counters = [name for name in placed.homeless if name.endswith("num_batches_tracked")]
     others = [name for name in placed.homeless if name not in counters]
     print(f"  not in the model: {len(others)}, and {len(counters)} num_batches_tracked", *others, sep="\n    ")
-    print(f"  not in the file, left at their start: {len(placed.missing)}", *placed.missing, sep="\n    ")
+    print(f"  not in the file, left at their initial values: {len(placed.missing)}", *placed.missing, sep="\n    ")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="the teacher's detector")
-    parser.add_argument("--student", help="the student's ImageNet network or detector; nothing without it")
+    parser.add_argument("--teacher", required=True, help="the teacher's weights: a detector")
+    parser.add_argument("--student", help="the student's weights: an ImageNet network or a detector (default: none)")
     parser.add_argument("-o", "--output", required=True)
-    parser.add_argument("--config-file", help="the pair's config; told by the two files' networks unless given")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings over those of the config")
+    parser.add_argument("--config-file", help="the pair's config (default: the published one for both networks)")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings that override the config's")
     args = parser.parse_intermixed_args()
     with one_line_errors():
         if not (args.config_file or args.student):
-            raise UserError("without --student the pair is not known: name its config by --config-file")
+            raise UserError("without --student the pair is unknown: name its config by --config-file")
         path = args.config_file or merge.config_for(args.teacher, args.student)
         print(f"config {path}")
         cfg = load_cfg(path, [*args.opts, "MODEL.DEVICE", "cpu"])

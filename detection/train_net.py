@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Train or evaluate a detector, by itself or with a teacher, as a YAML file says.
+"""Train or evaluate a detector, with or without a teacher, as configured by a YAML file.
 
     python detection/train_net.py --config-file detection/configs/DKD/DKD-R18-R101.yaml --num-gpus 4
     cd detection; python3 train_net.py --config-file configs/DKD/DKD-R18-R101.yaml --num-gpus 4
-    ... --resume                                      go on from OUTPUT_DIR's last checkpoint
+    ... --resume                                      continue from OUTPUT_DIR's last checkpoint
     ... --eval-only MODEL.WEIGHTS output/DKD-R18-R101/model_final.pth
     ... SOLVER.AMP.ENABLED True TEST.AUG.ENABLED True VIS_PERIOD 100 MODEL.DEVICE cpu
 """
@@ -19,7 +19,7 @@ from mdistiller.console import one_line_errors
 from mdistiller.errors import UserError
 
 with one_line_errors():
-    import detection  # noqa: F401  (says how to install detectron2 where it is not)
+    import detection  # noqa: F401  (reports how to install detectron2 if it is missing)
 
 import torch
 from detectron2.config import CfgNode
@@ -34,12 +34,12 @@ from detection.model.weights import Checkpointer
 
 
 def read_cfg(args: argparse.Namespace) -> CfgNode:
-    """The configuration, once all that it asks for is there."""
+    """Read the configuration, and check that the GPUs, data and weights that it names exist."""
     cfg = load_cfg(args.config_file, args.opts)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     if cuda and args.num_gpus > torch.cuda.device_count():
         seen = torch.cuda.device_count()
-        raise UserError(f"--num-gpus {args.num_gpus}, but torch sees {seen} GPUs; MODEL.DEVICE cpu takes the CPU")
+        raise UserError(f"--num-gpus {args.num_gpus}, but torch sees {seen} GPUs; set MODEL.DEVICE cpu to use the CPU")
     check_data([*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)])
     cfg.defrost()
     resumes = args.resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()
@@ -49,7 +49,7 @@ def read_cfg(args: argparse.Namespace) -> CfgNode:
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
-    """Score the weights that `cfg` names, or OUTPUT_DIR's last ones."""
+    """Evaluate the weights that `cfg` names, or if `resume` the last checkpoint in OUTPUT_DIR."""
     model = Trainer.build_model(cfg)
     Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
@@ -61,7 +61,7 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> Any:
-    """What each process does."""
+    """Train or evaluate, in each process."""
     with one_line_errors(UserError):
         cfg = read_cfg(args)
         default_setup(cfg, args)

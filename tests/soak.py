@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Kill real runs of tools/train.py at random moments, many times, and see that each ends bit for bit as one that never
-was. Its last result stands in docs/reliability.md.
+"""Kill real runs of tools/train.py at random moments, many times, and check that each ends bit for bit like an
+uninterrupted run. docs/reliability.md has the last result.
 
     python tests/soak.py --kills 200        # half an hour on one core
 """
@@ -28,8 +28,8 @@ EXPERIMENTS = METHODS | {"KD and modes": EVERYTHING}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="in all, spread evenly over the experiments")
-    parser.add_argument("--only", choices=EXPERIMENTS, help="one of the experiments, with its share of the kills")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--only", choices=EXPERIMENTS, help="run one of the experiments, with its share of the kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     args = parser.parse_args()
     begun, failed = time.time(), 0
     print("| experiment | kills | runs | at a step | saving | validating | between epochs | differences |")
@@ -50,7 +50,7 @@ def main() -> None:
 def soak(
     folder: Path, settings: dict[str, str], kills: int, moments: random.Random
 ) -> tuple[list[str], Counter[str], int]:
-    """Kill runs until that many kills are made; what the runs differ in, where they stood, how many there were."""
+    """Kill runs until `kills` kills are made; return their differences, the stages at the kills, the number of runs."""
     whole = Run(folder / "whole", settings, launch)
     seconds = timed(whole)
     found: list[str] = []

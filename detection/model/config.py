@@ -14,12 +14,12 @@ from .losses import kd_types
 
 # Channel orders that are each other's reverse, so that the teacher can read the student's images.
 COLOURS = ("BGR", "RGB")
-# Keys of the original that said nothing.
+# Keys of the original's configs that had no effect.
 UNUSED = ("MODEL.MOBILENETV2.DEBUG", "TEACHER.KD")
 
 
 def add_distillation_cfg(cfg: CfgNode) -> None:
-    """Add this project's keys to detectron2's `cfg`; the teacher's are detectron2's own defaults, of any version.
+    """Add this project's keys to detectron2's `cfg`. TEACHER holds all keys and defaults of the installed detectron2.
 
     Two of detectron2's defaults change: MODEL.DEVICE is the CPU where there is no GPU, and SEED is 0.
     """
@@ -34,7 +34,7 @@ def add_distillation_cfg(cfg: CfgNode) -> None:
 
 
 def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
-    """The configuration of `path` with `opts` (KEY VALUE KEY VALUE ...) over it, checked and frozen.
+    """The configuration in `path`, overridden by `opts` (KEY VALUE KEY VALUE ...), checked and frozen.
 
     Raises:
         UserError: no such file, an unknown key, a value of the wrong type, or what `check_pair` refuses.
@@ -47,7 +47,7 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
         if path:
             cfg.merge_from_file(str(path), allow_unsafe=False)
         cfg.merge_from_list(list(opts))
-    except Exception as error:  # yacs, literal_eval and PyYAML let those of their parts through
+    except Exception as error:  # yacs, literal_eval and PyYAML raise many types
         raise UserError(f"config {path} {' '.join(opts)}: {error}") from None
     # One model, one device.
     cfg.TEACHER.MODEL.DEVICE = cfg.MODEL.DEVICE
@@ -61,21 +61,21 @@ def check_pair(cfg: CfgNode) -> None:
     """Refuse a student and a teacher that cannot be compared.
 
     Raises:
-        UserError: an unknown KD.TYPE; other classes; a channel order that is neither BGR nor RGB; weights of the
-            teacher's own, which would not be read.
+        UserError: an unknown KD.TYPE; different numbers of classes; a channel order other than BGR and RGB; a value in
+            TEACHER.MODEL.WEIGHTS, which would not be read.
     """
     kd_types[cfg.KD.TYPE]
     classes_student, classes_teacher = (c.MODEL.ROI_HEADS.NUM_CLASSES for c in (cfg, cfg.TEACHER))
     if classes_student != classes_teacher:
         raise UserError(
             f"the student knows {classes_student} classes and the teacher {classes_teacher}: set MODEL.ROI_HEADS."
-            "NUM_CLASSES and TEACHER.MODEL.ROI_HEADS.NUM_CLASSES to one number, that of the teacher's weights"
+            "NUM_CLASSES and TEACHER.MODEL.ROI_HEADS.NUM_CLASSES to the same number, that of the teacher's weights"
         )
     for name, value in (("INPUT.FORMAT", cfg.INPUT.FORMAT), ("TEACHER.INPUT.FORMAT", cfg.TEACHER.INPUT.FORMAT)):
         if value not in COLOURS:
-            raise UserError(f"{name} is {value!r}; student and teacher can share images that are BGR or RGB")
+            raise UserError(f"{name} is {value!r}; it must be BGR or RGB, so that student and teacher can share images")
     if cfg.TEACHER.MODEL.WEIGHTS:
         raise UserError(
-            f"TEACHER.MODEL.WEIGHTS is {cfg.TEACHER.MODEL.WEIGHTS!r}, but MODEL.WEIGHTS names the one file of both; "
+            f"TEACHER.MODEL.WEIGHTS is {cfg.TEACHER.MODEL.WEIGHTS!r}, but MODEL.WEIGHTS names one file for both; "
             "make it with detection/merge_weights.py"
         )

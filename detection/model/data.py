@@ -1,7 +1,7 @@
-"""Training batches that depend on the seed and on their place in the run alone, so that a resumed run repeats them.
+"""Training batches that depend only on the seed and on their position in the run, so that a resumed run repeats them.
 
-detectron2's own loader starts its shuffle, its grouping by orientation and its augmentations anew when a run is
-resumed. Here every image that is drawn has a place in one endless stream; its augmentation is seeded by that place.
+When a run is resumed, detectron2's own loader restarts its shuffling, its grouping by orientation and its augmentation.
+In this loader, every image drawn has a position in one endless stream, and that position seeds its augmentation.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Draw = tuple[int, int]
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed in [0, 2^32) made of several numbers."""
+    """Combine several numbers into one seed in [0, 2^32)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Every generator on the CPU starts from `seed`, and goes on afterwards as if nothing had been drawn."""
+    """Seed all random generators of the CPU (Python, NumPy, torch); restore their states afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would turn to the GPUs too
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
     try:
         yield
     finally:
@@ -46,7 +46,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Draws(Dataset):
-    """Item (place, index) is image `index` as augmented for its `place` in the stream."""
+    """Item (place, index) is image `index`, with its augmentation seeded by `place`, its position in the stream."""
 
     def __init__(self, images: Sequence[dict[str, Any]], mapper: Callable[[dict[str, Any]], Any], seed: int) -> None:
         self.images, self.mapper, self.seed = images, mapper, seed
@@ -61,15 +61,15 @@ class Draws(Dataset):
 
 
 class Batches(Sampler[list[Draw]]):
-    """Endless batches of this process's share of the shuffled stream, each of images of one group.
+    """Endless batches from this process's share of the shuffled stream; all images of a batch are of one group.
 
     Args:
-        groups: the group of each image; upright images and others are padded less when they do not meet.
-        size: images a batch.
+        groups: the group of each image, True for upright ones; batches of one orientation need less padding.
+        size: images per batch.
         seed: of the shuffle.
 
     Attributes:
-        start: batches to leave out, for a run that is resumed.
+        start: number of batches to skip, for a run that is resumed.
     """
 
     def __init__(self, groups: Sequence[bool], size: int, seed: int) -> None:
@@ -90,16 +90,19 @@ class Batches(Sampler[list[Draw]]):
 
 
 def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
-    """Lists of mapped images, `SOLVER.IMS_PER_BATCH` over all processes; `loader.batch_sampler.start` resumes.
+    """A loader of lists of mapped images, `SOLVER.IMS_PER_BATCH` in total over all processes.
+
+    To resume, set `loader.batch_sampler.start`.
 
     Raises:
-        UserError: a sampler other than TrainingSampler; images that do not divide among the processes.
+        UserError: a sampler other than TrainingSampler; a batch size that the processes cannot share equally.
     """
     processes = comm.get_world_size()
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         raise UserError(f"DATALOADER.SAMPLER_TRAIN must be TrainingSampler, not {cfg.DATALOADER.SAMPLER_TRAIN!r}")
     if cfg.SOLVER.IMS_PER_BATCH % processes:
-        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide among {processes} processes")
+        value = cfg.SOLVER.IMS_PER_BATCH
+        raise UserError(f"SOLVER.IMS_PER_BATCH {value} must be a multiple of {processes}, the number of processes")
     images = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -111,5 +114,5 @@ def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
         batch_sampler=Batches(upright, cfg.SOLVER.IMS_PER_BATCH // processes, seed),
         collate_fn=list,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        generator=torch.Generator(),  # starting to load draws a number, which must not come from the model's
+        generator=torch.Generator(),  # the loader draws a seed at its start; keep it off the model's generator
     )

@@ -1,4 +1,4 @@
-"""Files that a run needs, looked for before anything is built."""
+"""Checks that the files that a run needs exist, before anything is built."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .. import HERE
 
 
 def find_weights(name: str) -> str:
-    """Where the file that MODEL.WEIGHTS calls `name` is: here, or beside train_net.py; addresses stay as they are.
+    """Find the file `name` of MODEL.WEIGHTS in the working folder or next to train_net.py; URLs are returned unchanged.
 
     Raises:
-        UserError: neither.
+        UserError: it is in neither folder.
     """
     if not name or "://" in name:
         return name
@@ -26,16 +26,16 @@ def find_weights(name: str) -> str:
     if found is None:
         raise UserError(
             f"no weights at {' or '.join(map(str, places))}: put the published file there, make it with "
-            'detection/merge_weights.py, or train from nothing with MODEL.WEIGHTS ""'
+            'detection/merge_weights.py, or train from scratch with MODEL.WEIGHTS ""'
         )
     return str(found)
 
 
 def check_data(names: Iterable[str]) -> None:
-    """Refuse data sets that are not known, or whose annotations or images are not there.
+    """Refuse data sets that are unknown, or whose annotations or images are missing.
 
     Raises:
-        UserError: says where they belong.
+        UserError: the message says where they belong.
     """
     for name in names:
         if name not in DatasetCatalog:

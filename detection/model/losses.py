@@ -1,4 +1,4 @@
-"""What the student learns from the teacher, by KD.TYPE: DKD on class logits, ReviewKD on feature maps, or both."""
+"""The distillation losses by KD.TYPE: DKD on class logits, ReviewKD on feature maps, or both."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Shapes = dict[str, ShapeSpec]
 
 @dataclass
 class Seen:
-    """What the student made of a batch, and what the teacher sees of it.
+    """What the distillation losses read of a batch.
 
     Attributes:
         maps_student: p2..p6, each (B, C, H, W).
         maps_teacher: the teacher's, of the same names.
-        boxes: the student's sampled proposals, R in all, an entry an image.
-        classes: (R,) int64, what each proposal shows; the last class is the background.
+        boxes: the student's sampled proposals, one entry per image, R in all.
+        classes: (R,) int64, the true class of each proposal; the last class is the background.
         logits_student: (R, classes + 1).
-        heads_teacher: the teacher's.
+        heads_teacher: the teacher's ROI heads.
     """
 
     maps_student: Maps
@@ -45,14 +45,14 @@ class Seen:
 
 @torch.no_grad()
 def proposal_logits(heads: StandardROIHeads, maps: Maps, boxes: Sequence[Boxes]) -> Tensor:
-    """The class logits (R, classes + 1) that `heads` gives to `boxes`, an entry an image, on the feature `maps`."""
+    """The class logits (R, classes + 1) of `heads` for `boxes` (one entry per image) on the feature `maps`."""
     pooled = heads.box_pooler([maps[name] for name in heads.box_in_features], list(boxes))
     logits, _ = heads.box_predictor(heads.box_head(pooled))
     return logits
 
 
 class DKDLoss(nn.Module):
-    """`dkd_loss` between the class logits of the student's sampled proposals, the background being a class.
+    """`dkd_loss` between student and teacher logits of the student's sampled proposals; the background is a class.
 
     Reference: Zhao et al. 2022, arXiv 2203.08679, section 4.
     """
@@ -77,7 +77,7 @@ class ReviewKDLoss(nn.Module):
         shapes_teacher: of the teacher's.
 
     Raises:
-        UserError: the two pyramids have other levels.
+        UserError: the two pyramids have different levels.
 
     Reference: Chen et al. 2021, arXiv 2104.09044, section 3.
     """
@@ -88,7 +88,7 @@ class ReviewKDLoss(nn.Module):
         self.levels = sorted(shapes_student, key=lambda name: shapes_student[name].stride)
         if set(shapes_student) != set(shapes_teacher):
             levels = f"the student's {', '.join(shapes_student)}, the teacher's {', '.join(shapes_teacher)}"
-            raise UserError(f"ReviewKD compares pyramids of the same levels: {levels}")
+            raise UserError(f"ReviewKD needs pyramids with the same levels: {levels}")
         in_channels, out_channels = (
             [shapes[name].channels for name in self.levels] for shapes in (shapes_student, shapes_teacher)
         )
@@ -102,7 +102,7 @@ class ReviewKDLoss(nn.Module):
 
 
 Builder = Callable[[CfgNode, Shapes, Shapes], dict[str, nn.Module]]
-# From the configuration and both pyramids' shapes to the losses, by their names in the state dict.
+# Each builds its losses from the configuration and both pyramids' shapes, by their names in the state dict.
 kd_types = Registry("KD.TYPE")
 
 

@@ -1,4 +1,4 @@
-"""One file of weights for a student and its teacher, and a student's weights out of such a file."""
+"""Merge a student's and a teacher's weights into one file, and export the student's from such a file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .. import HERE
 from .weights import Placed, place, read_weights
 
 TEACHER, BACKBONE = "teacher.", "backbone.bottom_up."
-# What an RCNNKD has and its student has not.
+# Prefixes of the state dict entries of an RCNNKD that do not belong to its student.
 NOT_STUDENT = (TEACHER, "kd_")
-# ResNets by the blocks of their third stage.
+# ResNets by the number of blocks in their third stage.
 RESNETS = {2: "R18", 6: "R50", 23: "R101"}
 THIRD_STAGE = re.compile(r"(?:layer3\.|res4[._])(\d+)[._]")
 
@@ -30,22 +30,22 @@ def student_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def network_name(path: str | Path, weights: Iterable[str]) -> str:
-    """R18, R50, R101 or MV2, told by the names of the weights in the file at `path`.
+    """R18, R50, R101 or MV2, recognised by the names of the weights in the file at `path`.
 
     Raises:
-        UserError: none of them.
+        UserError: it is none of them.
     """
     names = [name for name in weights if not name.startswith(NOT_STUDENT)]
     if any(re.search(r"(^|\.)(conv_stem|features\.\d+\.conv)\.", name) for name in names):
         return "MV2"
     blocks = {int(found[1]) for name in names if (found := THIRD_STAGE.search(name))}
     if len(blocks) not in RESNETS:
-        raise UserError(f"{path} is no ResNet-18, -50 or -101 and no MobileNetV2; name the pair by --config-file")
+        raise UserError(f"{path} is not a ResNet-18, -50 or -101 or a MobileNetV2; name the config by --config-file")
     return RESNETS[len(blocks)]
 
 
 def config_for(teacher: str | Path, student: str | Path) -> Path:
-    """The published config of two files' networks; that with masks if the teacher has them.
+    """The published config for the networks in two files; Mask R-CNN's if the teacher predicts masks.
 
     Raises:
         UserError: there is none.
@@ -60,26 +60,26 @@ def config_for(teacher: str | Path, student: str | Path) -> Path:
 
 
 def merge(cfg: CfgNode, teacher: str | Path, student: str | Path | None, output: str | Path) -> tuple[Placed, Placed]:
-    """Write the file that MODEL.WEIGHTS names, and tell what found its place.
+    """Write the file that MODEL.WEIGHTS names, and return what was matched.
 
     Args:
-        cfg: of an RCNNKD.
-        teacher: a detector's weights.
-        student: a detector's or its bottom-up network's; None for a student that starts from nothing.
+        cfg: the configuration of an RCNNKD.
+        teacher: a file of a detector's weights.
+        student: a file of the weights of a detector or its bottom-up network; None to train it from scratch.
 
     Returns:
-        What was placed in the teacher and in the student.
+        What was matched in the teacher and in the student.
 
     Raises:
-        UserError: a tensor of another shape; a teacher that is not whole; a student's network that is not whole.
+        UserError: a tensor has another shape; the teacher or the student's network is incomplete.
     """
     if cfg.MODEL.META_ARCHITECTURE != "RCNNKD":
-        raise UserError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which has no teacher; want RCNNKD")
+        raise UserError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which has no teacher; use RCNNKD")
     state = build_model(cfg).state_dict()
     of_teacher = {name.removeprefix(TEACHER): value for name, value in state.items() if name.startswith(TEACHER)}
     of_student = student_part(state)
     in_teacher = place(teacher, of_teacher)
-    _require(in_teacher.missing, f"{teacher} is not a whole teacher")
+    _require(in_teacher.missing, f"{teacher} is not a complete teacher")
     in_student = place(student, of_student) if student else Placed({}, [], list(of_student))
     if student:
         _require([k for k in in_student.missing if k.startswith(BACKBONE)], f"{student} is not the student's network")
@@ -90,35 +90,35 @@ def merge(cfg: CfgNode, teacher: str | Path, student: str | Path | None, output:
 
 
 def stride_note(cfg: CfgNode, student: str | Path) -> str:
-    """What to add to the config of a student whose bottlenecks stride elsewhere than the config says; or nothing."""
+    """A note if the student's bottlenecks have their stride in another convolution than the config says, else ""."""
     names = list(read_weights(student)[0])
     elsewhere = "layer1.0.conv3.weight" in names and cfg.MODEL.RESNETS.STRIDE_IN_1X1
-    note = "torchvision's and timm's bottlenecks stride in their 3x3 convolution: train with "
+    note = "torchvision's and timm's bottlenecks have their stride in the 3x3 convolution: train with "
     return f"note: {note}MODEL.RESNETS.STRIDE_IN_1X1 False" if elsewhere else ""
 
 
 def _require(missing: list[str], problem: str) -> None:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{problem}: nothing for {', '.join(missing[:3])}{more}; is it what the config names?")
+        raise UserError(f"{problem}: it lacks {', '.join(missing[:3])}{more}; is it what the config names?")
 
 
 def export(weights: str | Path, output: str | Path) -> int:
-    """Write the student of an RCNNKD's checkpoint as a checkpoint of plain detectron2; returns its tensors' number.
+    """Write the student of an RCNNKD's checkpoint as a plain detectron2 checkpoint; return its number of tensors.
 
     Raises:
         UserError: there is no student in the file.
     """
     student = student_part(read_weights(weights)[0])
     if not student:
-        raise UserError(f"{weights} holds no student: nothing beside teacher.* and kd_*")
+        raise UserError(f"{weights} holds no student: nothing except teacher.* and kd_*")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint({"model": student}, output)
     return len(student)
 
 
 def student_cfg(cfg: CfgNode, weights: str | Path) -> CfgNode:
-    """The configuration of `cfg`'s student alone. Plain detectron2 knows every key of it unless it is a MobileNetV2."""
+    """The configuration of the student alone. Plain detectron2 has all its keys, except those of a MobileNetV2."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"

@@ -20,20 +20,20 @@ from .losses import Maps, Seen, kd_types
 
 @META_ARCH_REGISTRY.register()
 class RCNNKD(GeneralizedRCNN):
-    """A student, which is a `GeneralizedRCNN` in every respect, with a frozen teacher beside it.
+    """A student, an unmodified `GeneralizedRCNN`, with a frozen teacher.
 
-    In training its losses are the student's own and those of KD.TYPE. The teacher sees the student's images, prepared
-    by the teacher's own mean, deviation and channel order, and the student's sampled proposals. In inference there
-    is only the student. Parameters and buffers of the teacher never change; its entries in the state dict, which
-    files of the published layout hold, begin with `teacher.`.
+    In training it returns the student's own losses and those of KD.TYPE. The teacher sees the student's images, with
+    its own mean, standard deviation and channel order, and the student's sampled proposals. Inference runs only the
+    student. The teacher's parameters and buffers never change; their names in the state dict begin with `teacher.`,
+    as in the published files.
 
     Args:
-        teacher: an R-CNN with `StandardROIHeads`, of the student's classes.
-        kd_losses: modules from what was `Seen` to named losses, by name; `kd_types` builds them.
-        student: what `GeneralizedRCNN` takes.
+        teacher: an R-CNN with `StandardROIHeads`, with the student's classes.
+        kd_losses: modules by name, each from a `Seen` to a dict of losses; `kd_types` builds them.
+        student: the arguments of `GeneralizedRCNN`.
 
     Raises:
-        UserError: student or teacher has another kind of heads.
+        UserError: student or teacher has other heads than `StandardROIHeads`.
     """
 
     @configurable
@@ -61,7 +61,7 @@ class RCNNKD(GeneralizedRCNN):
         return self
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """detectron2's batch -> in training the named losses, else a prediction an image."""
+        """detectron2's batch -> the losses by name in training, else one prediction per image."""
         if not self.training:
             return self.inference(batched_inputs)
         heads = self.roi_heads
@@ -91,9 +91,9 @@ class RCNNKD(GeneralizedRCNN):
 
 @contextmanager
 def last_call(*modules: nn.Module) -> Iterator[list[Any]]:
-    """Keep (positional arguments, output) of the last call of each of `modules`, in their order.
+    """Record (positional arguments, output) of the last call of each of `modules`, in their order.
 
-    So the student runs once, as detectron2 wrote it, and what it saw is at hand all the same.
+    So detectron2's own forward pass of the student runs once, and its intermediate results are still available.
     """
     calls: list[Any] = [None] * len(modules)
 

@@ -1,4 +1,4 @@
-"""detectron2's trainer with batches that a resumed run repeats, on GPUs or CPUs, in full or mixed precision."""
+"""detectron2's trainer with reproducible batches for resumed runs, on GPUs or CPUs, in full or mixed precision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .weights import Checkpointer
 
 
 class CPUAMPTrainer(SimpleTrainer):
-    """A step in bfloat16 where that is safe; detectron2's AMPTrainer asks for CUDA."""
+    """A step under bfloat16 autocast on the CPU; detectron2's AMPTrainer requires CUDA."""
 
     def run_step(self) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -32,7 +32,7 @@ class CPUAMPTrainer(SimpleTrainer):
 
 
 def step_trainer(cfg: CfgNode) -> type[SimpleTrainer]:
-    """What does one step, by precision and device."""
+    """The class that runs one step, for the precision and device of `cfg`."""
     if not cfg.SOLVER.AMP.ENABLED:
         return SimpleTrainer
     return CPUAMPTrainer if cfg.MODEL.DEVICE == "cpu" else AMPTrainer
@@ -41,7 +41,7 @@ def step_trainer(cfg: CfgNode) -> type[SimpleTrainer]:
 class Trainer(DefaultTrainer):
     """Trains what `cfg` describes; on a CPU, equal configurations give equal weights, with or without an interruption.
 
-    All that is random comes from SEED (-1: another one each time) and the number of the iteration.
+    All randomness derives from SEED (-1: a new seed each time) and the iteration number.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -51,7 +51,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = build_train_loader(cfg, self.seed)
-        # A model on the CPU has no device number; detectron2 would give it one.
+        # On the CPU, DistributedDataParallel must get no device ids; detectron2 would pass one.
         devices = None if cfg.MODEL.DEVICE == "cpu" else [comm.get_local_rank()]
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
         self._trainer = step_trainer(cfg)(model, loader, optimizer)
@@ -62,7 +62,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
-        """detectron2's, and the evaluation that TEST.AUG asks for, in front of what writes the results down."""
+        """detectron2's hooks, and an evaluation with TEST.AUG before the hook that writes the results."""
         found = super().build_hooks()
         if self.cfg.TEST.AUG.ENABLED:
             writer = next((i for i, hook in enumerate(found) if isinstance(hook, hooks.PeriodicWriter)), len(found))
@@ -70,7 +70,7 @@ class Trainer(DefaultTrainer):
         return found
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint of OUTPUT_DIR if there is one and `resume`, else start from MODEL.WEIGHTS."""
+        """If `resume`, continue from OUTPUT_DIR's last checkpoint where there is one; else start from MODEL.WEIGHTS."""
         super().resume_or_load(resume)
         self.data_loader.batch_sampler.start = self.start_iter
 
@@ -89,16 +89,16 @@ class Trainer(DefaultTrainer):
         """COCO's box AP, and mask AP where there are masks; details go to `folder` in OUTPUT_DIR.
 
         Raises:
-            UserError: a data set in another form than COCO's.
+            UserError: a data set in another format than COCO's.
         """
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind != "coco":
-            raise UserError(f"{dataset_name!r} is evaluated as {kind!r}; only data sets in COCO's form are")
+            raise UserError(f"{dataset_name!r} is evaluated as {kind!r}; only data sets in COCO's format are supported")
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / folder))
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:
-        """The results of `test` with images at several sizes and mirrored, as `TEST.AUG` says; names end in _TTA."""
+        """The results of `test` on resized and flipped images, as `TEST.AUG` says; their names end in _TTA."""
         logging.getLogger("detectron2.trainer").info("Evaluation with test-time augmentation")
         evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)

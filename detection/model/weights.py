@@ -1,4 +1,4 @@
-"""Weights from files of every format in use, read without running code, by detectron2's names."""
+"""Read weights from files of all formats in use, without running code, and map their names to detectron2's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mdistiller.errors import UserError
 
 from .backbone.mobilenetv2 import GROUPS
 
-# What pickled tensors and arrays name; numpy called its insides numpy.core before 2.0, and numpy._core since.
+# The globals that pickled tensors and arrays refer to. NumPy 2.0 renamed numpy.core to numpy._core.
 SAFE = re.compile(
     r"collections OrderedDict|_codecs encode|torch \w+Storage|torch \w*(Size|device|dtype)|torch\.storage \w+Storage"
     r"|torch\._utils _rebuild_(tensor_v2|tensor|parameter)|torch (float|int|uint|bfloat)\d+"
@@ -32,7 +32,9 @@ SAFE = re.compile(
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if not SAFE.fullmatch(f"{module} {name}"):
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, not weights alone")
+            raise pickle.UnpicklingError(
+                f"it refers to {module}.{name}; only tensors, arrays and plain values are read"
+            )
         return super().find_class(module, name)
 
 
@@ -40,17 +42,17 @@ def _load(file: Any, **kwargs: Any) -> Any:
     return _Unpickler(file, **kwargs).load()
 
 
-# What torch.load takes for the pickle module.
+# Given to torch.load in place of the pickle module.
 _SAFE_PICKLE = SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, load=_load)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint file as {"model": weights by name, ...}: .pkl of detectron2's zoo or Caffe2, or torch.save's.
+    """Read a checkpoint as {"model": weights by name, ...}: a .pkl of detectron2's zoo or Caffe2, or torch.save's.
 
-    Caffe2's has "matching_heuristics" beside: its names are not detectron2's, which knows how to match them.
+    For a Caffe2 file, "matching_heuristics" is also set: detectron2 then matches Caffe2's names to its own.
 
     Raises:
-        UserError: no such file; damaged; or it holds anything but tensors, arrays and plain values.
+        UserError: the file does not exist, is damaged, or holds anything but tensors, arrays and plain values.
     """
     path = Path(path)
     if not path.is_file():
@@ -76,7 +78,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a checkpoint file by name, and whether the names are Caffe2's.
 
     Raises:
-        UserError: as `read_checkpoint`, or an entry that is no tensor.
+        UserError: as `read_checkpoint`, or an entry is not a tensor.
     """
     data = read_checkpoint(path)
     weights = {}
@@ -88,10 +90,10 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], bool]:
 
 
 class Checkpointer(DetectionCheckpointer):
-    """detectron2's, which reads files through `read_checkpoint`.
+    """detectron2's checkpointer, reading files with `read_checkpoint`.
 
     Attributes:
-        whole_teacher: refuse weights that leave anything of a teacher at its start; detectron2 only warns.
+        whole_teacher: refuse weights that lack any tensor of the teacher; detectron2 only warns.
     """
 
     whole_teacher = False
@@ -102,8 +104,8 @@ class Checkpointer(DetectionCheckpointer):
         if lost and self.whole_teacher:
             shapes = {name: f" of shape {model}, but {file}" for name, file, model in left.incorrect_shapes}
             raise UserError(
-                f"MODEL.WEIGHTS holds no {lost[0]}{shapes.get(lost[0], '')}; {len(lost)} tensors of the teacher lack. "
-                "Its classes and network must be those of TEACHER.MODEL; detection/merge_weights.py makes the file"
+                f"MODEL.WEIGHTS holds no {lost[0]}{shapes.get(lost[0], '')}; {len(lost)} tensors of the teacher are "
+                "missing. Classes and network must be those of TEACHER.MODEL; detection/merge_weights.py makes the file"
             )
         return left
 
@@ -111,7 +113,7 @@ class Checkpointer(DetectionCheckpointer):
         return read_checkpoint(filename)
 
 
-# From torchvision's and timm's names to detectron2's; a name that fits none stays as it is.
+# From torchvision's and timm's names to detectron2's; a name that matches no rule stays unchanged.
 Rules = list[tuple[str, Any]]
 RESNET: Rules = [
     (r"conv1\.(.+)", r"stem.conv1.\1"),
@@ -121,7 +123,8 @@ RESNET: Rules = [
     (r"layer(\d)\.(\d+)\.conv(\d)\.(.+)", lambda m: f"res{int(m[1]) + 1}.{m[2]}.conv{m[3]}.{m[4]}"),
     (r"layer(\d)\.(\d+)\.bn(\d)\.(.+)", lambda m: f"res{int(m[1]) + 1}.{m[2]}.conv{m[3]}.norm.{m[4]}"),
 ]
-# Every block is one sequence here: convolution, normalisation, activation, three times, or twice in the first block.
+# In this project, every block is one flat nn.Sequential: convolution, normalisation, activation, three times, or twice
+# in the first block.
 TORCHVISION_MOBILENET: Rules = [
     (r"features\.(\d+)\.conv\.(\d)\.(\d)\.(.+)", lambda m: f"features.{m[1]}.conv.{3 * int(m[2]) + int(m[3])}.{m[4]}"),
     (r"features\.1\.conv\.([12])\.(.+)", lambda m: f"features.1.conv.{int(m[1]) + 2}.{m[2]}"),
@@ -129,7 +132,7 @@ TORCHVISION_MOBILENET: Rules = [
 ]
 LAYERS = {"conv_pw": 0, "bn1": 1, "conv_dw": 3, "bn2": 4, "conv_pwl": 6, "bn3": 7}
 LAYERS_OF_FIRST = {"conv_dw": 0, "bn1": 1, "conv_pw": 3, "bn2": 4}
-# The place of each group's first block.
+# The index in `features` of each group's first block.
 FIRST_BLOCKS = [1, *itertools.accumulate((repeats for _, _, repeats, _ in GROUPS), initial=1)][1:]
 TIMM_MOBILENET: Rules = [
     (r"conv_stem\.(.+)", r"features.0.0.\1"),
@@ -140,18 +143,18 @@ TIMM_MOBILENET: Rules = [
         lambda m: f"features.{FIRST_BLOCKS[int(m[1])] + int(m[2])}.conv.{LAYERS[m[3]]}.{m[4]}",
     ),
 ]
-# How each format shows itself, and its rules; the first that shows wins.
+# A pattern in the names that identifies each format, and its rules; the first that matches is used.
 FORMATS: list[tuple[str, Rules]] = [
     (r"layer1\.0\.", RESNET),
     (r"conv_stem\.", TIMM_MOBILENET),
     (r"features\.\d+\.conv\.\d\.\d\.", TORCHVISION_MOBILENET),
 ]
-# A network for classification goes where the detector has its bottom-up network.
+# Names of a classification network, which becomes the detector's bottom-up network.
 NETWORK = re.compile(r"(stem|res\d|features)\.")
 
 
 def detectron_names(weights: Iterable[str]) -> dict[str, str]:
-    """From each of a file's names to detectron2's: of torchvision's, timm's and detectron2's networks and detectors."""
+    """Map a file's names to detectron2's; the file may be torchvision's, timm's or detectron2's."""
     weights = list(weights)
     rules = next((rules for sign, rules in FORMATS if any(re.match(sign, name) for name in weights)), [])
     return {name: _rename(name, rules) for name in weights}
@@ -167,7 +170,7 @@ def _rename(name: str, rules: Rules) -> str:
 
 @dataclass
 class Placed:
-    """Weights that found their place in a model.
+    """A file's weights that were matched to a model's.
 
     Attributes:
         weights: by the model's names.
@@ -181,12 +184,12 @@ class Placed:
 
 
 def place(path: str | Path, state: Mapping[str, Tensor]) -> Placed:
-    """Find the place of each tensor of the file at `path` in a detector's `state`.
+    """Match each tensor of the file at `path` to a detector's `state`.
 
-    Caffe2's networks hold no running statistics, which its normalisation has absorbed: they stay the identity's.
+    Caffe2's networks have no running statistics, which are folded into weight and bias; `state`'s are kept.
 
     Raises:
-        UserError: as `read_weights`, or a tensor whose place has another shape.
+        UserError: as `read_weights`, or a tensor has another shape than the model's.
     """
     weights, caffe2 = read_weights(path)
     if caffe2:

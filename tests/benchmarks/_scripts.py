@@ -1,4 +1,4 @@
-"""Benchmarks as modules: they are scripts beside the package, which import each other by plain names."""
+"""Import benchmarks as modules: they are scripts outside the package that import each other by plain names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @contextmanager
 def script(name: str) -> Iterator[ModuleType]:
-    """benchmarks/`name`.py; afterwards neither it nor what it imported from there is known."""
+    """Import benchmarks/`name`.py; afterwards, all modules of that folder are dropped from sys.modules."""
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))

@@ -1,4 +1,4 @@
-"""The loader benchmark: both loaders show the same images, and every figure is there."""
+"""The loader benchmark: both loaders yield the same images, and no number is missing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_validation_has_the_bits_of_the_classic_pipeline(loader: ModuleType, folder: Path) -> None:
+def test_validation_equals_the_classic_pipeline_bit_for_bit(loader: ModuleType, folder: Path) -> None:
     classic = list(loader.imagenet_loader(folder, 12, 5, 0, train=False))
     ours = list(loader.image_files(folder).loader(5, 0, train=False))
     assert [len(target) for _, target in ours] == [5, 5, 2]
@@ -50,19 +50,19 @@ def test_a_whole_benchmark(loader: ModuleType, folder: Path, monkeypatch: pytest
     loader.main()
     result = json.loads(capsys.readouterr().out)
     assert result["images"] == 12 and result["rounds"] == 2
-    for part in ("train", "val"):
+    for split in ("train", "val"):
         for kind in ("classic", "ours", "ratio"):
-            figures = result["images_per_second"][part][kind]
-            assert 0 < figures["low"] <= figures["median"] <= figures["high"]
+            numbers = result["images_per_second"][split][kind]
+            assert 0 < numbers["low"] <= numbers["median"] <= numbers["high"]
         for stage in ("read", "read and decode", "transform", "to float", "collate"):
-            assert result["milliseconds"][f"{part}/ours/{stage}"]["median"] > 0
+            assert result["milliseconds"][f"{split}/ours/{stage}"]["median"] > 0
     assert result["decoders_milliseconds"]["same_pixels"] <= result["decoders_milliseconds"]["images"] == 4
     table = loader.table(result)
     assert table.count("| train |") == table.count("| val |") == 1 and "| read and decode |" in table
 
 
 @pytest.mark.parametrize(("words", "message"), [("--data nowhere", "no folder nowhere"), ("--batch 7", "12 images")])
-def test_what_cannot_be_measured_is_said(
+def test_bad_arguments_are_refused(
     words: str, message: str, loader: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setattr("sys.argv", ["loader.py", "--data", str(folder), "--workers", "0", *words.split()])

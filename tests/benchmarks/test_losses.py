@@ -1,4 +1,4 @@
-"""The benchmark of the losses races equals, and its table names every target."""
+"""The benchmark of the losses compares equals, and every loss has its target."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def losses():
             del sys.modules[name]
 
 
-def test_both_forms_give_one_loss(losses):
+def test_both_forms_of_each_loss_agree(losses):
     targets = {}
     for case in losses.cases(batch=4, negatives=64, num_data=500):
         losses.check_agreement(case)
@@ -29,12 +29,12 @@ def test_both_forms_give_one_loss(losses):
     assert targets == {"NST": 30, "CRD": 10, "OFD": 4, "KDSVD": 2.5, "RKD": 3, "AT": 1.1, "ReviewKD": 1.1}
 
 
-def test_crd_holds_a_twentieth_of_the_memory(losses):
-    """At B 64, K 4096, N 12,500, a quarter of the benchmark's: the ratio is the same."""
+def test_crd_needs_a_twentieth_of_the_memory(losses):
+    """With K 4096 and N 12,500, a quarter of the benchmark's; the ratio is the same."""
     case = losses.crd(64, 4096, 12_500)
     assert losses.peak_mebibytes(case.naive, case.leaves) > 20 * losses.peak_mebibytes(case.ours, case.leaves)
 
 
-def test_rkd_is_the_more_accurate_in_float32(losses):
+def test_rkd_in_float32_is_more_accurate_than_the_naive_form(losses):
     errors = losses.rkd_errors()
     assert errors["ours_gradient"] < errors["naive_gradient"] / 3

@@ -1,4 +1,4 @@
-"""The step benchmark races equals: the default path trains as the classic path does; its figures are what they say."""
+"""The step benchmark compares equals: the default path trains as the classic path does; its numbers are right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def step() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def small_cifar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """640 images of smooth noise in CIFAR-100's place."""
+    """640 images of smooth noise instead of CIFAR-100."""
     g = torch.Generator().manual_seed(0)
     small = torch.rand(640, 3, 8, 8, generator=g) * 255
     images = torch.nn.functional.interpolate(small, size=(32, 32), mode="bilinear").byte().permute(0, 2, 3, 1)
@@ -60,10 +60,10 @@ def test_eight_steps_end_where_the_classic_path_ends(
     small_cifar: None,
     tmp_path: Path,
 ) -> None:
-    """Channels_last, the folded teacher and the meters on the device change nothing but rounding.
+    """Channels_last, the folded teacher and the meters on the device only change rounding.
 
     At the published learning rate these first steps magnify any rounding error ten thousand times (the classic path
-    in float32 ends 0.1 from the classic path in float64), so that there the two are compared in float64.
+    in float32 ends 0.1 from the classic path in float64), so the case at that rate is run in float64.
     """
     teacher = step.teacher_file(pair.split("-")[0], tmp_path)
     more = ["EXPERIMENT.DEVICE", "cpu", "SOLVER.LR", str(lr)]
@@ -88,7 +88,7 @@ def test_eight_steps_end_where_the_classic_path_ends(
         assert mine.dtype == dtype
         assert torch.allclose(mine, theirs, rtol=0, atol=within), (name, float((mine - theirs).detach().abs().max()))
         moved = max(moved, float((theirs - before[name]).detach().abs().max()))
-    assert moved > 10 * within  # they have gone somewhere
+    assert moved > 10 * within  # the weights have changed
     means = meters.means()
     assert means["train_loss"] == pytest.approx(sum(classic.losses) / 8, rel=1e-4)
     assert means["train_acc"] == pytest.approx(sum(classic.top1) / 8, abs=1e-3)
@@ -96,7 +96,7 @@ def test_eight_steps_end_where_the_classic_path_ends(
 
 
 def test_the_classic_loader_has_the_package_s_augmentation(step: ModuleType, small_cifar: None) -> None:
-    """Each of its images is one of the 162 that ours can show."""
+    """Each of its images is one of the 162 views of the image that this package can draw."""
     from mdistiller.dataset.augment import crop_and_flip
     from mdistiller.dataset.in_memory import Normalize
 
@@ -156,8 +156,8 @@ def test_a_whole_benchmark(
     assert list(races["KD"]["modes"]) == ["classic", "default", "bf16", "teacher cache"] and not races["KD"]["refused"]
     assert "AT" in races["AT"]["refused"]["teacher cache"]
     for race in races.values():
-        for figures in race["modes"].values():
-            assert figures["images_per_second"]["low"] > 0 and figures["peak_mib"] > 0.1
+        for numbers in race["modes"].values():
+            assert numbers["images_per_second"]["low"] > 0 and numbers["peak_mib"] > 0.1
         assert race["modes"]["classic"]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     kd = races["KD"]["modes"]
     assert kd["bf16"]["floor_images_per_second"] == pytest.approx(2 * kd["default"]["floor_images_per_second"])
@@ -173,7 +173,7 @@ def test_a_whole_benchmark(
 def test_without_cifar_noise_of_its_size_is_used(
     step: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(dataset_dict, "cifar100", dataset_dict["cifar100"])  # put back afterwards
-    assert step.use_data(str(tmp_path)) == f"noise of CIFAR-100's size: there is none in {tmp_path}"
+    monkeypatch.setitem(dataset_dict, "cifar100", dataset_dict["cifar100"])  # restored afterwards
+    assert step.use_data(str(tmp_path)) == f"noise of CIFAR-100's size, which is not in {tmp_path}"
     data = dataset_dict["cifar100"].read(tmp_path, True)
     assert data.images.shape == (50_000, 32, 32, 3) and data.targets.bincount().tolist() == [500] * 100

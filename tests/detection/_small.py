@@ -16,7 +16,7 @@ from PIL import Image
 from detection import HERE
 from detection.model.config import load_cfg
 
-# Pyramids, heads and teachers cut down; what is learned, and how, stays as the config says.
+# Narrower pyramids, heads and teachers, and a short schedule; the method stays that of the config.
 NARROW = shlex.split("""
 MODEL.DEVICE cpu MODEL.WEIGHTS "" MODEL.FPN.OUT_CHANNELS 16 TEACHER.MODEL.FPN.OUT_CHANNELS 16
 MODEL.ROI_BOX_HEAD.FC_DIM 32 TEACHER.MODEL.ROI_BOX_HEAD.FC_DIM 32
@@ -36,7 +36,7 @@ CONFIGS = sorted(
 
 
 def load(name, *opts):
-    """The published config `name`, narrow, with `opts` over it."""
+    """The published config `name`, overridden by NARROW and `opts`."""
     return load_cfg(HERE / "configs" / f"{name}.yaml", [*NARROW, *opts])
 
 
@@ -78,7 +78,7 @@ def _write_images(folder: Path, count: int) -> dict:
 
 
 def batch(count: int = 2, seed: int = 0) -> list[dict]:
-    """What detectron2's mapper gives for `count` images of 96x64 with two objects each."""
+    """What detectron2's mapper returns for `count` images of 96x64 with two objects each."""
     generator = torch.Generator().manual_seed(seed)
     inputs = []
     for i in range(count):

@@ -1,11 +1,11 @@
-"""A small synthetic COCO set, and what silences detectron2's own use of what newer torch calls deprecated."""
+"""A small synthetic COCO set, and filters for the deprecation warnings that detectron2 causes with newer torch."""
 
 import importlib.util
 
 import pytest
 
 if importlib.util.find_spec("detectron2"):
-    import detection  # noqa: F401  (before any test: it keeps detectron2's warnings at import to itself)
+    import detection  # noqa: F401  (before any test: it suppresses detectron2's warnings at import)
 
 DEPRECATED = (
     "ignore:torch.meshgrid. in an upcoming release:UserWarning",

@@ -45,7 +45,7 @@ def test_train_on_two_processes_then_evaluate(datasets, tmp_path):
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
-    """Run a tool's main() here: `tool("train_net", ...)` -> what it printed to both streams, and its exit status."""
+    """Run a tool's main() in this process: `tool("train_net", ...)` -> (stdout, stderr, exit status)."""
 
     def run(name, *arguments):
         module = __import__(f"detection.{name}", fromlist=["main"])
@@ -73,7 +73,7 @@ def tool(monkeypatch, capsys):
         (["--config-file", CONFIG, "MODEL.DEVICE", "cuda"], "error: --num-gpus 999, but torch sees "),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(datasets, tool, monkeypatch, arguments, line):
+def test_bad_input_gives_a_one_line_error(datasets, tool, monkeypatch, arguments, line):
     monkeypatch.chdir(REPOSITORY)
     if "lost" not in DatasetCatalog:
         DatasetCatalog.register("lost", list)
@@ -84,8 +84,8 @@ def test_bad_input_is_one_line(datasets, tool, monkeypatch, arguments, line):
     assert error.startswith(line) and error.count("\n") == 1, error
 
 
-def test_resuming_does_not_ask_for_the_first_weights(datasets, tool, small_cfg, tmp_path, monkeypatch):
-    """The published file may be gone by then."""
+def test_resuming_does_not_need_the_initial_weights(datasets, tool, small_cfg, tmp_path, monkeypatch):
+    """The file that MODEL.WEIGHTS names may have been deleted since."""
     monkeypatch.setattr("detection.train_net.default_setup", lambda cfg, args: None)
     out = tmp_path / "out"
     opts = [*_small.NARROW, *_small.ON_SYNTHETIC, "OUTPUT_DIR", out, "SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0"]
@@ -106,7 +106,7 @@ def test_merge_and_export(tool, tmp_path):
     config = ["--config-file", REPOSITORY / CONFIG, *_small.NARROW]
     out, error, status = tool("merge_weights", "--teacher", tmp_path / "t.pth", "-o", tmp_path / "m.pth", *config)
     assert status == 0, error
-    assert "teacher: 130 tensors in their place" in out and f"wrote {tmp_path / 'm.pth'}" in out
+    assert "teacher: 130 tensors matched" in out and f"wrote {tmp_path / 'm.pth'}" in out
     out, error, status = tool("export_student", "--weights", tmp_path / "whole.pth", "-o", tmp_path / "s.pth", *config)
     assert status == 0, error
     assert torch.load(tmp_path / "s.pth", weights_only=True)["model"].keys().isdisjoint({"teacher", "kd_trans"})
@@ -126,7 +126,7 @@ def test_a_subset_of_a_coco_folder(datasets, tool, tmp_path):
     assert {a["image_id"] for a in data["annotations"]} == {1, 2, 3} and len(data["annotations"]) == 6
     assert sorted(p.name for p in (target / "train2017").iterdir()) == [i["file_name"] for i in data["images"]]
     _, error, status = tool("coco_subset", "--source", source, "--images", "3", "-o", target)
-    assert status == 2 and "is there already" in error
+    assert status == 2 and "already exists" in error
     shutil.rmtree(target)
     _, error, status = tool("coco_subset", "--source", source, "--images", "9", "-o", target)
     assert status == 2 and "only 5 images of 1 to 5 objects" in error and not target.exists()

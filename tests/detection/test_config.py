@@ -27,7 +27,7 @@ def leaves(tree, path=()):
 
 
 def read(value):
-    """A value as yacs reads it; tuples, written as text or not, as lists."""
+    """A value as yacs reads it, but with tuples (also those written as text) as lists."""
     value = literal_eval(value) if isinstance(value, str) and value.startswith("(") else value
     return list(value) if isinstance(value, tuple) else value
 
@@ -92,6 +92,6 @@ def test_no_file_and_a_file_that_would_run_code(tmp_path):
         load_cfg(file)
 
 
-def test_keys_of_the_original_that_said_nothing_are_taken():
+def test_keys_of_the_original_without_effect_are_accepted():
     cfg = load_cfg(HERE / "configs/DKD/DKD-R18-R101.yaml", ["MODEL.MOBILENETV2.DEBUG", "0"])
     assert "DEBUG" not in cfg.MODEL.MOBILENETV2

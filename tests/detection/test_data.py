@@ -1,4 +1,4 @@
-"""Batches: the same for the same seed and place, however many processes load them and wherever the run starts."""
+"""Batches depend only on seed and position: not on the number of loading processes or on where the run starts."""
 
 import itertools
 import random
@@ -13,7 +13,7 @@ from detection.model.data import Batches, build_train_loader, seed_of, seeded
 from mdistiller.errors import UserError
 
 
-def test_seeded_repeats_and_leaves_no_trace():
+def test_seeded_repeats_and_restores_the_generators():
     def draw():
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
@@ -37,7 +37,7 @@ def take(batches, count):
     return list(itertools.islice(batches, count))
 
 
-def test_batches_are_of_one_group_and_every_image_comes_once_a_round():
+def test_batches_are_of_one_group_and_every_image_comes_once_per_pass():
     groups = [i % 3 == 0 for i in range(12)]  # 4 upright
     batches = take(Batches(groups, 2, seed=0), 30)
     assert all(len({groups[index] for _, index in batch}) == 1 for batch in batches)

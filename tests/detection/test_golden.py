@@ -1,4 +1,4 @@
-"""The detectors against figures measured on the reference: names, shapes, feature maps, fusion, context loss."""
+"""The detectors against values measured on the reference: names, shapes, feature maps, fusion, context loss."""
 
 import numpy as np
 import pytest
@@ -16,10 +16,10 @@ from tests import _golden
 ROWS = {row["config"]: row for row in _golden.load("detection")}
 
 
-def agrees(tensor, figures):
-    assert list(tensor.shape) == figures["shape"]
-    for name in figures.keys() - {"shape"}:
-        assert getattr(tensor, name)().item() == pytest.approx(figures[name], rel=1e-8)
+def agrees(tensor, expected):
+    assert list(tensor.shape) == expected["shape"]
+    for name in expected.keys() - {"shape"}:
+        assert getattr(tensor, name)().item() == pytest.approx(expected[name], rel=1e-8)
 
 
 @pytest.mark.parametrize("config", ROWS)
@@ -34,11 +34,11 @@ def test_detector(config):
         maps = {"student": model.backbone(image), "teacher": model.teacher.backbone(image)}
         for whose in maps:
             assert maps[whose].keys() == row[whose].keys()
-            for name, figures in row[whose].items():
-                agrees(maps[whose][name], figures)
+            for name, expected in row[whose].items():
+                agrees(maps[whose][name], expected)
         if "fused" in row:
             student, teacher = ([maps[whose][name] for name in row[whose]] for whose in maps)
             fused = review(model.kd_trans.train().abfs, student, [m.shape[-2:] for m in teacher])
-            for level, figures in zip(fused, row["fused"], strict=True):
-                agrees(level, figures)
+            for level, expected in zip(fused, row["fused"], strict=True):
+                agrees(level, expected)
             assert hcl_loss(fused, teacher).item() == pytest.approx(row["context_loss"], rel=1e-8)

@@ -15,7 +15,7 @@ def test_no_detectron2(tool, monkeypatch, capsys):
     loaded = [name for name in sys.modules if name.split(".")[0] in ("detection", "detectron2")]
     for name in loaded:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "detectron2", None)  # as if it were not there
+    monkeypatch.setitem(sys.modules, "detectron2", None)  # as if it were not installed
     monkeypatch.setattr(sys, "argv", [tool])
     importlib.invalidate_caches()
     with pytest.raises(SystemExit) as end:

@@ -36,7 +36,7 @@ def seen(**parts):
 
 
 def bilinear(channel, y, x):
-    """A channel (H, W) at a point; 0 beyond a pixel outside, as ROIAlign has it."""
+    """A channel (H, W) interpolated at a point; 0 more than one pixel outside, as in ROIAlign."""
     height, width = channel.shape
     if y < -1 or y > height or x < -1 or x > width:
         return 0.0
@@ -84,7 +84,7 @@ def naive_logits(heads, maps, boxes):
 def test_proposal_logits_are_those_of_each_box_by_itself():
     torch.manual_seed(0)
     heads = build_model(_small.load("DKD/DKD-R18-R101", "MODEL.FPN.OUT_CHANNELS", "4")).double().roi_heads
-    nn.init.normal_(heads.box_predictor.cls_score.weight)  # the usual start is so near zero that all logits are
+    nn.init.normal_(heads.box_predictor.cls_score.weight)  # usually so near 0 that all logits are too
     maps = random_maps(channels=4, height=256, width=256)
     corners = [
         [[4.0, 4.0, 40.0, 50.0], [0.0, 0.0, 256.0, 250.0], [9.3, 20.1, 140.7, 170.9]],
@@ -117,7 +117,7 @@ def test_dkd_counts_the_background_as_a_class():
     torch.testing.assert_close(losses["loss_dkd"], expected, rtol=1e-10, atol=0)
 
 
-def test_no_proposals_are_no_loss():
+def test_dkd_loss_of_no_proposals_is_zero():
     logits = torch.zeros(0, 81, requires_grad=True)
     loss = DKDLoss(_small.load("DKD/DKD-R18-R101"))(seen(logits_student=logits))["loss_dkd"]
     loss.backward()
@@ -135,14 +135,14 @@ def review_loss(channels=16, weight="1.0", dtype=torch.float64):
 
 
 def nearest(x, height, width):
-    """(B, C, H, W) at another size, pixel by pixel."""
+    """Nearest-neighbour resizing of (B, C, H, W), pixel by pixel."""
     rows = [min(int(i * x.shape[2] / height), x.shape[2] - 1) for i in range(height)]
     columns = [min(int(j * x.shape[3] / width), x.shape[3] - 1) for j in range(width)]
     return x[:, :, rows][:, :, :, columns]
 
 
 def naive_fusion(abfs, maps):
-    """From p6 up: compress, weigh against what came from below, hand up, expand."""
+    """From p6 to p2: compress, fuse with the previous level's result by attention, pass it on, expand."""
     results, below = [], None
     for abf, x in zip(abfs, maps[::-1]):
         x = abf.conv1(x)
@@ -169,10 +169,10 @@ def test_fusion_and_context_loss_of_rectangular_pyramids():
 
 
 def test_context_loss_by_hand():
-    """A difference of 2 everywhere is 4 at every size, so 4 a level: 5 levels, 20; and the weight."""
+    """A difference of 2 everywhere gives 4 at every pooled size, so 4 per level: 20 for 5 levels, times the weight."""
     loss = review_loss(weight="0.5").eval()
     teacher = {name: torch.zeros_like(m) for name, m in random_maps().items()}
-    for abf in loss.abfs:  # whatever comes in, 2 comes out
+    for abf in loss.abfs:  # the output is 2 for any input
         nn.init.zeros_(abf.conv2[1].weight)
         nn.init.constant_(abf.conv2[1].bias, 2.0)
     value = loss(seen(maps_student=random_maps(), maps_teacher=teacher))["loss_reviewkd"]
@@ -195,7 +195,7 @@ def test_pyramids_of_other_levels_are_refused():
         ReviewKDLoss(_small.load("ReviewKD/ReviewKD-R18-R101"), shapes, fewer)
 
 
-def test_types_and_their_parts():
+def test_the_losses_of_each_kd_type():
     cfg = _small.load("DKD/ReviewDKD-R18-R101")
     shapes = {name: ShapeSpec(channels=8, stride=stride) for name, stride in STRIDES.items()}
     parts = {name: sorted(build(cfg, shapes, shapes)) for name, build in kd_types.items()}

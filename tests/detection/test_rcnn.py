@@ -17,7 +17,7 @@ from tests.detection import _small
 
 STUDENT_LOSSES = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
 LOSSES = {"DKD": {"loss_dkd"}, "ReviewKD": {"loss_reviewkd"}, "ReviewDKD": {"loss_dkd", "loss_reviewkd"}}
-# A normalisation that moves, in student and teacher, would show a teacher in training mode.
+# BatchNorm with running statistics in student and teacher would reveal a teacher in training mode.
 MOVING = ("MODEL.RESNETS.NORM", "BN", "TEACHER.MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0")
 
 
@@ -50,8 +50,8 @@ def test_losses_gradients_and_the_teacher(kind):
     assert all(torch.equal(value, teacher[name]) for name, value in model.teacher.state_dict().items())
 
 
-def test_the_student_is_detectron2s():
-    """Same weights, same draws: the same losses in training, the same detections in inference."""
+def test_the_student_equals_plain_detectron2():
+    """Same weights, same random draws: the same losses in training, the same detections in inference."""
     model = model_of()
     cfg = student_cfg(_small.load("DKD/ReviewDKD-R18-R101", *MOVING), "none")
     plain = build_model(cfg).train()
@@ -66,7 +66,7 @@ def test_the_student_is_detectron2s():
             assert torch.equal(mine["instances"].scores, his["instances"].scores)
 
 
-def test_each_kd_loss_reaches_what_it_teaches():
+def test_gradients_of_each_kd_loss_reach_the_right_modules():
     reach = {"loss_dkd": "roi_heads.box_predictor.cls_score.weight", "loss_reviewkd": "kd_trans.abfs.0.conv1.0.weight"}
     others = {"loss_dkd": "kd_trans.abfs.0.conv1.0.weight", "loss_reviewkd": "roi_heads.box_predictor.cls_score.weight"}
     for name in reach:
@@ -89,7 +89,7 @@ def test_another_teacher_gives_other_kd_losses_and_the_same_student_losses():
 
 @pytest.mark.parametrize("student, teacher, turned", [("RGB", "BGR", True), ("BGR", "BGR", False)])
 def test_the_teacher_prepares_the_images_itself(student, teacher, turned):
-    """Its own mean and deviation in its own channel order, whatever the student's."""
+    """With its own mean, standard deviation and channel order, independent of the student's."""
     own = ("TEACHER.MODEL.PIXEL_MEAN", "[1.0, 2.0, 3.0]", "TEACHER.MODEL.PIXEL_STD", "[4.0, 5.0, 6.0]")
     model = model_of("DKD/DKD-R18-R101", "INPUT.FORMAT", student, "TEACHER.INPUT.FORMAT", teacher, *own)
     inputs = _small.batch(1)
@@ -103,7 +103,7 @@ def test_the_teacher_prepares_the_images_itself(student, teacher, turned):
 
 
 def test_the_logits_are_of_the_sampled_proposals():
-    """What is distilled is what a second pass over the sampled proposals gives."""
+    """The distilled logits equal those of a second pass over the sampled proposals."""
     model = model_of("DKD/DKD-R18-R101")
     with last_call(model.kd_logits) as calls:
         losses_of(model)
@@ -122,14 +122,14 @@ def test_hooks_are_gone_after_a_step_and_after_a_failure():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_inference_never_asks_the_teacher(monkeypatch):
+def test_inference_does_not_run_the_teacher(monkeypatch):
     model = model_of().eval()
     monkeypatch.setattr(model.teacher.backbone, "forward", None)
     with torch.no_grad():
         assert len(model(_small.batch())) == 2
 
 
-def test_test_time_augmentation_takes_it():
+def test_test_time_augmentation_accepts_rcnnkd():
     model = model_of()
     assert isinstance(model, GeneralizedRCNN)
     GeneralizedRCNNWithTTA(_small.load("DKD/DKD-R18-R101"), model)
@@ -157,5 +157,5 @@ def test_an_unknown_map_of_mobilenet_is_refused():
         build_model(_small.load("DKD/DKD-MV2-R50", "MODEL.MOBILENETV2.OUT_FEATURES", "['m2', 'm6']"))
 
 
-def test_it_is_registered():
+def test_rcnnkd_is_registered():
     assert type(model_of()) is RCNNKD

@@ -26,7 +26,7 @@ def train(cfg, resume=False):
 
 
 def logged(folder):
-    """What metrics.json says last of everything."""
+    """The last value of every entry in metrics.json."""
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     return {key: value for line in lines for key, value in line.items()}
 
@@ -66,8 +66,8 @@ def test_two_iterations_and_an_evaluation(small_cfg, tmp_path, name):
 MOVING = ("MODEL.RESNETS.NORM", "BN", "INPUT.MIN_SIZE_TRAIN", "(48, 64)", "TEST.EVAL_PERIOD", "0")
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(small_cfg, tmp_path):
-    """Model, optimizer, schedule: to the bit, with images augmented, proposals sampled and BatchNorm moving."""
+def test_a_resumed_run_equals_the_uninterrupted_one(small_cfg, tmp_path):
+    """Model, optimizer and scheduler, bit for bit, with augmentation, sampled proposals and updates of BatchNorm."""
     opts = (*MOVING, "SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.STEPS", "(3,)")
     cfg = small_cfg("DKD/ReviewDKD-R18-R101", *opts)
     train(cfg)
@@ -102,12 +102,12 @@ def test_mixed_precision_on_a_cpu(small_cfg, tmp_path):
     half = logged(tmp_path / "out")
     train(small_cfg("DKD/ReviewDKD-R18-R101", *opts, "OUTPUT_DIR", str(tmp_path / "full")))
     full = logged(tmp_path / "full")
-    names = ["loss_cls", "loss_rpn_cls", "loss_dkd", "loss_reviewkd"]  # the others hang on which proposals were drawn
+    names = ["loss_cls", "loss_rpn_cls", "loss_dkd", "loss_reviewkd"]  # the others depend on the proposals drawn
     assert [half[name] for name in names] == pytest.approx([full[name] for name in names], rel=0.1)
     assert any(half[name] != full[name] for name in names), "bfloat16 was used"
 
 
-def test_what_does_a_step():
+def test_the_step_trainer_for_each_precision_and_device():
     precise, mixed, cuda = (
         _small.load("DKD/DKD-R18-R101", "SOLVER.AMP.ENABLED", amp, "MODEL.DEVICE", device)
         for amp, device in (("False", "cpu"), ("True", "cpu"), ("True", "cuda"))
@@ -133,7 +133,7 @@ def test_pictures_of_proposals(small_cfg, tmp_path):
 
 
 def test_a_plain_detector_trains_too(small_cfg, tmp_path):
-    """The baseline, and a teacher of one's own: any meta-architecture of detectron2."""
+    """For baselines and for your own teachers, any meta-architecture of detectron2 can be trained."""
     train(small_cfg("DKD/DKD-R18-R101", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
     assert {key for key in logged(tmp_path / "out") if key.startswith("loss_")} == STUDENT
 
@@ -144,13 +144,13 @@ def test_another_kind_of_data_set_is_refused(small_cfg):
 
 
 def test_the_tiny_configs(datasets):
-    """What docs/detection.md trains: they read, and student and teacher have the same pyramid."""
+    """The configs of docs/detection.md can be read, and student and teacher have the same pyramid."""
     folder = _small.HERE / "configs" / "Tiny"
     opts = [*_small.ON_SYNTHETIC, "MODEL.DEVICE", "cpu"]
     teacher, student = (load_cfg(folder / f"{name}.yaml", opts) for name in ("Teacher-R50", "ReviewDKD-R18-R50"))
     for key in ("RESNETS", "FPN", "PIXEL_MEAN", "PIXEL_STD", "ROI_HEADS", "ROI_BOX_HEAD"):
         ours, theirs = student.TEACHER.MODEL[key], teacher.MODEL[key]
-        if key == "ROI_HEADS":  # how many proposals are sampled is the student's matter
+        if key == "ROI_HEADS":  # in distillation only the student samples proposals
             ours, theirs = ours.NUM_CLASSES, theirs.NUM_CLASSES
         assert ours == theirs, key
     assert len(next(iter(build_train_loader(student, seed=0)))) == 4

@@ -1,4 +1,4 @@
-"""Files of weights of every format: each tensor finds its place, or is listed, or the file is refused."""
+"""Weight files of every format: each tensor is matched or listed, or the file is refused."""
 
 import os
 import pickle
@@ -127,7 +127,7 @@ def test_caffe2_networks(tmp_path):
 
 
 def zoo_file(path, state):
-    """As detectron2's zoo: arrays, and what old versions also saved."""
+    """A file as in detectron2's zoo: arrays, and an entry that old versions also saved."""
     model = {name: value.numpy() for name, value in state.items()}
     model |= {"proposal_generator.anchor_generator.cell_anchors.0": np.zeros((3, 4), np.float32)}
     with open(path, "wb") as file:
@@ -157,7 +157,7 @@ def test_a_zoo_teacher_and_a_torchvision_student_become_one_file(tmp_path):
 
 
 def test_this_projects_own_checkpoint_as_a_teacher_and_as_a_student(tmp_path):
-    """A trained student teaches: its own teacher and fusion stay behind."""
+    """A trained student becomes the teacher; its own teacher and fusion modules are dropped."""
     model = build(R18)
     torch.save({"model": model.state_dict(), "iteration": 7}, tmp_path / "model_final.pth")
     in_teacher, in_student = merge(_small.load(R18), *[tmp_path / "model_final.pth"] * 2, tmp_path / "m.pth")
@@ -170,7 +170,7 @@ def test_this_projects_own_checkpoint_as_a_teacher_and_as_a_student(tmp_path):
 
 
 @pytest.mark.parametrize("arrays, zipped, wrapped", [(False, True, True), (True, True, False), (False, False, False)])
-def test_files_of_the_published_layout_load_as_they_are(tmp_path, arrays, zipped, wrapped):
+def test_files_of_the_published_layout_load_without_conversion(tmp_path, arrays, zipped, wrapped):
     source, target = build(R18), build(R18)
     state = {n: v.normal_() for n, v in source.state_dict().items() if v.is_floating_point()}
     state = {n: v for n, v in state.items() if n.startswith(("teacher.", BACKBONE))}
@@ -182,7 +182,7 @@ def test_files_of_the_published_layout_load_as_they_are(tmp_path, arrays, zipped
 
 
 @pytest.mark.parametrize("name", [R18, MV2])
-def test_the_exported_student_is_plain_detectron2s(tmp_path, name):
+def test_the_exported_student_loads_in_plain_detectron2(tmp_path, name):
     model = build(name)
     torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
     assert export(tmp_path / "model_final.pth", tmp_path / "s.pth") == len(student_part(model.state_dict()))
@@ -200,7 +200,7 @@ def test_the_exported_student_is_plain_detectron2s(tmp_path, name):
 
 
 def test_training_refuses_weights_without_a_whole_teacher(tmp_path):
-    """detectron2 would warn and train on, with a teacher that knows nothing."""
+    """detectron2 would only warn, and train with an untrained teacher."""
     model = build(R18)
 
     def load(file, whole_teacher=True):
@@ -209,13 +209,13 @@ def test_training_refuses_weights_without_a_whole_teacher(tmp_path):
         checkpointer.load(str(tmp_path / file))
 
     torch.save(student_part(model.state_dict()), tmp_path / "s.pth")
-    with pytest.raises(UserError, match=r"holds no teacher\..*; 90 tensors of the teacher lack"):
+    with pytest.raises(UserError, match=r"holds no teacher\..*; 90 tensors of the teacher are missing"):
         load("s.pth")
     classes = "teacher.roi_heads.box_predictor.cls_score.weight"
     torch.save(model.state_dict() | {classes: torch.zeros(21, 32)}, tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"cls_score\.weight of shape \(81, 32\), but \(21, 32\); 1 tensors"):
         load("c.pth")
-    load("s.pth", whole_teacher=False)  # to score the student, none is needed
+    load("s.pth", whole_teacher=False)  # evaluating the student needs no teacher
 
 
 class Harm:
@@ -230,7 +230,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, name):
         (tmp_path / name).write_bytes(pickle.dumps({"model": Harm(), "__author__": ""}))
     else:
         torch.save({"model": Harm()}, name, _use_new_zipfile_serialization=name == "h.pth")
-    with pytest.raises(UserError, match=r"it holds \w+\.mkdir, not weights alone"):
+    with pytest.raises(UserError, match=r"it refers to \w+\.mkdir; only tensors, arrays and plain values are read"):
         read_checkpoint(name)
     assert not (tmp_path / "harm").exists()
 
@@ -253,7 +253,7 @@ def test_merging_what_does_not_fit(tmp_path):
     torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "r50.pth")
     part = {n: v for n, v in teacher.items() if "box_predictor" not in n}
     torch.save(part, tmp_path / "part.pth")
-    with pytest.raises(UserError, match=r"part\.pth is not a whole teacher: nothing for .*cls_score.* and 1 more"):
+    with pytest.raises(UserError, match=r"part\.pth is not a complete teacher: it lacks .*cls_score.* and 1 more"):
         merge(cfg, tmp_path / "part.pth", None, tmp_path / "m.pth")
     with pytest.raises(UserError, match=r"layer\d|res\d.*has shape .*is it the network that the config names"):
         merge(cfg, tmp_path / "t.pth", tmp_path / "r50.pth", tmp_path / "m.pth")
@@ -265,7 +265,7 @@ def test_merging_what_does_not_fit(tmp_path):
     assert in_teacher.missing == [] and in_student.weights == {}
 
 
-def test_the_pair_tells_its_config(tmp_path):
+def test_the_config_is_chosen_by_the_pair(tmp_path):
     def file(name, *names):
         torch.save({n: torch.zeros(1) for n in names}, tmp_path / name)
         return tmp_path / name
@@ -285,11 +285,11 @@ def test_the_pair_tells_its_config(tmp_path):
         assert config_for(teacher, student) == HERE / "configs" / "ReviewKD" / f"{name}.yaml"
     with pytest.raises(UserError, match="no published config has the student and teacher R18-R50"):
         config_for(r50_mask, r18)
-    with pytest.raises(UserError, match="is no ResNet-18"):
+    with pytest.raises(UserError, match="is not a ResNet-18"):
         config_for(r101, file("other.pth", "a"))
 
 
-def test_a_bottleneck_that_strides_elsewhere_is_noted(tmp_path):
+def test_a_stride_in_another_convolution_is_noted(tmp_path):
     torch.save({"layer1.0.conv3.weight": torch.zeros(1)}, tmp_path / "r50.pth")
     torch.save({"layer1.0.conv2.weight": torch.zeros(1)}, tmp_path / "r18.pth")
     assert "STRIDE_IN_1X1 False" in stride_note(_small.load(R50), tmp_path / "r50.pth")

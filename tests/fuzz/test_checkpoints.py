@@ -1,4 +1,4 @@
-"""2,000 damaged checkpoints: each loads as what it was or is refused in one line; none runs code or harms another."""
+"""2,000 damaged checkpoints: each loads unchanged or is refused in one line; none runs code or harms other files."""
 
 import hashlib
 import io
@@ -43,7 +43,7 @@ def whole_state(module):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run's folder of whole checkpoints in every form; what is damaged goes to `file` and `file.safetensors`."""
+    """A run's folder of intact checkpoints of every format; the tests write damaged ones to other files."""
     folder = tmp_path_factory.mktemp("fuzz")
     state = whole_state(net())
     save_checkpoint(state, folder / "best")
@@ -70,7 +70,7 @@ def nothing_is_executed_and_nothing_harmed(folder):
     assert not (folder / "executed").exists()
 
 
-# One damage: (kind, where as a share of the file, how many bytes, what with).
+# One damage: (kind, position as a share of the file, number of bytes, bytes to write).
 DAMAGE = st.tuples(
     st.sampled_from(["flip", "cut", "drop", "zero", "insert", "overwrite", "splice"]),
     st.floats(0, 1, exclude_max=True), st.integers(1, 2000), st.binary(min_size=1, max_size=12),
@@ -94,7 +94,7 @@ def damaged(content, damages, other):
 
 
 def use(path):
-    """What tools/eval.py and --resume do with a file; (its content, whether it fitted)."""
+    """Load a file as tools/eval.py and --resume do; return its content."""
     content = load_checkpoint(path)
     state = model_state(content, path)
     load_state(net(), state, path)
@@ -134,7 +134,7 @@ RANDOM = PLAIN | st.dictionaries(KEYS, PLAIN | st.dictionaries(KEYS, PLAIN, max_
 
 @quickly
 @given(RANDOM)
-def test_whole_files_that_hold_something_else(folder, content):
+def test_intact_files_with_other_content(folder, content):
     archive = io.BytesIO()
     torch.save(content, archive)
     (folder / "latest").write_bytes(seal(archive))
@@ -147,7 +147,7 @@ def test_whole_files_that_hold_something_else(folder, content):
     (folder / "latest").unlink()
 
 
-# Names that a pickle may ask for, and what it would do: make the file `executed`.
+# Functions that a hostile pickle may call, and the argument; most calls would create the file `executed`.
 CALLS = {
     ("os", "system"): "touch executed", ("posix", "system"): "touch executed", ("builtins", "open"): "executed",
     ("builtins", "exec"): "open('executed', 'x')", ("builtins", "eval"): "open('executed', 'x')",
@@ -162,7 +162,7 @@ def test_a_pickle_that_would_run_code_is_refused(folder, form, call):
     code = f"c{call[0]}\n{call[1]}\n(V{CALLS[call]}\ntR.".encode()
     if form == "pickle":
         content = code
-    elif form == "old":  # its first dictionary calls first
+    elif form == "old":  # the call comes before the first dictionary
         content = (folder / "old").read_bytes().replace(b"}", code[:-1] + b"0}", 1)
     else:
         out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""2,000 damaged or random configurations and overrides: each is taken, or refused in one line; none runs code."""
+"""2,000 damaged or random configurations and overrides: each is accepted or refused in one line; none runs code."""
 
 import os
 from datetime import timedelta
@@ -53,13 +53,13 @@ def nothing_is_executed(config):
 
 
 def load(config, overrides=()):
-    """As tools/train.py takes a configuration; one that is taken can be shown, named and written."""
+    """Load a configuration as tools/train.py does; an accepted one can be shown, dumped and named."""
     try:
         cfg = load_cfg(config, list(overrides))
         assert show_cfg(cfg) and cfg.dump()
         name = experiment_name(cfg, list(overrides))
     except UserError as error:
-        assert 0 < len(str(error)) < 20_000  # it may repeat what was written
+        assert 0 < len(str(error)) < 20_000  # it may quote the value
         return
     project, run = name.split("/")
     assert not {project, run} & {"", ".", ".."} and "\0" not in name
@@ -75,7 +75,7 @@ EDIT = st.tuples(
 def edited(text, edits):
     for kind, at, count, value in edits:
         at = at % (len(text) + 1)
-        if kind == "value":  # of one of the lines
+        if kind == "value":  # replaces that of one line
             lines = text.split("\n")
             line = at % len(lines)
             lines[line] = lines[line].partition(":")[0] + ": " + value
@@ -110,7 +110,7 @@ def test_files_of_known_keys_with_any_value(config, settings):
             node = node.setdefault(section, {}) if isinstance(node, dict) else {}
         if isinstance(node, dict):
             node[last] = value
-    config.write_text(repr(tree).replace("None", "null"), encoding="utf-8", errors="replace")  # about YAML's flow style
+    config.write_text(repr(tree).replace("None", "null"), encoding="utf-8", errors="replace")  # like YAML's flow style
     load(config)
 
 
@@ -139,9 +139,9 @@ def test_values_that_are_too_large_for_every_key(config):
 
 
 @pytest.mark.parametrize("key", ["NAME", "SEED"])
-def test_a_value_that_refers_to_itself_many_times_over_is_not_written_out(config, key):
+def test_a_value_of_nested_aliases_is_not_expanded(config, key):
     value = "&a0 [x, x]"
     for level in range(1, 30):
-        value = f"&a{level} [{value}, *a{level - 1}]"  # 2^30 in all
+        value = f"&a{level} [{value}, *a{level - 1}]"  # 2^30 leaves when expanded
     config.write_text(f"EXPERIMENT: {{{key}: {value}}}\n")
     load(config)

@@ -1,4 +1,4 @@
-"""Damaged and hostile files through the real tools: one line, exit status 2, nothing executed, nothing harmed."""
+"""Damaged and hostile files given to the real tools: one line, exit status 2, no code executed, no file harmed."""
 
 import os
 import shutil
@@ -61,7 +61,7 @@ def run_tool(zygote, folder, name, *arguments):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_eval_refuses_it(tmp_path, zygote, finished, damage):
+def test_eval_refuses_a_damaged_checkpoint(tmp_path, zygote, finished, damage):
     shutil.copy(finished.log_path / "student_best", tmp_path)
     DAMAGE[damage](tmp_path / "student_best")
     status, said = run_tool(zygote, tmp_path, "eval.py", "-m", "resnet8", "-d", "digits", "-c", "student_best")
@@ -70,7 +70,7 @@ def test_eval_refuses_it(tmp_path, zygote, finished, damage):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_resuming_goes_back_to_what_is_whole_and_says_so(tmp_path, zygote, finished, damage):
+def test_resuming_falls_back_to_an_intact_checkpoint_with_a_warning(tmp_path, zygote, finished, damage):
     shutil.copytree(finished.folder, tmp_path / "run")
     run = Run(tmp_path / "run", NONE, zygote.launch)
     DAMAGE[damage](run.log_path / "latest")
@@ -84,7 +84,7 @@ def test_resuming_goes_back_to_what_is_whole_and_says_so(tmp_path, zygote, finis
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_resuming_where_nothing_is_whole_is_refused_and_harms_nothing(tmp_path, zygote, finished, damage):
+def test_resuming_without_an_intact_checkpoint_is_refused_and_harms_nothing(tmp_path, zygote, finished, damage):
     shutil.copytree(finished.folder, tmp_path / "run")
     run = Run(tmp_path / "run", NONE, zygote.launch)
     for name in ("latest", "best"):
@@ -104,7 +104,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("key", MALFORMED)
-def test_resuming_from_a_whole_file_of_nonsense_is_refused_and_harms_nothing(tmp_path, zygote, finished, key):
+def test_resuming_from_an_intact_but_malformed_checkpoint_is_refused_and_harms_nothing(tmp_path, zygote, finished, key):
     shutil.copytree(finished.folder, tmp_path / "run")
     run = Run(tmp_path / "run", NONE, zygote.launch)
     state = torch.load(run.log_path / "latest", weights_only=True) | {key.strip(): MALFORMED[key]}

@@ -1,4 +1,4 @@
-"""One zygote for the tests of a worker."""
+"""One zygote per pytest worker."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tiny runs of tools/train.py that are killed and resumed, and whether they end as ones that never were."""
+"""Tiny runs of tools/train.py that are killed and resumed, and how they differ from uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOL = REPOSITORY / "tools" / "train.py"
-STEPS = 9  # of an epoch, below
-# The bits of a sum depend on how many threads share it.
+STEPS = 9  # per epoch, with SETTINGS
+# The bits of a sum depend on the number of threads.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-# Times, memory and what a cache had at hand differ between any two runs.
+# Columns that differ between any two runs: times, memory, cache hits.
 TIMES = {
     "data_time", "step_time", "images_per_second", "epoch_seconds", "peak_memory_mib", "teacher_cache_hits",
 }  # fmt: skip
@@ -58,7 +58,7 @@ class Launcher(Protocol):
 
 
 def launch(arguments: list[str], folder: Path, output: Path, environment: dict[str, str]) -> Process:
-    """`python tools/train.py`, in a session of its own."""
+    """Start `python tools/train.py` in a new session."""
     with output.open("a") as out:
         return subprocess.Popen(
             [sys.executable, str(TOOL), *arguments], cwd=folder, stdout=out, stderr=out, start_new_session=True,
@@ -67,7 +67,7 @@ def launch(arguments: list[str], folder: Path, output: Path, environment: dict[s
 
 
 class Zygote:
-    """Starts runs out of one process that has imported everything; see zygote.py."""
+    """Starts runs by forking a process that has imported everything; see zygote.py."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -150,7 +150,7 @@ class Pair:
 
 @dataclass
 class Run:
-    """One experiment in a folder of its own: started, killed, resumed."""
+    """One experiment in its own folder: started, killed, resumed."""
 
     folder: Path
     settings: dict[str, str]
@@ -169,8 +169,8 @@ class Run:
         return found
 
     def start(self, *more: str) -> Process:
-        """Begin, or go on where there is something to go on from."""
-        self.stale = self._partial()  # what a kill left before
+        """Start the run, or resume it if it has a checkpoint."""
+        self.stale = self._partial()  # left by an earlier kill
         begun = "--overwrite" not in more and list((self.folder / "output").glob("p/*/latest"))
         settings = [word for pair in (SETTINGS | self.settings).items() for word in pair]
         arguments = ["--cfg", "empty.yaml", *(["--resume"] if begun else []), *more, *settings]
@@ -181,7 +181,7 @@ class Run:
         assert status == 0, f"exit status {status}:\n{self.output.read_text()[-3000:]}"
 
     def begun(self, process: Process) -> bool:
-        """Wait until `process` trains; false if it ends before."""
+        """Wait until `process` trains; return False if it ends before."""
         while process.poll() is None:
             for lock in (self.folder / "output").glob("p/*/.run_lock"):
                 if f'"pid": {process.pid},' in lock.read_text():
@@ -214,7 +214,7 @@ class Run:
         return found
 
     def stage(self) -> str:
-        """Where a run stands or stood, as its files tell: saving, steps, validation, or between two epochs."""
+        """The stage of a run, from its files: saving, steps, validation, or between epochs."""
         if self._partial() - self.stale:
             return "saving"
         latest = list((self.folder / "output").glob("p/*/latest"))
@@ -227,11 +227,11 @@ class Run:
 
 
 def killed_run(run: Run, moments: random.Random, kills: int, longest: float) -> Counter[str]:
-    """Kill `run` that many times, unless it ends before, then let it end; where it stood at each.
+    """Kill `run` up to `kills` times, then let it finish; count the stages at which it was killed.
 
     Args:
-        longest: seconds of training to kill after, at most; then every second time at once, else as it next saves or
-            validates.
+        longest: a kill comes after at most that many seconds of training; in about half of the cases it then waits
+            until the run next saves or validates.
     """
     stages: Counter[str] = Counter()
     while stages.total() < kills:
@@ -244,7 +244,7 @@ def killed_run(run: Run, moments: random.Random, kills: int, longest: float) -> 
 
 
 def timed(run: Run) -> float:
-    """Let `run` end; seconds from its first step."""
+    """Let `run` finish; return the seconds since it began to train."""
     process = run.start()
     assert run.begun(process), run.output.read_text()[-3000:]
     before = time.monotonic()
@@ -253,7 +253,7 @@ def timed(run: Run) -> float:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What two finished runs' folders differ in, beside times: checkpoints bit for bit, worklog, metrics, files."""
+    """How two finished runs' folders differ, except in times: files, checkpoints (bit for bit), worklog, metrics."""
     names = {path.name for path in a.iterdir()} | {path.name for path in b.iterdir()}
     checkpoints = {name for name in names if not Path(name).suffix and name != "latest_previous"} - {"train.events"}
     found = sorted({path.name for path in a.iterdir()} ^ {path.name for path in b.iterdir()})
@@ -273,7 +273,7 @@ def timeless(path: Path) -> list[dict[str, str]]:
 
 
 def unequal(a: Any, b: Any, where: str = "") -> list[str]:
-    """The places where two checkpoints' contents are not the same bits."""
+    """The keys at which two checkpoints' contents are not equal bit for bit."""
     if type(a) is not type(b):
         return [f"{where} {type(a)} {type(b)}"]
     if isinstance(a, dict):
@@ -291,7 +291,7 @@ def unequal(a: Any, b: Any, where: str = "") -> list[str]:
 
 
 def write_teacher(path: Path) -> None:
-    """A resnet8 for ten classes that was never trained."""
+    """Write an untrained resnet8 for ten classes."""
     from mdistiller.models import build_model, cifar_model_dict
 
     torch.manual_seed(0)

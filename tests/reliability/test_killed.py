@@ -1,4 +1,4 @@
-"""tools/train.py, killed by SIGKILL at random moments and resumed, ends as if nothing had happened: bit for bit."""
+"""tools/train.py, killed by SIGKILL at random moments and resumed, ends bit for bit like an uninterrupted run."""
 
 import os
 import random
@@ -9,15 +9,15 @@ import pytest
 
 from .runs import METHODS, Run, differences, killed_run, timed
 
-KILLS = 10  # of each method; tests/soak.py makes 200
+KILLS = 10  # per method; tests/soak.py makes 200
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_run_ends_as_one_that_never_was(tmp_path, zygote, method):
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, zygote, method):
     whole = Run(tmp_path / "whole", METHODS[method], zygote.launch)
     seconds = timed(whole)
     moments, stages, chain = random.Random(method), Counter(), 0
-    # On a busy machine chance may pass a stage by: then some kills more.
+    # On a busy machine, the random kills may miss a stage; then a few more are made.
     while stages.total() < KILLS or (missed(stages) and stages.total() < 4 * KILLS):
         killed = Run(tmp_path / f"killed{chain}", METHODS[method], zygote.launch)
         stages += killed_run(killed, moments, max(KILLS - stages.total(), 3), seconds / 6)
@@ -30,7 +30,7 @@ def missed(stages):
     return {"steps", "saving", "validation"} - stages.keys()
 
 
-def test_two_ranks_killed_or_stopped_together_end_as_ones_that_never_were(tmp_path, zygote):
+def test_two_ranks_killed_or_stopped_together_end_like_uninterrupted_ones(tmp_path, zygote):
     whole, stopped = (Run(tmp_path / name, METHODS["KD"], zygote.launch_pair) for name in ("whole", "stopped"))
     seconds = timed(whole)
     assert stopped.kill_once(seconds / 2)
@@ -39,7 +39,7 @@ def test_two_ranks_killed_or_stopped_together_end_as_ones_that_never_were(tmp_pa
     pair = stopped.start()
     while latest.stat().st_ino == before:
         assert pair.poll() is None
-    os.kill(pair.ranks[1].pid, signal.SIGTERM)  # one is asked, both stop
+    os.kill(pair.ranks[1].pid, signal.SIGTERM)  # one gets the signal, both stop
     assert [rank.wait() for rank in pair.ranks] == [143, 143]
     stopped.finish()
     assert differences(whole.log_path, stopped.log_path) == []

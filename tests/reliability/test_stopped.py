@@ -1,4 +1,4 @@
-"""Signals, bad numbers, full disks, two runs in one folder: real processes of tools/train.py."""
+"""Signals, NaN losses, full disks, two runs in one folder, in real processes of tools/train.py."""
 
 import fcntl
 import json
@@ -29,7 +29,7 @@ def whole(tmp_path_factory, zygote):
 
 
 def wait_for(run, file):
-    """Until the run has written `file`."""
+    """Wait until the run has written `file`."""
     until = time.monotonic() + 60
     while not list(run.folder.glob(f"output/p/*/{file}")):
         assert time.monotonic() < until
@@ -37,7 +37,7 @@ def wait_for(run, file):
 
 
 @pytest.mark.parametrize("number, forked", [(signal.SIGTERM, False), (signal.SIGINT, True)])
-def test_a_signal_ends_the_step_saves_says_how_to_resume_and_the_run_ends_the_same(
+def test_a_signal_makes_the_run_save_and_say_how_to_resume_and_the_resumed_run_ends_the_same(
     tmp_path, zygote, whole, number, forked
 ):
     run = Run(tmp_path, KD, zygote.launch if forked else launch)
@@ -54,7 +54,7 @@ def test_a_signal_ends_the_step_saves_says_how_to_resume_and_the_run_ends_the_sa
     assert differences(whole.log_path, run.log_path) == []
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path, zygote):
+def test_a_second_signal_ends_the_run_at_once(tmp_path, zygote):
     slow = {"DISTILLER.TYPE": "NONE", "DISTILLER.STUDENT": "wrn_16_2", "DATASET.TRAIN_FRACTION": "1.0"}
     for attempt in range(5):
         run = Run(tmp_path / str(attempt), slow | {"SOLVER.BATCH_SIZE": "256"}, zygote.launch)  # seconds a step
@@ -65,13 +65,13 @@ def test_a_second_signal_ends_it_at_once(tmp_path, zygote):
         time.sleep(0.3)
         os.kill(process.pid, signal.SIGINT)
         status = process.wait()
-        if status != 143:  # else the step was over before the second
+        if status != 143:  # 143: the step had ended before the second signal
             break
     assert status == -signal.SIGINT
     assert not list(run.log_path.glob("*latest"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(tmp_path, zygote):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, zygote):
     explode = {"SOLVER.LR_DECAY_STAGES": "[1]", "SOLVER.LR_DECAY_RATE": "1e30", "SOLVER.EMA": "0"}
     run = Run(tmp_path, KD | explode, zygote.launch)
     assert run.start().wait() == 2
@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(tmp_pat
     assert latest["epoch"] == 1 and all(tensor.isfinite().all() for tensor in latest["model"].values())
 
 
-def test_skipping_has_its_limit(tmp_path, zygote):
+def test_skipping_steps_stops_at_the_limit(tmp_path, zygote):
     explode = {"SOLVER.LR": "1e30", "SOLVER.NAN_POLICY": "skip", "SOLVER.NAN_LIMIT": "2", "SOLVER.EMA": "0"}
     run = Run(tmp_path, KD | explode | {"LOG.SAVE_CHECKPOINT_ITERS": "0"}, zygote.launch)
     assert run.start().wait() == 2
@@ -108,12 +108,12 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, who
 
 
 def no_space(run, process):
-    """As on a full disk: from now on the process's files may have 600 kB; `latest` is larger."""
+    """As on a full disk: from now on no file of the process may exceed 600 kB; `latest` is larger."""
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (600_000, 600_000))
 
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path, zygote, policy):
+def test_a_checkpoint_that_does_not_fit_leaves_the_previous_one(tmp_path, zygote, policy):
     run = Run(tmp_path, KD | {"LOG.SAVE_CHECKPOINT_ITERS": "1", "LOG.SAVE_ERROR": policy}, zygote.launch)
     process = run.start()
     wait_for(run, "latest")
@@ -132,15 +132,15 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path, zygote, 
 
 
 def cramped(arguments, folder, output, environment):
-    """As `launch`, where no file may have more than two kilobytes."""
+    """Like `launch`, but no file may exceed two kilobytes."""
     with output.open("w") as out:
         command = ["sh", "-c", 'ulimit -f 4; exec "$0" "$@"', sys.executable, str(TOOL), *arguments]
         return subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env=os.environ | ONE_THREAD | environment)
 
 
 @pytest.mark.parametrize("more", [["--overwrite"], []])
-def test_a_disk_that_is_full_at_the_start_costs_a_line(tmp_path, whole, more):
-    """Whether the run begins or goes on; what it was resumed from is as it was."""
+def test_a_disk_that_is_full_at_the_start_gives_a_one_line_error(tmp_path, whole, more):
+    """For a new and a resumed run; the latter's checkpoints stay unchanged."""
     shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
     run = Run(tmp_path, KD, cramped)
     shutil.copy(run.log_path / "epoch_2", run.log_path / "latest")
@@ -161,7 +161,7 @@ def test_a_folder_that_vanishes_stops_the_run_and_is_named(tmp_path, zygote):
     assert "latest (No such file or directory): " in run.output.read_text().splitlines()[-1]
 
 
-def test_a_second_run_in_the_folder_is_refused_with_the_firsts_process(tmp_path, zygote):
+def test_a_second_run_in_the_folder_is_refused_with_the_process_of_the_first(tmp_path, zygote):
     run = Run(tmp_path, LONG, zygote.launch)
     first = run.start()
     wait_for(run, "latest")
@@ -182,7 +182,7 @@ def test_a_second_run_in_the_folder_is_refused_with_the_firsts_process(tmp_path,
     third.wait()
 
 
-def test_a_finished_run_is_not_trained_over(tmp_path, whole):
+def test_a_finished_run_is_not_overwritten(tmp_path, whole):
     before = {path.name: path.read_bytes() for path in whole.log_path.iterdir() if path.is_file()}
     settings = [word for pair in (SETTINGS | KD).items() for word in pair]
     output = tmp_path / "output.txt"
@@ -192,7 +192,7 @@ def test_a_finished_run_is_not_trained_over(tmp_path, whole):
     assert {path.name: path.read_bytes() for path in whole.log_path.iterdir() if path.is_file()} == before
 
 
-def test_a_run_that_is_overwritten_leaves_no_checkpoint_to_fall_back_to(tmp_path, zygote, whole):
+def test_overwriting_a_run_removes_its_old_checkpoints(tmp_path, zygote, whole):
     shutil.copytree(whole.folder, tmp_path / "run")
     run = Run(tmp_path / "run", KD, zygote.launch)
     assert (run.log_path / "epoch_2").exists()

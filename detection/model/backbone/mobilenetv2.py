@@ -11,21 +11,21 @@ from torch import Tensor
 
 from mdistiller.errors import UserError
 
-# One row a group of blocks: expansion, channels, repeats, stride of the first. Table 2 of the paper.
+# One row per group of blocks: expansion, channels, repeats, stride of the first block. Table 2 of the paper.
 GROUPS = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
-# The feature map that ends with a group, by the group's place: the last map at each stride.
+# The name of the feature map after a group, by the group's index: the last map at each stride.
 MAPS = {1: "m2", 2: "m3", 4: "m4", 6: "m5"}
 
 
 def conv_norm(in_channels: int, out_channels: int, kernel: int, norm: str, stride: int = 1, groups: int = 1) -> list:
-    """A convolution and its normalisation, which brings the bias."""
+    """A convolution without bias and its normalisation, which has one."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out")
     return [conv, get_norm(norm, out_channels)]
 
 
 class InvertedResidual(nn.Module):
-    """Expand (1x1; not at expansion 1), filter each channel (3x3), project (1x1, no activation behind).
+    """Expand (1x1; not at expansion 1), convolve each channel (3x3), project (1x1, no activation after it).
 
     Reference: Sandler et al. 2018, arXiv 1801.04381, section 3.3.
     """
@@ -50,7 +50,7 @@ class MobileNetV2(Backbone):
         in_channels: of the image.
         out_features: which of m2 (24 channels), m3 (32), m4 (96) and m5 (320) to return.
         norm: detectron2's name of a normalisation; FrozenBN in every published config.
-        freeze_at: 0 trains everything; 1 freezes the stem, 2 also what leads to m2, ... 5 everything.
+        freeze_at: 0 trains everything; 1 freezes the stem, 2 also the blocks up to m2, ... 5 everything.
 
     Raises:
         UserError: an unknown feature.
@@ -64,12 +64,12 @@ class MobileNetV2(Backbone):
         super().__init__()
         unknown = sorted(set(out_features) - set(MAPS.values()))
         if unknown:
-            raise UserError(f"MODEL.MOBILENETV2.OUT_FEATURES knows {', '.join(MAPS.values())}, not {unknown[0]!r}")
+            raise UserError(f"MODEL.MOBILENETV2.OUT_FEATURES accepts {', '.join(MAPS.values())}, not {unknown[0]!r}")
         self._out_features = list(out_features)
         channels, stride = 32, 2
         self.features = nn.Sequential()
         self.features.append(nn.Sequential(*conv_norm(in_channels, channels, 3, norm, stride), nn.ReLU6(inplace=True)))
-        # The place in `features` where each map ends, and what it looks like.
+        # The index in `features` of each map's last block, and each map's channels and stride.
         self.ends: dict[int, str] = {}
         self.shapes: dict[str, ShapeSpec] = {}
         for group, (expansion, out_channels, repeats, first_stride) in enumerate(GROUPS):
