@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: networks, distiller, trainer; and the run's name."""
+"""Builds a run from its configuration: networks, distiller and trainer."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "", 
     """The network `name` with trained weights.
 
     Args:
-        path: of its checkpoint; empty: the published one, under download_ckpts or (ImageNet) torchvision's.
-        groups: of a plain network that DCGD grouped: a file, or the name of a published grouping.
+        path: its checkpoint file; empty means the published one, under download_ckpts or (ImageNet) from torchvision.
+        groups: for the checkpoint of a plain network that DCGD grouped: a grouping file, or the name of a published
+            grouping.
 
     Raises:
-        UserError: no such network, no checkpoint, or one of another network.
+        UserError: no such network, no checkpoint, or a checkpoint of another network.
     """
     models = model_dict(dataset)
     entry = models[name]
@@ -50,7 +51,7 @@ def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "", 
 
 
 def load_trained(dataset: str, model: str, ckpt: str = "pretrain", groups: str = "", device: str = "auto") -> nn.Module:
-    """A trained network on `device`, in eval mode, from what a command line names.
+    """A trained network on `device`, in eval mode, from the names given on a command line.
 
     Args:
         dataset, model: names; the network has the data set's number of classes.
@@ -58,7 +59,7 @@ def load_trained(dataset: str, model: str, ckpt: str = "pretrain", groups: str =
         groups: see `build_pretrained`.
 
     Raises:
-        UserError: an unknown name, an unfit checkpoint, no such device.
+        UserError: an unknown name, a checkpoint of another network, or no such device.
     """
     where = pick_device(device)
     path = "" if ckpt == "pretrain" else ckpt
@@ -66,13 +67,13 @@ def load_trained(dataset: str, model: str, ckpt: str = "pretrain", groups: str =
 
 
 def build_distiller(cfg: CN, num_data: int, num_classes: int) -> Distiller:
-    """The method that `DISTILLER.TYPE` names, around its student and teacher.
+    """The distiller of the method `DISTILLER.TYPE`, with its student and teacher.
 
     Args:
         num_data: size of the training set.
     """
     method = distiller_dict[cfg.DISTILLER.TYPE]
-    # The student comes first: with the same seed it starts from the same weights under every method.
+    # The student is built first, so that with the same seed it starts from the same weights under every method.
     student = build_model(model_dict(cfg.DATASET.TYPE), cfg.DISTILLER.STUDENT, num_classes)
     teacher = None
     if method.needs_teacher:
@@ -81,22 +82,22 @@ def build_distiller(cfg: CN, num_data: int, num_classes: int) -> Distiller:
 
 
 def deployment_lines(trainer: BaseTrainer) -> list[str]:
-    """What each network that a run may deploy costs, a line each: `student: 0.28 M parameters, 41.4 M MACs`."""
+    """The cost of each network that the run can deploy, one line each: `student: 0.28 M parameters, 41.4 M MACs`."""
     size = dataset_info[trainer.cfg.DATASET.TYPE].image_size
     return [f"{name}: {network_cost(net, size)}" for name, net in trainer.distiller.deployments().items()]
 
 
 def build_trainer(cfg: CN, overrides: Sequence[str] = ()) -> BaseTrainer:
-    """Everything that a run needs, checked, with nothing written to disk yet.
+    """The trainer of a run, with everything checked and nothing written to disk yet.
 
     Raises:
-        UserError: something in the configuration or on the disk is not as it must be; says what to do.
+        UserError: a setting or a file is wrong; the message says what to do.
     """
-    # Unknown names are told first: they cost nothing to find and data may take minutes to load.
+    # Unknown names are reported first: finding them costs nothing, while loading the data may take minutes.
     trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
     dataset_info[cfg.DATASET.TYPE], distiller_dict[cfg.DISTILLER.TYPE]
     seed_everything(cfg.EXPERIMENT.SEED)
-    with current_ranks().one_first():  # data may have to be fetched, or decoded once for all
+    with current_ranks().one_first():  # data may have to be downloaded or decoded, once for all ranks
         train_loader, val_loader, num_data, num_classes = get_dataset(cfg)
     distiller = build_distiller(cfg, num_data, num_classes)
     return trainer_class(experiment_name(cfg, overrides), distiller, train_loader, val_loader, cfg)

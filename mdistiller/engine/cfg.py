@@ -1,7 +1,7 @@
-"""The configuration tree `CFG`: what can be set, its defaults, and how YAML files and overrides are read over it.
+"""The configuration tree `CFG`: every setting with its default, and how YAML files and overrides change it.
 
-The settings of the engine stand here; each method's hyper-parameters stand in its own file under `distillers/` and
-join the tree through `method_defaults`. A method that declares none there may add its node here: `CFG.MYKD = CN()`.
+This file defines the engine's settings. Each method defines its hyper-parameters in its own file under `distillers/`;
+`method_defaults` adds them to the tree. A method that defines none there may add its section here: `CFG.MYKD = CN()`.
 """
 
 from __future__ import annotations
@@ -21,94 +21,109 @@ from .overrides import merge, override_pairs, shown
 
 CFG = CN()
 
-# The experiment's identity: the run's folder is LOG.PREFIX/PROJECT/NAME (TAG when NAME is empty).
 CFG.EXPERIMENT = CN()
+# The run's folder is LOG.PREFIX/PROJECT/NAME (TAG if NAME is empty), with `KEY:VALUE` of the overrides that can change
+# the result appended to the name. PROJECT is also the wandb project; TAG, split at commas, gives the wandb tags.
 CFG.EXPERIMENT.PROJECT = "distill"
 CFG.EXPERIMENT.NAME = ""
 CFG.EXPERIMENT.TAG = "default"
-# Every random draw of a run follows from this number: initialisation, data order, augmentation, negatives.
+# Seed of every random draw of a run: initialisation, data order, augmentation, CRD's negatives.
 CFG.EXPERIMENT.SEED = 0
-# "auto" is CUDA where there is one, else the CPU; or a torch device: "cpu", "cuda:1".
+# "auto": CUDA if available, else the CPU. Otherwise a torch device, such as "cpu" or "cuda:1".
 CFG.EXPERIMENT.DEVICE = "auto"
-# On a GPU: only kernels that give the same bits every time (slower); on the CPU they always do.
+# On a GPU, use only deterministic kernels, which are slower. The CPU's kernels are always deterministic.
 CFG.EXPERIMENT.DETERMINISTIC = False
 
 CFG.DATASET = CN()
+# "digits", "cifar100", "tiny_imagenet" or "imagenet".
 CFG.DATASET.TYPE = "cifar100"
-# The folder that holds cifar-100-python, tiny-imagenet-200 and imagenet.
+# The folder that contains the folders cifar-100-python, tiny-imagenet-200 and imagenet.
 CFG.DATASET.ROOT = "./data"
+# Processes that read images; 0: the training process reads them. Data sets held in memory ignore this.
 CFG.DATASET.NUM_WORKERS = 2
-# A fixed share of every class of the training set; the same images whatever the seed.
+# Train on this fraction of the training images of every class; the choice does not depend on the seed.
 CFG.DATASET.TRAIN_FRACTION = 1.0
-# This share of the training set is held out and validated on, in place of the test set.
+# Hold out this fraction of the training images of every class and validate on them instead of on the test set.
 CFG.DATASET.VAL_FRACTION = 0.0
-# Go on without the image files that cannot be read, and count them.
+# Skip image files that cannot be read, and warn with their number, instead of stopping at the first one.
 CFG.DATASET.SKIP_BROKEN = False
 CFG.DATASET.TEST = CN()
+# Images of one validation batch.
 CFG.DATASET.TEST.BATCH_SIZE = 64
 
 CFG.DISTILLER = CN()
+# The method, such as "KD"; "NONE" trains the student without a teacher.
 CFG.DISTILLER.TYPE = "NONE"
+# The name of the teacher network, one of those in mdistiller/models for the data set.
 CFG.DISTILLER.TEACHER = "ResNet50"
-# The teacher's weights; empty: the published checkpoint under download_ckpts (ImageNet: torchvision's weights).
+# The teacher's checkpoint file; empty: the published one under download_ckpts, for ImageNet torchvision's weights.
 CFG.DISTILLER.TEACHER_CKPT = ""
+# The name of the student network, likewise.
 CFG.DISTILLER.STUDENT = "resnet32"
-# A folder in which the teacher's outputs are kept and found again, within a run and by later runs; empty: nowhere.
+# Folder in which the teacher's outputs are stored, to be reused within the run and by later runs; empty: no cache.
 CFG.DISTILLER.TEACHER_CACHE = ""
+# Precision of the stored outputs: "fp16" or "fp32".
 CFG.DISTILLER.TEACHER_CACHE_DTYPE = "fp16"
-# The most that one teacher's outputs on one data set may take on the disk, in GiB.
+# Largest size on disk of one teacher's outputs on one data set, in GiB; outputs that do not fit are recomputed.
 CFG.DISTILLER.TEACHER_CACHE_GIB = 8.0
 
 CFG.SOLVER = CN()
+# "base", or "dot": distillation-oriented training (DOT). "crd" and "crd_dot", the original's names, do the same.
 CFG.SOLVER.TRAINER = "base"
-# Of one step of the optimizer, whatever the number of devices and of parts (ACCUMULATE).
+# Images of one optimizer step, over all devices and all micro-batches (ACCUMULATE) together.
 CFG.SOLVER.BATCH_SIZE = 64
 CFG.SOLVER.EPOCHS = 240
 CFG.SOLVER.LR = 0.05
-# After each of these epochs the learning rate is multiplied by LR_DECAY_RATE.
+# LR_SCHEDULE "step": after each of these epochs the learning rate is multiplied by LR_DECAY_RATE.
 CFG.SOLVER.LR_DECAY_STAGES = [150, 180, 210]
 CFG.SOLVER.LR_DECAY_RATE = 0.1
 CFG.SOLVER.WEIGHT_DECAY = 0.0001
 CFG.SOLVER.MOMENTUM = 0.9
-# SGD or AdamW.
+# The optimizer: "SGD", which uses MOMENTUM, or "AdamW", which uses BETAS. The trainer "dot" supports SGD only.
 CFG.SOLVER.TYPE = "SGD"
 CFG.SOLVER.BETAS = [0.9, 0.999]
 CFG.SOLVER.DOT = CN()
+# DOT's momentum is MOMENTUM - DELTA for the task gradient and MOMENTUM + DELTA for the distillation gradient.
 CFG.SOLVER.DOT.DELTA = 0.075
-# "step" (LR_DECAY_STAGES) or "cosine" (from LR down to LR_MIN at the end of the last epoch).
+# "step" (see LR_DECAY_STAGES), or "cosine": from LR after the warm-up to LR_MIN at the end of the last epoch.
 CFG.SOLVER.LR_SCHEDULE = "step"
 CFG.SOLVER.LR_MIN = 0.0
-# During the first so many epochs the learning rate rises from 0 to what the schedule says, step by step.
+# In the first WARMUP_EPOCHS epochs the schedule's learning rate is multiplied by a factor that rises step by step from
+# near 0 to 1.
 CFG.SOLVER.WARMUP_EPOCHS = 0
-# Half precision: "none", "bf16", "fp16" (with loss scaling), or of the teacher only: "bf16-teacher", "fp16-teacher".
+# Half precision: "none"; "bf16" or "fp16" (with loss scaling); for the teacher only: "bf16-teacher", "fp16-teacher".
 CFG.SOLVER.AMP = "none"
 # Compile student, teacher and loss with torch.compile.
 CFG.SOLVER.COMPILE = False
+# Keep images and weights in PyTorch's memory format channels_last (NHWC).
 CFG.SOLVER.CHANNELS_LAST = True
-# Gradients longer than this are cut to this length (L2, over all parameters); 0: never.
+# Clip the gradients to this L2 norm, taken over all parameters together; 0: no clipping.
 CFG.SOLVER.CLIP_GRAD_NORM = 0.0
-# Decay of the running mean of the student's weights, such as 0.999, which is then validated too; 0: none is kept.
+# Decay of the exponential moving average (EMA) of the student's weights, such as 0.999; the averaged student is
+# validated and saved in addition to the student. 0: no EMA.
 CFG.SOLVER.EMA = 0.0
-# A batch is taken in so many parts, whose gradients are summed: less memory, the same step.
+# Split each batch into this many micro-batches and sum their gradients: less memory, the same step.
 CFG.SOLVER.ACCUMULATE = 1
-# BatchNorm over the images of all devices.
+# Compute BatchNorm's statistics over the images of all devices.
 CFG.SOLVER.SYNC_BN = False
-# At a loss that is not finite: "stop", or "skip" the step, at most NAN_LIMIT times in a row.
+# If a loss is NaN or infinite: "stop" the run, or "skip" the step, at most NAN_LIMIT times in a row.
 CFG.SOLVER.NAN_POLICY = "stop"
 CFG.SOLVER.NAN_LIMIT = 10
 
 CFG.LOG = CN()
-# Scalars go to TensorBoard every so many iterations.
+# Log metrics to TensorBoard and wandb every this many steps of an epoch.
 CFG.LOG.TENSORBOARD_FREQ = 500
-# epoch_N and student_N are kept every so many epochs.
+# Save the checkpoints `epoch_N` and `student_N` every this many epochs.
 CFG.LOG.SAVE_CHECKPOINT_FREQ = 40
-# `latest` is also written every so many iterations; 0: only at an epoch's end.
+# Write `latest` also every this many steps of an epoch; 0: only at the end of each epoch.
 CFG.LOG.SAVE_CHECKPOINT_ITERS = 0
-# So many of the newest epoch_N are kept; 0: all of them.
+# Keep only this many of the newest `epoch_N` and `student_N`; 0: keep all of them.
 CFG.LOG.KEEP_CHECKPOINTS = 0
-# When a checkpoint cannot be written: "stop", or "continue" to the next one.
+# If a checkpoint cannot be written: "stop" the run, or "continue" training to the next save.
 CFG.LOG.SAVE_ERROR = "stop"
+# The folder of all runs.
 CFG.LOG.PREFIX = "./output"
+# Log to wandb: online if you are logged in, else offline into the run's folder.
 CFG.LOG.WANDB = True
 
 for section, defaults in method_defaults.items():
@@ -116,12 +131,12 @@ for section, defaults in method_defaults.items():
 
 
 def load_cfg(path: str | Path, overrides: Sequence[str] = ()) -> CN:
-    """The configuration of a run: `CFG`, under the YAML file at `path`, under `KEY VALUE` overrides.
+    """The configuration of a run: `CFG`, changed by the YAML file at `path`, then by `KEY VALUE` overrides.
 
     An int is accepted where the default is a float, and a float where the default happens to be an int.
 
     Args:
-        path: from the current folder, or the name of a shipped file, such as configs/digits/kd.yaml.
+        path: relative to the current folder, or the name of a shipped file, such as configs/digits/kd.yaml.
         overrides: ["SOLVER.LR", "0.1", ...].
 
     Raises:
@@ -157,7 +172,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read config {path}: {error.strerror}; configs/ holds the published ones") from None
     try:
         tree = yaml.safe_load(text)
-    except Exception as error:  # PyYAML lets those of its parts through: ValueError, AttributeError, KeyError, ...
+    except Exception as error:  # PyYAML also raises ValueError, AttributeError, KeyError and others
         raise UserError(f"config {path} is not valid YAML: {one_line(error)}") from None
     if tree is None:
         return {}
@@ -177,7 +192,7 @@ def _is_one_of(*values: str) -> Any:
 _POSITIVE = ("positive and finite", lambda v: 0 < v < float("inf"))
 _NOT_NEGATIVE = (">= 0 and finite", lambda v: 0 <= v < float("inf"))
 
-# Key -> (what is due, its test). NaN fails every comparison, infinity the upper ones.
+# Key -> (the allowed values in words, the check). NaN fails every comparison, infinity every upper bound.
 _RANGES: dict[str, tuple[str, Any]] = {
     "EXPERIMENT.SEED": ("a whole number from 0 to 2**63 - 1", lambda v: isinstance(v, int) and 0 <= v < 2**63),
     "DATASET.NUM_WORKERS": _is_int(0),
@@ -215,11 +230,11 @@ def check_cfg(cfg: CN) -> None:
     """Refuse values out of range.
 
     Raises:
-        UserError: naming the key, the value and what is due.
+        UserError: naming the key, the value and the allowed values.
     """
-    for key, (due, holds) in _RANGES.items():
+    for key, (allowed, holds) in _RANGES.items():
         node: Any = cfg
         for part in key.split("."):
             node = node[part]
         if not holds(node):
-            raise UserError(f"{key} must be {due}, not {shown(node)}")
+            raise UserError(f"{key} must be {allowed}, not {shown(node)}")

@@ -19,23 +19,23 @@ class DistillationOrientedTrainer(Optimizer):
         v_kd   <- momentum_kd * v_kd + (1 - dampening) * g_kd
         p      <- p - lr * (v_task + v_kd)
 
-    A buffer starts at its first gradient, undampened. Call `step_kd()` after the backward pass of the distillation
-    loss, then `step()` after that of the task loss; the parameters move in `step()` alone, so the two passes may share
-    a graph.
+    A buffer starts as its first gradient, without dampening. Call `step_kd()` after the backward pass of the
+    distillation loss, then `step()` after that of the task loss. Only `step()` changes the parameters, so the two
+    passes may share a graph.
 
-    A parameter that only one of the two gradients ever reached (None is no gradient, zero is one) takes the mean of the
-    two momenta, and its weight decay with the gradient it has. As in the original, a parameter that only the
-    distillation reaches is not decayed in its first step. Of a parameter that both have reached, a gradient that is
-    missing for once counts as zero.
+    A parameter that has received only one of the two gradients so far (zero is a gradient, None is not) uses the mean
+    of the two momenta, and its weight decay is added to the gradient it has. As in the original, a parameter that has
+    received only the distillation gradient is not decayed in its first step. Once a parameter has received both, a
+    gradient that is missing in a step counts as zero.
 
     Args:
-        params: parameters, or parameter groups with their own values of what follows.
+        params: parameters, or parameter groups with their own values of the arguments below.
         lr: >= 0.
         momentum: of the task gradient, >= 0; DOT's MOMENTUM - DELTA.
         momentum_kd: of the distillation gradient, >= 0; DOT's MOMENTUM + DELTA.
-        dampening: share of a gradient that its buffer leaves out.
+        dampening: fraction of a gradient that is not added to its buffer.
         weight_decay: >= 0.
-        nesterov: take the gradient plus `momentum` times its new buffer in place of the buffer.
+        nesterov: step along the gradient plus `momentum` times its new buffer, instead of along the buffer.
 
     Raises:
         ValueError: a value out of range.
@@ -75,7 +75,7 @@ class DistillationOrientedTrainer(Optimizer):
         self._kd_grads = {}
 
     def step_kd(self) -> None:
-        """Take the gradients away as those of the distillation loss (they become None); nothing moves yet."""
+        """Store the gradients as those of the distillation loss and set `p.grad` to None; no parameter changes yet."""
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             self._kd_grads[p], p.grad = p.grad, None
 
@@ -83,18 +83,18 @@ class DistillationOrientedTrainer(Optimizer):
         """The sum of both gradients, of every parameter that has one."""
         sums = []
         for p in (p for group in self.param_groups for p in group["params"]):
-            parts = [g for g in (p.grad, self._kd_grads.get(p)) if g is not None]
-            if parts:
-                sums.append(sum(parts[1:], parts[0]))
+            grads = [g for g in (p.grad, self._kd_grads.get(p)) if g is not None]
+            if grads:
+                sums.append(sum(grads[1:], grads[0]))
         return sums
 
     def drop_kd(self) -> None:
-        """Forget the gradients that `step_kd` took."""
+        """Drop the gradients that `step_kd` stored."""
         self._kd_grads = {}
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """One update by the gradients that `step_kd` took and those that are there now, the task loss's."""
+        """Update the parameters with the gradients that `step_kd` stored and the present ones, of the task loss."""
         for group in self.param_groups:
             by_reach: dict[tuple[bool, bool], list[Tensor]] = {}
             for p in group["params"]:
@@ -106,7 +106,7 @@ class DistillationOrientedTrainer(Optimizer):
         self._kd_grads = {}
 
     def _update(self, params: list[Tensor], group: dict[str, Any], task: bool, kd: bool) -> None:
-        """Move `params`, which the task gradient has reached, or the distillation gradient, or both."""
+        """Update `params`, which have received the `task` gradient, the distillation (`kd`) gradient, or both."""
         mean = (group["momentum"] + group["momentum_kd"]) / 2
         decay, directions = group["weight_decay"], []
         if task:
@@ -125,7 +125,7 @@ class DistillationOrientedTrainer(Optimizer):
     def _direction(
         self, params: list[Tensor], grads: list[Tensor], key: str, momentum: float, group: dict[str, Any]
     ) -> list[Tensor]:
-        """Bring the buffers `key` of `params` forward by `grads`; returns what to go along."""
+        """Update the momentum buffers `key` of `params` with `grads`; returns the directions of the step."""
         running = [(self.state[p][key], g) for p, g in zip(params, grads) if key in self.state[p]]
         if running:
             buffers, news = map(list, zip(*running))

@@ -13,11 +13,11 @@ from ..distillers import Distiller
 
 
 class EMA:
-    """The moving average of a network's state; `network` holds it and can be used like the original.
+    """The EMA of a network's state; the attribute `network` holds it and can be used like the original network.
 
         mean <- d * mean + (1 - d) * state,   d = min(decay, (1 + n) / (10 + n)) at the n-th update
 
-    so that the random start is soon forgotten. BatchNorm's statistics are averaged too, counters are copied.
+    so that the random start is soon forgotten. BatchNorm's statistics are averaged too; counters are copied.
 
     Args:
         network: on its device.
@@ -31,7 +31,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Take in the present state of `network`."""
+        """Update the average with the present state of `network`."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         pairs = list(zip(self.network.state_dict().values(), network.state_dict().values()))

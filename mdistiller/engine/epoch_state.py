@@ -1,4 +1,4 @@
-"""How far an epoch has come: its step, its meters, its clock."""
+"""The progress of an epoch: its step, its meters, its clock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .meters import Meters
 
 
 class Clock:
-    """Seconds of one epoch: waiting for data, training, and in all, those before an interruption included."""
+    """Seconds of one epoch: waiting for data, training, and in total. Includes the time before an interruption."""
 
     def __init__(self, data: float = 0.0, training: float = 0.0) -> None:
         self.data = data
@@ -38,15 +38,15 @@ class Clock:
         return self.before + time.perf_counter() - self.start
 
     def stop_training(self) -> None:
-        """What follows is validation."""
+        """End the training time; validation follows."""
         self.training = self.elapsed()
 
     def state_dict(self) -> dict[str, float]:
-        """The arguments of another clock that goes on from here."""
+        """The arguments of a `Clock` that continues from here."""
         return {"data": self.data, "training": self.elapsed()}
 
     def metrics(self, steps: int, images: int) -> dict[str, float]:
-        """Seconds a step (of them, for data), images a second while training, seconds of the epoch up to now."""
+        """Seconds per step, and of these for data; images per second of training; seconds of the epoch so far."""
         return {
             "data_time": self.data / steps,
             "step_time": self.training / steps,
@@ -57,13 +57,13 @@ class Clock:
 
 @dataclass
 class EpochState:
-    """How far an epoch has come.
+    """The progress of an epoch.
 
     Attributes:
         epoch: from 1.
-        step: steps that are done.
-        meters: figures of the whole epoch up to now.
-        recent: those since the last line to TensorBoard.
+        step: number of steps done.
+        meters: metrics of the epoch so far.
+        recent: metrics since they were last logged to TensorBoard.
     """
 
     epoch: int
@@ -73,12 +73,12 @@ class EpochState:
     clock: Clock = field(default_factory=Clock)
 
     def state_dict(self, ranks: Ranks) -> dict[str, Any]:
-        """What `load_state_dict` takes; every rank must ask."""
+        """The state for `load_state_dict`; every rank must call this."""
         meters, recent = (m.over(ranks).state_dict() for m in (self.meters, self.recent))
         return {"step": self.step, "clock": self.clock.state_dict(), "meters": meters, "recent": recent}
 
     def load_state_dict(self, state: dict[str, Any], ranks: Ranks, device: torch.device) -> None:
-        """Go on from a state. Its figures are sums over all ranks, which the first one takes over."""
+        """Restore a state. Its sums are over all ranks: the first rank continues them, the others start at zero."""
         for own, saved in ((self.meters, state["meters"]), (self.recent, state["recent"])):
             own.load_state_dict(saved, device)
             if not ranks.first:

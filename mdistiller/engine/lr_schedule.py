@@ -1,4 +1,4 @@
-"""The learning rate, from the epoch and the step alone, so that a resumed run needs no state for it."""
+"""The learning rate, computed from the epoch and the step alone, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ schedule_dict = Registry("SOLVER.LR_SCHEDULE")
 
 @schedule_dict.register("step")
 def step_schedule(done: float, solver: CN) -> float:
-    """The original's: LR times LR_DECAY_RATE for every stage of LR_DECAY_STAGES that has passed."""
+    """The original's schedule: LR times LR_DECAY_RATE for every stage of LR_DECAY_STAGES that has passed."""
     return solver.LR * solver.LR_DECAY_RATE ** sum(done >= stage for stage in solver.LR_DECAY_STAGES)
 
 
@@ -29,7 +29,7 @@ def cosine_schedule(done: float, solver: CN) -> float:
 def learning_rate(epoch: int, cfg: CN, step: int = 0, steps: int = 1) -> float:
     """The learning rate of `step` (from 0) of the `steps` of `epoch` (from 1).
 
-    While warming up, the schedule's value times the share of the warm-up that ends with this step. arXiv 1706.02677.
+    During the warm-up, the schedule's value times the fraction of the warm-up done after this step. arXiv 1706.02677.
     """
     solver = cfg.SOLVER
     lr = schedule_dict[solver.LR_SCHEDULE](epoch - 1 + step / steps, solver)

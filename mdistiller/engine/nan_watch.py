@@ -17,7 +17,7 @@ from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..registry import Registry
 
-# Steps between two readings of the losses on a device that the host must wait for.
+# Steps between two readings of the losses on a GPU; each reading makes the host wait for the device.
 _EVERY = 50
 
 # SOLVER.NAN_POLICY -> its class.
@@ -29,41 +29,41 @@ class NonFiniteLossError(UserError):
 
 
 class NanPolicy(Protocol):
-    """What `Step` asks of a policy.
+    """The interface that `Step` expects of a policy.
 
     Attributes:
-        skipped: steps without effect in this epoch; None where no step is ever skipped.
+        skipped: number of steps skipped in this epoch; None if the policy never skips.
     """
 
     skipped: int | None
 
     def begin_step(self) -> None:
-        """A step begins."""
+        """Called at the beginning of a step."""
 
     def drops(self, epoch: int, step: int, losses: dict[str, Tensor], index: Tensor) -> bool:
-        """Whether these losses () make the step one to drop.
+        """Whether to drop the step because of its losses ().
 
         Args:
-            step: of the epoch, from 1.
-            index: (B,) the images that the losses are of.
+            step: number of the step in its epoch, from 1.
+            index: (B,) indices of the images of the batch.
 
         Raises:
             NonFiniteLossError: the run must stop.
         """
 
     def check(self) -> None:
-        """Read every loss that was not read yet; raises like `drops`."""
+        """Check every loss that has not been read yet; raises like `drops`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+        """The state for `load_state_dict`."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
 
 
 @nan_policy_dict.register("stop")
 class StopAtNan:
-    """Stop the run. On a GPU the losses are read every 50 steps, so that the host does not wait for it at each one.
+    """Stop the run. On a GPU the losses are read every 50 steps, so that the host does not wait at every step.
 
     Args:
         folder: where the images of a bad batch are listed, in `non_finite.json`.
@@ -103,7 +103,7 @@ class StopAtNan:
 
 @nan_policy_dict.register("skip")
 class SkipNan:
-    """Go on as if the step had not been, at most SOLVER.NAN_LIMIT times in a row; on all ranks alike."""
+    """Skip the step without any effect, on all ranks alike, at most SOLVER.NAN_LIMIT times in a row."""
 
     def __init__(self, folder: Path, distiller: nn.Module, device: torch.device, ranks: Ranks, cfg: CN) -> None:
         self.folder, self.distiller, self.ranks = folder, distiller, ranks
@@ -112,7 +112,7 @@ class SkipNan:
         self._before: list[Tensor] = []
 
     def begin_step(self) -> None:
-        # What a bad batch would change beside the gradients: BatchNorm's statistics, CRD's memory banks.
+        # What a bad batch changes in addition to the gradients: BatchNorm's statistics, CRD's memory banks.
         self._before = [buffer.clone() for buffer in self.distiller.buffers()]
 
     def drops(self, epoch: int, step: int, losses: dict[str, Tensor], index: Tensor) -> bool:
@@ -137,12 +137,12 @@ class SkipNan:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # Empty where the run was saved under the other policy.
+        # The state is empty if the run was saved under the other policy.
         self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
 
 
 def non_finite(folder: Path, epoch: int, step: int, losses: dict[str, float], index: Tensor) -> NonFiniteLossError:
-    """The error of a step with a bad loss; the images of its batch are listed in `folder`/non_finite.json."""
+    """The error for a loss that is not finite; writes the images of its batch to `folder`/non_finite.json."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "non_finite.json"
     terms = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
@@ -150,6 +150,6 @@ def non_finite(folder: Path, epoch: int, step: int, losses: dict[str, float], in
     note.write_text(json.dumps(record) + "\n", encoding="utf-8")
     named = ", ".join(f"{name} = {value}" for name, value in losses.items())
     return NonFiniteLossError(
-        f"epoch {epoch}, iteration {step}: {named}; the batch's images are listed in {note}, the checkpoints from "
-        "before are kept; try a lower SOLVER.LR, SOLVER.CLIP_GRAD_NORM, or SOLVER.NAN_POLICY skip"
+        f"epoch {epoch}, iteration {step}: {named}; the batch's images are listed in {note}, earlier checkpoints "
+        "are kept; try a lower SOLVER.LR, SOLVER.CLIP_GRAD_NORM, or SOLVER.NAN_POLICY skip"
     )

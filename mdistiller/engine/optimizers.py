@@ -36,7 +36,7 @@ def adamw(parameters: Sequence[nn.Parameter], solver: CN) -> Optimizer:
 
 
 def _fused(parameters: Sequence[nn.Parameter]) -> bool:
-    """One kernel for the whole step on a GPU; a processor gains nothing by it, and rounds otherwise."""
+    """Whether to run the whole step in one kernel: on a GPU. On the CPU this is not faster, and rounds differently."""
     return bool(parameters) and all(p.is_cuda for p in parameters)
 
 
@@ -50,7 +50,7 @@ def dot_sgd(parameters: Iterable[nn.Parameter], solver: CN) -> DistillationOrien
     momenta = {"momentum": solver.MOMENTUM - solver.DOT.DELTA, "momentum_kd": solver.MOMENTUM + solver.DOT.DELTA}
     if not all(0 <= m < 1 for m in momenta.values()):
         raise UserError(
-            f"SOLVER.DOT.DELTA {solver.DOT.DELTA} takes the momenta SOLVER.MOMENTUM -+ DELTA out of [0, 1) "
-            f"at SOLVER.MOMENTUM {solver.MOMENTUM}; take a smaller DELTA"
+            f"SOLVER.DOT.DELTA {solver.DOT.DELTA}: SOLVER.MOMENTUM {solver.MOMENTUM} minus and plus DELTA must both be "
+            "in [0, 1); take a smaller DELTA"
         )
     return DistillationOrientedTrainer(parameters, lr=solver.LR, weight_decay=solver.WEIGHT_DECAY, **momenta)

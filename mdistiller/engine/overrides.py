@@ -1,4 +1,4 @@
-"""Values read over the configuration tree: from YAML and from `KEY VALUE` pairs, in the type of the default."""
+"""Sets values in the configuration tree, from YAML and from `KEY VALUE` pairs, in the type of the default."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def override_pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def merge(cfg: CN, tree: dict[Any, Any], above: tuple[str, ...]) -> None:
-    """Read `tree` over `cfg`, in place; `above` is where in the whole tree we are."""
+    """Set the values of `tree` in `cfg`, in place; `above` holds the keys that lead to `cfg` in the whole tree."""
     for key, value in tree.items():
         name = ".".join((*above, str(key)))
         if key not in cfg:
             near = [".".join((*above, k)) for k in near_names(str(key), cfg)]
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(cfg)}"
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(cfg)}"
             raise UserError(f"unknown config key {name!r}; {hint}")
         if isinstance(cfg[key], CN):
             if not isinstance(value, dict):
@@ -42,7 +42,7 @@ def merge(cfg: CN, tree: dict[Any, Any], above: tuple[str, ...]) -> None:
             cfg[key] = _coerce(name, value, cfg[key])
 
 
-# A few lines of YAML aliases can stand for a value that no memory holds when it is written out.
+# A few lines of YAML aliases can stand for a value whose full text does not fit in memory.
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 2, 200, 200, 200
 
@@ -52,15 +52,15 @@ def shown(value: Any) -> str:
 
 
 def _coerce(name: str, value: Any, default: Any) -> Any:
-    """`value` in the type of `default`, or an error that says what is due."""
+    """`value` in the type of `default`, or an error that says what is expected."""
     if isinstance(default, str):
-        # TAG: 1 and NAME: true are names that happen to look like something else to YAML.
+        # YAML reads `TAG: 1` and `NAME: true` as a number and a bool, but they are text.
         if isinstance(value, (str, int, float)):
             return str(value)
         raise UserError(f"{name} must be text, not {shown(value)}")
     if isinstance(value, str):
         # Command-line values arrive as text, and so does YAML's 1e-4.
-        # TypeError: the set {{}}, whose member is no key.
+        # TypeError: `{{}}` is a set whose member cannot be hashed.
         with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
     if isinstance(default, bool):
@@ -79,4 +79,4 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
         if any(isinstance(item, bool) or not isinstance(item, (int, float)) for item in value):
             raise UserError(f"{name} must be a list of numbers such as {list(default)}, not {shown(value)}")
         return list(value)
-    raise AssertionError(f"default of {name} has the unforeseen type {type(default).__name__}")
+    raise AssertionError(f"default of {name} has the unsupported type {type(default).__name__}")

@@ -17,27 +17,27 @@ class ProgressBar:
     """Steps, time left, learning rate, images per second, and each loss term.
 
     Args:
-        epoch: for its title.
-        steps: of the epoch.
-        done: of them, before now.
-        shown: whether this process shows it; never where stderr is no terminal.
+        epoch: shown in the title.
+        steps: number of steps of the epoch.
+        done: number of these already done.
+        shown: whether this process shows the bar; it is never shown if stderr is not a terminal.
     """
 
     def __init__(self, epoch: int, steps: int, done: int, shown: bool) -> None:
         off = not (shown and sys.stderr and sys.stderr.isatty())
         self.bar = tqdm(total=steps, initial=done, disable=off, desc=f"epoch {epoch}", leave=False, dynamic_ncols=True)
-        self._looked, self._images = time.perf_counter(), 0
+        self._refreshed, self._images = time.perf_counter(), 0
 
     def update(self, lr: float, meters: Meters, images: int) -> None:
         """One step on `images` images is done."""
         self.bar.update()
         self._images += images
-        seconds = time.perf_counter() - self._looked
+        seconds = time.perf_counter() - self._refreshed
         if self.bar.disable or seconds < _REFRESH:
             return
-        parts = {name.removeprefix("loss/"): f"{v:.3g}" for name, v in meters.means().items() if "loss" in name}
-        self.bar.set_postfix({"lr": f"{lr:.3g}", **parts, "images/s": f"{self._images / seconds:.0f}"})
-        self._looked, self._images = time.perf_counter(), 0
+        terms = {name.removeprefix("loss/"): f"{v:.3g}" for name, v in meters.means().items() if "loss" in name}
+        self.bar.set_postfix({"lr": f"{lr:.3g}", **terms, "images/s": f"{self._images / seconds:.0f}"})
+        self._refreshed, self._images = time.perf_counter(), 0
 
     def close(self) -> None:
         """Remove the bar from the terminal."""

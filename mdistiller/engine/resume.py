@@ -1,4 +1,4 @@
-"""What resuming needs of a run: kept in its checkpoints, restored from them."""
+"""The state of a run: saved in its checkpoints, restored from them when the run is resumed."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .update import SumUpdate
 
 
 class RunState:
-    """Saves a run's state, restores it, and takes up the epoch that was interrupted.
+    """Saves and restores a run's state, also in the middle of an epoch.
 
     Args:
-        folder: of the run.
-        distiller, update, ema, nan_policy: whose state it is.
+        folder: the run's folder.
+        distiller, update, ema, nan_policy: the objects whose state is saved.
 
     Attributes:
-        best_acc, last_acc: top-1 of every head, in percent: the best epoch's and the last one's.
-        interrupted: where an interrupted epoch stood; empty at an epoch's end.
+        best_acc, last_acc: top-1 accuracy of every head, in percent, of the best and of the last epoch.
+        interrupted: the saved progress of an interrupted epoch; empty at the end of an epoch.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class RunState:
         self.interrupted: dict[str, Any] = {}
 
     def note_scores(self, scores: Mapping[str, Score]) -> list[str]:
-        """Keep the last and the best top-1 of every head; returns the heads whose best this is."""
+        """Record the last and the best top-1 of every head; returns the heads that reached their best."""
         self.last_acc = {name: score.top1 for name, score in scores.items()}
         improved = [name for name, top1 in self.last_acc.items() if top1 >= self.best_acc.get(name, 0.0)]
         self.best_acc |= {name: self.last_acc[name] for name in improved}
         return improved
 
     def save(self, epoch: int, improved: list[str]) -> None:
-        """After an epoch: write `best` where a head got better, `epoch_N` where it is due, and `latest` last.
+        """After an epoch: write the `best` files of improved heads, `epoch_N` if it is due, and `latest` last.
 
-        A run that is killed in between resumes from the `latest` before, and writes the others again.
+        A run that is killed in between resumes from the previous `latest` and writes the other files again.
 
         Raises:
             NonFiniteLossError, SaveError: see `_write`.
@@ -76,7 +76,7 @@ class RunState:
         self._write(files | {"student_latest": student, "latest": self._content(epoch)})
 
     def save_within(self, at: EpochState) -> None:
-        """Within an epoch: write `latest`, so that resuming goes on with the next step. Every rank must call it.
+        """Within an epoch: write `latest`, so that resuming continues with the next step. Every rank must call this.
 
         Raises:
             NonFiniteLossError, SaveError: see `_write`.
@@ -90,7 +90,7 @@ class RunState:
         self._write({"latest": self._content(at.epoch - 1) | {"within_epoch": position}})
 
     def _content(self, epoch: int) -> dict[str, Any]:
-        """All that resuming needs at the end of `epoch`; the original's keys, and more."""
+        """Everything that resuming needs at the end of `epoch`: the original's keys, and more."""
         content = {
             "epoch": epoch,
             "model": self.distiller.state_dict(),
@@ -102,16 +102,16 @@ class RunState:
         return content | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
 
     def _write(self, files: Mapping[str, Any]) -> None:
-        """Write checkpoints, in order, from the first rank; the others wait.
+        """Write the checkpoints on the first rank, in their order; the other ranks wait.
 
         Raises:
             NonFiniteLossError: a weight is not finite.
-            SaveError: one could not be written, and LOG.SAVE_ERROR says stop.
+            SaveError: a checkpoint could not be written, and LOG.SAVE_ERROR is "stop".
         """
         norms = torch.stack(torch._foreach_norm([p.detach() for p in self.distiller.student.parameters()]))
         if not norms.isfinite().all():
             raise NonFiniteLossError(
-                f"the student's weights are not finite; nothing was written over the checkpoints in {self.folder}; "
+                f"the student's weights are not finite; the checkpoints in {self.folder} were not overwritten; "
                 "try a lower SOLVER.LR or SOLVER.CLIP_GRAD_NORM"
             )
         if self.ranks.first:
@@ -126,14 +126,14 @@ class RunState:
         self.ranks.wait()
 
     def restore(self) -> int:
-        """Restore the state of `latest`, or of the newest whole checkpoint; returns the number of whole epochs in it.
+        """Restore `latest`, or else the newest intact checkpoint; returns the number of completed epochs.
 
         Raises:
             UserError: there is none, or it belongs to another method or network.
         """
         content, path, damaged = newest_whole(self.folder)
         for line in damaged if self.ranks.first else ():
-            warn(f"{line}; going on from {path}")
+            warn(f"{line}; resuming from {path}")
         try:
             self._restore(content, path)
         except UserError:
@@ -143,7 +143,7 @@ class RunState:
         return int(content["epoch"])
 
     def _restore(self, content: dict[str, Any], path: Path) -> None:
-        """Restore a checkpoint's content; nothing is known of it beyond what `load_resumable` checks."""
+        """Restore a checkpoint's content; only what `load_resumable` checks can be relied on."""
         load_state(self.distiller, strip_module(content["model"]), path)
         try:
             self.update.load_state_dict(content)
@@ -151,18 +151,18 @@ class RunState:
             raise UserError(f"{path}: its optimizer state does not fit this run ({error})") from None
         if self.ema is not None:
             if "ema" not in content:
-                raise UserError(f"{path} has no moving average of the student's weights; resume it with SOLVER.EMA 0")
+                raise UserError(f"{path} has no EMA of the student's weights; resume it with SOLVER.EMA 0")
             load_state(self.ema.network, content["ema"]["model"], path)
             self.ema.updates = content["ema"]["updates"]
-        # The original keeps one number, for the one head that it knows.
+        # The original saves one number, because it has only one head.
         self.best_acc = dict(content.get("head_best_acc", {"": float(content["best_acc"])}))
         self.last_acc = dict(content.get("head_last_acc", self.best_acc))
         self.interrupted = content.get("within_epoch", {})
-        self.take_up(1)  # refuses a position that does not fit, before anything starts
+        self.take_up(1)  # raises if the position does not fit, before training starts
         self.interrupted = content.get("within_epoch", {})
 
     def take_up(self, epoch: int) -> EpochState:
-        """The state of the epoch that begins, or of the one that was interrupted."""
+        """The progress of `epoch`: at its beginning, or where it was interrupted."""
         position, self.interrupted = self.interrupted, {}
         at = EpochState(epoch)
         if position:

@@ -1,4 +1,4 @@
-"""The name of a run, which is its folder; and the settings that are not part of it."""
+"""The name of a run, which is also its folder, and the settings that do not enter the name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from yacs.config import CfgNode as CN
 
 from .overrides import override_pairs
 
-# Settings that say where and how a run is carried out, not what it computes: they stay out of its name, and may differ
-# between a plan and a run that it finds.
+# Settings that say where and how a run is executed, not what it computes. They do not enter its name, and may differ
+# between a plan and the finished run that it finds.
 _MACHINE_KEYS = re.compile(
     r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|NUM_WORKERS|TEST\.BATCH_SIZE)$"
     r"|DISTILLER\.TEACHER_CACHE"
@@ -19,21 +19,21 @@ _MACHINE_KEYS = re.compile(
 
 
 def is_machine_key(key: str) -> bool:
-    """Whether the setting `key`, such as "DATASET.ROOT", has no part in what a run computes."""
+    """Whether the setting `key`, such as "DATASET.ROOT", has no effect on what a run computes."""
     return _MACHINE_KEYS.match(key) is not None
 
 
 def experiment_name(cfg: CN, overrides: Sequence[str] = ()) -> str:
-    """`<project>/<name or tag>` plus `KEY:VALUE` of the overrides, fit for a path."""
+    """`<project>/<name or tag>` plus `KEY:VALUE` of the overrides, valid as a path."""
     name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
     name += ",".join(f"{k}:{v}" for k, v in override_pairs(overrides) if not is_machine_key(k))
     return f"{_path_part(cfg.EXPERIMENT.PROJECT)}/{_path_part(name)}"
 
 
 def _path_part(name: str) -> str:
-    """`name` as one folder's name: separators, blanks and control characters become `_`, as do leading dots.
+    """`name` as the name of one folder: separators, blanks, control characters and leading dots become `_`.
 
-    File systems take 255 bytes: a longer name is cut, and a digest of the whole keeps it apart from its like.
+    File systems allow 255 bytes: a longer name is cut, and a digest of the whole name keeps it unique.
     """
     fit = re.sub(r"^\.+|[/\\*?\"<>|\s\x00-\x1f]", "_", name) or "_"
     if len(fit.encode()) <= 255:

@@ -29,7 +29,7 @@ class Score:
 
 
 def correct_counts(logits: Tensor, target: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
-    """How many of the targets are among the k highest logits, for each k: (len(topk),) int64, on the device.
+    """The number of targets among the k highest logits, for each k: (len(topk),) int64, on the device.
 
     Args:
         logits: (B, C). A k above C counts as C.
@@ -72,7 +72,7 @@ def evaluate(
     Args:
         loader: batches that begin with (image, target).
         heads: maps an image batch on `device` to logits (B, C) by head name.
-        ranks: that each have a share of the data set, and get the scores of the whole.
+        ranks: the processes that share the data set; each gets the scores of the whole data set.
 
     Raises:
         ValueError: the loader is empty.
@@ -96,7 +96,7 @@ def evaluate(
 
 
 def _score(shares: list[list[float]], count: int) -> Score:
-    """From the ranks' sums of hits, hits among five, and losses."""
+    """The score from each rank's sums of top-1 hits, top-5 hits and losses."""
     top1, top5, loss = (sum(values) / count for values in zip(*shares))
     return Score(100 * top1, 100 * top5, loss)
 
@@ -116,7 +116,7 @@ def validate(val_loader: Iterable[tuple[Tensor, ...]], distiller: nn.Module) -> 
 
 
 def by_head(name: str, values: Mapping[str, float]) -> dict[str, float]:
-    """A figure of the first head under `name`, and where there are several that of each under `name_head_<head>`."""
+    """The first head's value under `name`; with several heads, also each one's under `name_head_<head>`."""
     named = {name: next(iter(values.values()))}
     if len(values) > 1:
         named |= {f"{name}_head_{head}": value for head, value in values.items()}

@@ -25,12 +25,12 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step that had an effect came to.
+    """The result of a step that was not skipped.
 
     Attributes:
-        images: of this rank.
+        images: number of images on this rank.
         sums: accuracies, total loss and loss terms, each () summed over the images.
-        grad_norm: () L2 norm of the gradients, where it was measured.
+        grad_norm: () L2 norm of the gradients, if it was computed.
     """
 
     images: int
@@ -43,9 +43,9 @@ class Step:
 
     Args:
         distiller: on `device`.
-        update: of the distiller's parameters.
-        ema: the student's moving average, or None.
-        teacher_cache: answers for the teacher, or None.
+        update: the update rule of the distiller's parameters.
+        ema: the EMA of the student, or None.
+        teacher_cache: the cache of the teacher's outputs, or None.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Step:
         self.module = self._module(ranks, cfg)
 
     def _module(self, ranks: Ranks, cfg: CN) -> nn.Module:
-        """What the step calls: the distiller, compiled and over several ranks where that is asked for."""
+        """The module that the step calls: the distiller, compiled and data-parallel if the run asks for it."""
         if cfg.SOLVER.COMPILE:
-            # "reduce-overhead" is CUDA graphs.
+            # "reduce-overhead" uses CUDA graphs.
             self.distiller.compile_training(mode="reduce-overhead" if self.device.type == "cuda" else None)
         if ranks.world == 1 or not self.update.one_backward:
             return self.distiller
@@ -72,8 +72,8 @@ class Step:
         """Take the step; None where the NaN policy skips it.
 
         Args:
-            number: of the step in its epoch, from 1.
-            measure: also measure the norm of the gradients.
+            number: the step's number in its epoch, from 1.
+            measure: also compute the norm of the gradients.
 
         Raises:
             NonFiniteLossError: a loss is not finite, and the NaN policy says stop.
@@ -81,35 +81,39 @@ class Step:
         self.nan_policy.begin_step()
         images = len(batch["target"])
         sums: dict[str, Tensor] = {}
-        for place, part in enumerate(split_batch(batch, self.micro_batches), start=1):
-            last = place == self.micro_batches
-            losses, figures = self._micro_batch(part, epoch, len(part["target"]) / images, last)
-            if self.nan_policy.drops(epoch, number, losses, part.get("index", part["target"][:0])):
+        micro_batches = split_batch(batch, self.micro_batches)
+        for count, micro_batch in enumerate(micro_batches, start=1):
+            # A short batch may give fewer micro-batches than asked for.
+            weight, last = len(micro_batch["target"]) / images, count == len(micro_batches)
+            losses, totals = self._run_micro_batch(micro_batch, epoch, weight, last)
+            if self.nan_policy.drops(epoch, number, losses, micro_batch.get("index", micro_batch["target"][:0])):
                 self.update.drop()
                 return None
-            sums = {name: sums[name] + value if sums else value for name, value in figures.items()}
+            sums = {name: sums[name] + value if sums else value for name, value in totals.items()}
         norm = self.update.step(measure)
         if self.ema is not None:
             self.ema.update(self.distiller.student)
         return StepResult(images, sums, norm)
 
-    def _micro_batch(self, part: Batch, epoch: int, weight: float, last: bool) -> tuple[dict[str, Tensor], Batch]:
-        """Forward and backward of a micro-batch; its losses, and its figures as sums over its images."""
+    def _run_micro_batch(
+        self, micro_batch: Batch, epoch: int, weight: float, last: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Forward and backward pass of a micro-batch; returns its losses, and its metrics as sums over its images."""
         if self.teacher_cache is not None:
-            self.teacher_cache.look_up(part["index"])
+            self.teacher_cache.look_up(micro_batch["index"])
         dtype = self.autocast_dtype
         with averaging(self.module, now=last):
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                logits, losses = self.module(**part, epoch=epoch)
+                logits, losses = self.module(**micro_batch, epoch=epoch)
             total = self.update.backward(losses, weight)
-        target = part["target"]
+        target = micro_batch["target"]
         top1, top5 = correct_counts(logits.detach(), target).unbind()
-        figures = {"train_acc": 100 * top1, "train_acc_top5": 100 * top5, "train_loss": total * len(target)}
-        return losses, figures | {f"loss/{k}": loss.detach().mean() * len(target) for k, loss in losses.items()}
+        totals = {"train_acc": 100 * top1, "train_acc_top5": 100 * top5, "train_loss": total * len(target)}
+        return losses, totals | {f"loss/{k}": loss.detach().mean() * len(target) for k, loss in losses.items()}
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """A batch in micro-batches of about equal size."""
+    """Split a batch into micro-batches of about equal size."""
     if parts == 1:
         return [batch]
     pieces = {name: tensor.chunk(parts) for name, tensor in batch.items()}
@@ -122,13 +126,13 @@ def check_batch_size(distiller: Distiller, cfg: CN, world: int) -> None:
     Raises:
         UserError: naming SOLVER.BATCH_SIZE or SOLVER.ACCUMULATE.
     """
-    batch, parts = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
+    batch, micro_batches = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
     if batch % world:
         raise UserError(f"SOLVER.BATCH_SIZE {batch} cannot be shared evenly by {world} processes; take a multiple")
-    if parts > batch // world:
-        raise UserError(f"SOLVER.ACCUMULATE {parts} is more than the {batch // world} images of a batch")
-    if parts > 1 and distiller.compares_images:
+    if micro_batches > batch // world:
+        raise UserError(f"SOLVER.ACCUMULATE {micro_batches} is more than the {batch // world} images of a batch")
+    if micro_batches > 1 and distiller.compares_images:
         raise UserError(
-            f"SOLVER.ACCUMULATE {parts}: {type(distiller).__name__} compares the images of a batch with each other, so "
-            "its micro-batches would give another loss; set it to 1"
+            f"SOLVER.ACCUMULATE {micro_batches}: {type(distiller).__name__} compares the images of a batch with each "
+            "other, so micro-batches would give a different loss; set it to 1"
         )

@@ -1,4 +1,4 @@
-"""The training loop: one Trainer for every method. What differs between trainers is how losses become a step."""
+"""The training loop: one Trainer for every method. Trainers differ only in their update rule."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class BaseTrainer:
     """Trains a distiller: epochs of steps, each epoch followed by validation, log lines and checkpoints.
 
     The loop is here; `Step` trains on one batch, `RunState` saves and restores. Under torchrun every process trains on
-    its share of each batch, and the first one writes.
+    its share of each batch, and the first one writes the files.
 
     Args:
-        experiment_name: the run's folder below LOG.PREFIX.
+        experiment_name: the run's folder under LOG.PREFIX.
         distiller: on any device; it is moved to EXPERIMENT.DEVICE.
         train_loader: batches (image, target, index), or with contrastive_index as a fourth.
         val_loader: batches that begin with (image, target).
         cfg: the whole configuration tree.
 
     Raises:
-        UserError: a SOLVER setting that the method or the number of processes cannot take.
+        UserError: a SOLVER setting that the method or the number of processes does not support.
     """
 
     update_rule: ClassVar[type[SumUpdate]] = SumUpdate
@@ -100,13 +100,13 @@ class BaseTrainer:
         return plain
 
     def _own_share(self, loader: Any) -> Any:
-        """In-memory loaders keep their images on the training device; a custom one may lack either method."""
+        """This rank's share of `loader`, on the device. A custom loader may lack `to` and, in one process, `shard`."""
         if self.ranks.world > 1:
             loader = loader.shard(self.ranks.rank, self.ranks.world)
         return loader.to(self.device) if hasattr(loader, "to") else loader
 
     def _negatives(self) -> ContrastiveSampler | None:
-        """The sampler of contrastive_index, for a method that asks for it."""
+        """The sampler of contrastive_index, if the method needs it."""
         if "contrastive_index" not in self.distiller.needs_batch:
             return None
         crd = self.cfg.CRD
@@ -114,23 +114,24 @@ class BaseTrainer:
         return sampler.to(self.device)
 
     def train(self, resume: bool = False) -> None:
-        """Train to SOLVER.EPOCHS, from the start or from where `latest` stands: `begin`, then `run`."""
+        """Train to SOLVER.EPOCHS, from the start or from `latest`: `begin`, then `run`."""
         self.run(self.begin(resume))
 
     def begin(self, resume: bool = False, overwrite: bool = False) -> int:
-        """The first epoch to train: 1, or where `latest` stands. Writes nothing.
+        """The first epoch to train: 1, or with `resume` the one where the run stopped. Writes nothing.
 
         Raises:
-            UserError: resuming without a fitting `latest`; or not resuming where there is one, unless `overwrite`.
+            UserError: with `resume`, there is no checkpoint or it does not fit; without it, the folder already holds a
+                run, and `overwrite` is not set.
         """
         if resume:
             done = self.state.restore()
-            # The teacher's weights are the checkpoint's now.
+            # The teacher now has the checkpoint's weights.
             self.step.teacher_cache = speed_up_teacher(self.distiller, self.train_loader, self.cfg)
             return done + 1
         if (self.log_path / "latest").exists() and not overwrite:
             raise UserError(
-                f"{self.log_path} holds a run already; add --resume to go on with it, --overwrite to lose it"
+                f"{self.log_path} already holds a run; add --resume to continue it, or --overwrite to replace it"
             )
         return 1
 
@@ -139,8 +140,8 @@ class BaseTrainer:
 
         Raises:
             UserError: a loss became NaN or infinite (NonFiniteLossError), a checkpoint could not be written, or
-                another process has this run.
-            Stopped: a signal asked for it; the run can be resumed from this very step.
+                another process is training in this folder.
+            Stopped: a signal asked for it; the run can be resumed from this step.
         """
         if first > self.cfg.SOLVER.EPOCHS:
             self._say(f"{self.log_path} is trained already, to epoch {first - 1} of {self.cfg.SOLVER.EPOCHS}")
@@ -175,10 +176,10 @@ class BaseTrainer:
         for batch in at.clock.around(_batches_from(self.train_loader, at.step)):
             lr = adjust_learning_rate(epoch, self.cfg, self.optimizer, at.step, steps)
             at.step += 1
-            due = at.step % self.cfg.LOG.TENSORBOARD_FREQ == 0
-            self.train_iter(self.prepare_batch(batch, epoch), epoch, at.meters, at.recent, at.step, measure=due)
+            log_now = at.step % self.cfg.LOG.TENSORBOARD_FREQ == 0
+            self.train_iter(self.prepare_batch(batch, epoch), epoch, at.meters, at.recent, at.step, measure=log_now)
             bar.update(lr, at.meters, len(batch[0]) * self.ranks.world)
-            if due:
+            if log_now:
                 self.logger.step((epoch - 1) * steps + at.step, {"lr": lr, **at.recent.over(self.ranks).means()})
                 at.recent.reset()
             self._save_or_stop(at)
@@ -203,7 +204,7 @@ class BaseTrainer:
             metrics["skipped_steps"], self.nan_policy.skipped = self.nan_policy.skipped, 0
         improved = self.state.note_scores(scores)
         self.logger.epoch(epoch, metrics)
-        if epoch == self.cfg.SOLVER.EPOCHS:  # before `latest` says that the run is over
+        if epoch == self.cfg.SOLVER.EPOCHS:  # before `latest` marks the run as finished
             best, last = self.state.best_acc, self.state.last_acc
             self.logger.finish(by_head("best_acc", best) | by_head("last_acc", last))
         self.state.save(epoch, improved)
@@ -214,7 +215,7 @@ class BaseTrainer:
         )
 
     def prepare_batch(self, batch: Iterable[Tensor], epoch: int) -> dict[str, Tensor]:
-        """The loader's tuple as named tensors on the device, with what the method needs beside them."""
+        """The loader's tuple as named tensors on the device, with the negatives if the method needs them."""
         fields = {name: tensor.to(self.device, non_blocking=True) for name, tensor in zip(FIELDS, batch)}
         if not self.cfg.SOLVER.CHANNELS_LAST:
             fields["image"] = fields["image"].contiguous()
@@ -234,8 +235,9 @@ class BaseTrainer:
         """One step on one batch.
 
         Args:
-            meters: takes the step's figures; `recent` too, and the norm of the gradients if `measure`.
-            step: of the epoch, from 1; for the message should a loss not be finite.
+            meters: the step's metrics are added to it, and to `recent`.
+            step: number of the step in its epoch, from 1, for the message if a loss is not finite.
+            measure: also add the norm of the gradients to `recent`.
         """
         result = self.step(batch, epoch, step, measure)
         if result is None:
@@ -247,13 +249,13 @@ class BaseTrainer:
                 recent.sums["grad_norm"] = result.grad_norm.double() * recent.count
 
     def validate(self, at: EpochState) -> dict[str, Score]:
-        """The scores of every head, and of the student's moving average where there is one."""
+        """The scores of every head, and of the student's EMA if there is one."""
         self.ranks.copy_buffers(self.distiller)
         self.distiller.eval()
 
         def batches() -> Iterator[Any]:
             for batch in self.val_loader:
-                # Several ranks have different numbers of batches, and agree to stop only afterwards.
+                # Ranks may have different numbers of batches, so several ranks stop only after validation.
                 if self.stop.signal and self.ranks.world == 1:
                     self.state.save_within(at)
                     self._stop_if_asked(self.stop.signal)
@@ -269,9 +271,9 @@ class BaseTrainer:
         return {name or "student": logits for name, logits in heads.items()} | {"ema": averaged}
 
     def _save_or_stop(self, at: EpochState) -> None:
-        """After a step: write `latest` where that is due, and stop where a signal asked for it."""
+        """After a step: write `latest` if it is due, and stop if a signal asked for it."""
         every = self.cfg.LOG.SAVE_CHECKPOINT_ITERS
-        # Read once: a signal that arrives meanwhile is for the next step, on every rank alike.
+        # Read once: a signal that arrives later takes effect after the next step, on every rank alike.
         signal = self.ranks.maximum(self.stop.signal)
         if signal or (every and at.step % every == 0):
             self.state.save_within(at)
@@ -288,11 +290,11 @@ class BaseTrainer:
 
 
 class CRDTrainer(BaseTrainer):
-    """The original's name for a trainer whose batches carry negatives; every trainer here draws them when asked."""
+    """The original's name for the trainer that draws negatives; now every trainer does if the method needs them."""
 
 
 class DOT(BaseTrainer):
-    """Distillation-oriented training: task and distillation gradients with their own momenta. arXiv 2307.08436."""
+    """Distillation-oriented training: separate momenta for task and distillation gradients. arXiv 2307.08436."""
 
     update_rule = DotUpdate
 

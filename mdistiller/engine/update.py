@@ -1,4 +1,4 @@
-"""How losses become a step: the only place that calls `backward()` and `step()`."""
+"""Update rules: how losses change the parameters. Only this module calls `backward()` and `step()`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from ..registry import Registry
 from .dot import DistillationOrientedTrainer
 from .optimizers import dot_optimizer_dict, optimizer_dict
 
-# The losses that are the task's; whatever else a distiller returns is distillation.
+# Names of the task losses; all other losses of a distiller are distillation losses.
 TASK_LOSSES = ("ce", "loss_ce")
 
 
-
 class SumUpdate:
-    """One step down the sum of the losses: `backward` for every part of the batch, then `step`.
+    """One step on the sum of the losses: `backward` for every micro-batch, then `step`.
 
     Args:
-        parameters: what is trained.
-        cfg: the whole configuration tree; its SOLVER says how.
+        parameters: the parameters to train.
+        cfg: the whole configuration tree; its SOLVER section is used.
 
     Raises:
-        UserError: no such SOLVER.TYPE, or a SOLVER setting that this update cannot take.
+        UserError: no such SOLVER.TYPE, or a SOLVER setting that this update does not support.
     """
 
     optimizers: ClassVar[Registry] = optimizer_dict
@@ -46,20 +45,20 @@ class SumUpdate:
             self.scaler = torch.amp.GradScaler(self.parameters[0].device.type if self.parameters else "cpu")
 
     def __call__(self, losses: dict[str, Tensor]) -> Tensor:
-        """Step; returns the total () without its graph. A loss that is no scalar counts with its mean."""
+        """One step; returns the total loss () without its graph. The mean is taken of a loss that is not a scalar."""
         total = self.backward(losses)
         self.step()
         return total
 
     def backward(self, losses: dict[str, Tensor], weight: float = 1.0) -> Tensor:
-        """Add the gradients of the losses' sum, times `weight`, to those there are; returns the sum, unweighted."""
+        """Accumulate the gradients of `weight` times the sum of the losses; returns the unweighted sum ()."""
         total = _total(losses.values())
         weighted = total * weight if weight != 1 else total
         (self.scaler.scale(weighted) if self.scaler else weighted).backward()
         return total.detach()
 
     def step(self, measure: bool = False) -> Tensor | None:
-        """Move the parameters by the gradients and drop these; returns the gradients' L2 norm () if `measure`d."""
+        """Update the parameters and drop the gradients; returns the gradients' L2 norm () if `measure`."""
         norm = None
         if measure or self.max_norm:
             if self.scaler:
@@ -74,22 +73,22 @@ class SumUpdate:
         return norm
 
     def drop(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def _norm(self) -> Tensor:
-        """Of the gradients before they are cut, if they are."""
+        """The gradients' L2 norm () before clipping; clips them if CLIP_GRAD_NORM is set."""
         return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm or float("inf"))
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes: the optimizer's state, and the loss scale of fp16."""
+        """The state for `load_state_dict`: the optimizer's, and the loss scale of fp16."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict() if self.scaler else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state.
+        """Restore a state.
 
         Raises:
-            ValueError, KeyError: it is that of other parameters.
+            ValueError, KeyError: the state belongs to other parameters.
         """
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler and state.get("scaler"):
@@ -97,7 +96,7 @@ class SumUpdate:
 
 
 class DotUpdate(SumUpdate):
-    """One step of DOT: the losses "ce" and "loss_ce" are the task, all others the distillation. arXiv 2307.08436."""
+    """One step of DOT: "ce" and "loss_ce" are task losses, all others distillation losses. arXiv 2307.08436."""
 
     optimizers = dot_optimizer_dict
     optimizer: DistillationOrientedTrainer
@@ -105,8 +104,8 @@ class DotUpdate(SumUpdate):
 
     def __init__(self, parameters: Iterable[nn.Parameter], cfg: CN) -> None:
         for key, off, reason in (
-            ("ACCUMULATE", 1, "keeps the two gradients of one batch"),
-            ("CLIP_GRAD_NORM", 0, "has two gradients, and no norm of both is defined"),
+            ("ACCUMULATE", 1, "keeps the two gradients of one batch and does not add those of micro-batches"),
+            ("CLIP_GRAD_NORM", 0, "has two gradients, and their common norm is not defined"),
         ):
             if cfg.SOLVER[key] != off:
                 raise UserError(f"SOLVER.{key} {cfg.SOLVER[key]}: DOT {reason}; set it to {off}")
@@ -115,10 +114,10 @@ class DotUpdate(SumUpdate):
         super().__init__(parameters, cfg)
 
     def backward(self, losses: dict[str, Tensor], weight: float = 1.0) -> Tensor:
-        """A backward pass for each part; returns the total () without its graph.
+        """One backward pass for the distillation losses and one for the task losses; returns the total loss ().
 
         Raises:
-            UserError: one of the parts has no loss.
+            UserError: there is no task loss, or no distillation loss.
         """
         task = [loss for name, loss in losses.items() if name in TASK_LOSSES]
         distillation = [loss for name, loss in losses.items() if name not in TASK_LOSSES]
@@ -136,13 +135,13 @@ class DotUpdate(SumUpdate):
         return (loss_task + loss_kd).detach()
 
     def _average(self) -> None:
-        """The mean gradient over the ranks, where there are several."""
+        """Average the gradients over the ranks."""
         for p in self.parameters:
             if p.grad is not None:
                 mean_over_ranks(p.grad)
 
     def _norm(self) -> Tensor:
-        """Of the sum of both gradients."""
+        """The L2 norm () of the sum of both gradients."""
         return torch.stack(torch._foreach_norm(self.optimizer.gradients())).norm()
 
     def drop(self) -> None:

@@ -1,4 +1,4 @@
-"""The original's `engine/utils.py`: its names, for code that was written for it."""
+"""The names of the original's `engine/utils.py`, for code that was written for it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ _COLOURS = {"INFO": 36, "TRAIN": 32, "EVAL": 31}
 
 
 class AverageMeter:
-    """The mean of numbers that come one by one, each with a weight. The trainer itself uses `Meters`.
+    """The running weighted mean of numbers. The trainer itself uses `Meters`.
 
     Attributes:
         val: the latest number.
-        sum, count: of the numbers times their weights, and of the weights.
+        sum: the sum of the numbers times their weights.
+        count: the sum of the weights.
         avg: sum / count.
     """
 
@@ -26,12 +27,12 @@ class AverageMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Forget all numbers."""
         self.val = self.avg = self.sum = 0.0
         self.count = 0
 
     def update(self, val: float, n: int = 1) -> None:
-        """Take in the number `val`, which stands for `n` of them."""
+        """Add the number `val` with the weight `n`."""
         self.val = val
         self.sum += val * n
         self.count += n
@@ -39,5 +40,5 @@ class AverageMeter:
 
 
 def log_msg(msg: str, mode: str = "INFO") -> str:
-    """`[mode] msg` in the colour that a terminal shows for "INFO" (cyan), "TRAIN" (green) or "EVAL" (red)."""
+    """`[mode] msg` with the terminal's colour codes: "INFO" is cyan, "TRAIN" green, "EVAL" red."""
     return f"\033[{_COLOURS[mode]}m[{mode}] {msg}\033[0m"

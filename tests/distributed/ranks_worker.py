@@ -18,7 +18,7 @@ from mdistiller.engine.trainer import trainer_dict
 
 
 def gradients(method, trainer_name, teacher, groups):
-    """Of the first batch, by parameter name, in float64; with the mean loss and CRD's memory beside them."""
+    """Gradients of the first batch by parameter name, in float64; also the mean loss and CRD's memory banks."""
     cfg = load_cfg(
         "configs/digits/kd.yaml",
         f"""DISTILLER.TYPE {method} SOLVER.TRAINER {trainer_name} DISTILLER.TEACHER resnet14 SOLVER.BATCH_SIZE 16
@@ -38,8 +38,8 @@ def gradients(method, trainer_name, teacher, groups):
     def note(measure=False):
         names = {p: name for name, p in trainer.distiller.named_parameters()}
         for p in trainer.update.parameters:
-            parts = [g for g in (p.grad, getattr(trainer.optimizer, "_kd_grads", {}).get(p)) if g is not None]
-            grads[names[p]] = torch.stack(parts)
+            own = [g for g in (p.grad, getattr(trainer.optimizer, "_kd_grads", {}).get(p)) if g is not None]
+            grads[names[p]] = torch.stack(own)
 
     trainer.update.step = note
     meters = Meters()

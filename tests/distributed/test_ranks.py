@@ -1,4 +1,4 @@
-"""Several processes on one batch: the same gradients, one writer, a common end. Real torchrun over gloo."""
+"""Several processes on one batch: same gradients, one writer, a common stop. Uses torchrun with gloo."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def teacher(tmp_path_factory):
 
 
 def test_two_ranks_have_the_gradients_of_one_process_under_every_method(teacher, tmp_path):
-    """In float64 with BatchNorm over all ranks; 1e-9 of the largest gradient, where the issue asks for 1e-5."""
+    """In float64 with BatchNorm over all ranks; tolerance 1e-9 of the largest gradient, where 1e-5 is required."""
     groups = tmp_path / "groups.json"
     groups.write_text(json.dumps([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]))
     for processes, name in ((0, "one"), (2, "two")):
@@ -80,7 +80,7 @@ def folder_of(prefix):
     return folder
 
 
-def test_a_run_of_two_ranks_writes_once_and_goes_on_in_one_process(teacher, tmp_path):
+def test_a_run_of_two_ranks_writes_once_and_continues_in_one_process(teacher, tmp_path):
     status, output = finish(start(2, *training(teacher, tmp_path, "SOLVER.EPOCHS", "1")))
     assert status == 0, output
     assert output.count("epoch 1/1") == 1
@@ -88,7 +88,7 @@ def test_a_run_of_two_ranks_writes_once_and_goes_on_in_one_process(teacher, tmp_
     rows = (folder / "metrics.csv").read_text().splitlines()
     assert len(rows) == 2
     row = dict(zip(rows[0].split(","), rows[1].split(",")))
-    # Every validation image counts once: one process finds the same accuracy in the student it wrote.
+    # Every validation image counts once: one process computes the same accuracy for the saved student.
     student = build_model(cifar_model_dict, "resnet8", 10).eval()
     load_model_weights(student, folder / "student_latest")
     heads = evaluate(get_val_loader("digits"), lambda image: {"": student(image)[0]}, torch.device("cpu"))
@@ -102,7 +102,7 @@ def test_a_run_of_two_ranks_writes_once_and_goes_on_in_one_process(teacher, tmp_
 
 
 def wait_for(text, started):
-    """Read a process's output up to a line with `text`."""
+    """Read a process's output up to a line that contains `text`."""
     for line in started.stdout:
         if text in line:
             return
@@ -122,7 +122,7 @@ def test_sigterm_stops_all_ranks_together_and_the_run_can_be_resumed(teacher, tm
     status, output = finish(started, seconds=60)
     assert status != 0 and output.count("with --resume goes on from here") == 1, output
     state = load_checkpoint(folder_of(tmp_path) / "latest")
-    # Within an epoch, or at its end if that is where the signal met it.
+    # Saved within an epoch, or at its end if the signal arrived there.
     within = state.get("within_epoch")
     assert within is None or (within["step"] >= 1 and len(within["random"]) == 2)
     again = start(2, *training(teacher, tmp_path, "SOLVER.EPOCHS", "500"), "--resume")
@@ -132,7 +132,7 @@ def test_sigterm_stops_all_ranks_together_and_the_run_can_be_resumed(teacher, tm
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks through /proc")
-def test_a_rank_that_dies_takes_the_others_down_within_a_minute(teacher, tmp_path):
+def test_if_a_rank_dies_the_others_end_within_a_minute(teacher, tmp_path):
     started = start(2, *training(teacher, tmp_path, "SOLVER.EPOCHS", "500"))
     wait_for("epoch 1/500", started)
     ranks = workers(started)

@@ -1,4 +1,4 @@
-"""Names of runs, and what building asks for."""
+"""The names of runs, and building a trainer."""
 
 import pytest
 
@@ -21,11 +21,11 @@ CONFIG = "configs/digits/vanilla.yaml"
         (["DISTILLER.TEACHER_CKPT", "a/b"], "digits/vanilla,resnet8DISTILLER.TEACHER_CKPT:a_b"),
     ],
 )
-def test_a_run_is_named_by_what_it_is_and_not_by_the_machine(overrides, name):
+def test_settings_that_change_the_result_enter_the_name_of_a_run_and_machine_settings_do_not(overrides, name):
     assert experiment_name(load_cfg(CONFIG, overrides), overrides) == name
 
 
-def test_a_name_too_long_for_a_folder_is_cut_and_stays_its_own(tmp_path):
+def test_a_name_too_long_for_a_folder_is_cut_and_stays_unique(tmp_path):
     names = []
     for end in ("a", "b"):
         overrides = ["EXPERIMENT.NAME", "é" * 200 + end]
@@ -35,7 +35,7 @@ def test_a_name_too_long_for_a_folder_is_cut_and_stays_its_own(tmp_path):
         (tmp_path / name).mkdir()
 
 
-def test_the_student_starts_the_same_under_every_method(tmp_path):
+def test_the_student_starts_from_the_same_weights_with_the_same_seed(tmp_path):
     common = ["LOG.PREFIX", str(tmp_path), "EXPERIMENT.DEVICE", "cpu", "DATASET.TRAIN_FRACTION", "0.1"]
     plain = build_trainer(load_cfg(CONFIG, common))
     other = build_trainer(load_cfg(CONFIG, [*common, "SOLVER.LR", "0.01"]))

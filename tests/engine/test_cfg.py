@@ -1,4 +1,4 @@
-"""The configuration tree: the original's defaults and values, what is taken, what is refused."""
+"""The configuration tree: the original's defaults and values, what is accepted, what is refused."""
 
 import math
 
@@ -20,7 +20,7 @@ def yaml_file(tmp_path):
 
 
 def differing(expected, ours, above=()):
-    """The keys of `expected` whose value in `ours` is missing or another; ours may have more."""
+    """The keys of `expected` whose value in `ours` is missing or different; `ours` may have more keys."""
     for key, value in expected.items():
         name = (*above, key)
         if key not in ours:
@@ -41,11 +41,11 @@ def test_an_original_experiment_resolves_to_the_originals_values(path):
     assert list(differing(expected, load_cfg(path))) == []
 
 
-def test_the_users_readme_calls_res56_res20_by_a_second_name():
+def test_res56_res20_has_a_second_name_from_the_users_readme():
     assert load_cfg("configs/cifar100/dkd/resn56_res20.yaml") == load_cfg("configs/cifar100/dkd/res56_res20.yaml")
 
 
-def test_overrides_go_over_the_file_and_the_file_over_the_defaults(yaml_file):
+def test_overrides_take_precedence_over_the_file_and_the_file_over_the_defaults(yaml_file):
     cfg = load_cfg(yaml_file("SOLVER: {LR: 0.2, EPOCHS: 3}"), ["SOLVER.LR", "0.4"])
     assert (cfg.SOLVER.LR, cfg.SOLVER.EPOCHS, cfg.SOLVER.MOMENTUM) == (0.4, 3, 0.9)
     assert CFG.SOLVER.LR == 0.05, "the shared tree is untouched"
@@ -54,7 +54,7 @@ def test_overrides_go_over_the_file_and_the_file_over_the_defaults(yaml_file):
 @pytest.mark.parametrize(
     ("key", "text", "value"),
     [
-        ("SOLVER.LR", "1", 1.0),  # an int where a float is due
+        ("SOLVER.LR", "1", 1.0),  # an int where a float is expected
         ("KD.TEMPERATURE", "4.5", 4.5),  # a float where the default happens to be an int
         ("SOLVER.WEIGHT_DECAY", "1e-4", 1e-4),
         ("SOLVER.LR_DECAY_STAGES", "[1, 2]", [1, 2]),
@@ -126,14 +126,14 @@ def test_a_missing_file_is_named():
         load_cfg("configs/none.yaml")
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path):
+def test_a_file_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is not a text file"):
         load_cfg(path)
 
 
-def test_what_is_shown_leaves_out_the_other_methods(yaml_file):
+def test_show_cfg_leaves_out_the_other_methods(yaml_file):
     shown = show_cfg(load_cfg(yaml_file("DISTILLER: {TYPE: KD}")))
     assert "KD:" in shown and "SOLVER:" in shown and "CRD:" not in shown
 

@@ -1,4 +1,4 @@
-"""DOT's optimizer against the pinned update, plain SGD and hand-worked steps."""
+"""DOT's optimizer against recorded updates, plain SGD and steps computed by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def give(params: dict[str, torch.nn.Parameter], grads: dict[str, object]) -> Non
 
 @pytest.mark.parametrize("case", _golden.load("dot_optimizer"), ids=lambda case: f"delta {case['delta']}")
 @pytest.mark.parametrize("one_group", [True, False])
-def test_pinned_steps(case, one_group):
+def test_recorded_steps(case, one_group):
     params = {name: parameter(values) for name, values in case["init"].items()}
     groups = list(params.values()) if one_group else [{"params": [p]} for p in params.values()]
     optimizer = DistillationOrientedTrainer(
@@ -57,7 +57,7 @@ def two_groups() -> tuple[list[torch.nn.Parameter], DistillationOrientedTrainer]
 
 
 def step(params: list[torch.nn.Parameter], optimizer: DistillationOrientedTrainer, number: int) -> None:
-    """The second parameter gets both gradients, the first the task's, the third the distillation's."""
+    """The first parameter gets the task gradient, the second both, the third the distillation gradient."""
     params[0].grad = None
     params[1].grad, params[2].grad = noise(number, 0), noise(number, 1)
     optimizer.step_kd()
@@ -83,7 +83,7 @@ def test_groups_keep_their_own_values():
         torch.testing.assert_close(p.data, value, rtol=1e-13, atol=1e-13)
 
 
-def test_resumes_bitwise():
+def test_a_resumed_optimizer_takes_bitwise_equal_steps():
     params, optimizer = two_groups()
     for number in range(2):
         step(params, optimizer, number)
@@ -95,11 +95,11 @@ def test_resumes_bitwise():
         step(params, optimizer, number)
         step(again, resumed, number)
     assert all(torch.equal(p, q) for p, q in zip(params, again))
-    copy.deepcopy(resumed).step_kd()  # a copy has all it needs
+    copy.deepcopy(resumed).step_kd()  # a copy works too
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_task_alone_is_sgd(nesterov):
+def test_dot_with_the_task_loss_alone_is_sgd(nesterov):
     """With equal momenta and no distillation, DOT is torch's SGD."""
     ours, theirs = torch.nn.Parameter(noise(0, 0)), torch.nn.Parameter(noise(0, 0))
     dot = DistillationOrientedTrainer(
@@ -113,7 +113,7 @@ def test_task_alone_is_sgd(nesterov):
     torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
 
 
-def test_dampening_by_hand():
+def test_dampening_against_values_by_hand():
     p = parameter([1.0])
     dot = DistillationOrientedTrainer([p], lr=1.0, momentum=0.5, momentum_kd=0.25, dampening=0.1)
     for kd, task, after in (
@@ -128,7 +128,7 @@ def test_dampening_by_hand():
         assert p.item() == pytest.approx(after, abs=1e-15)
 
 
-def test_a_gradient_missing_for_once_counts_as_zero():
+def test_a_gradient_missing_in_one_step_counts_as_zero():
     p = parameter([0.0])
     dot = DistillationOrientedTrainer([p], lr=1.0, momentum=0.5, momentum_kd=0.75)
     p.grad = torch.ones(1, dtype=torch.float64)
@@ -140,14 +140,13 @@ def test_a_gradient_missing_for_once_counts_as_zero():
     assert p.item() == pytest.approx(-4.25, abs=1e-15)
 
 
-def test_untouched_parameters_stay():
+def test_parameters_without_gradient_do_not_change():
     p = parameter([1.0])
     dot = DistillationOrientedTrainer([p], lr=1.0, momentum=0.5, momentum_kd=0.5, weight_decay=1.0)
     dot.step_kd()
     dot.step()
     assert p.item() == 1.0
     assert not dot.state_dict()["state"]
-
 
 
 @pytest.mark.parametrize("values", [{"lr": -1}, {"momentum": -0.1}, {"momentum_kd": torch.nan}, {"nesterov": True}])

@@ -7,7 +7,7 @@ import pytest
 from mdistiller.engine.epoch_state import Clock
 
 
-def test_the_clock_goes_on_where_it_was():
+def test_a_restored_clock_continues():
     first = Clock()
     for _ in first.around(iter([1, 2])):
         time.sleep(0.01)

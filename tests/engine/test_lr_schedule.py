@@ -1,4 +1,4 @@
-"""Learning rates against the formulas, worked by hand."""
+"""Learning rates against values computed by hand from the formulas."""
 
 import math
 
@@ -14,7 +14,7 @@ def config(**solver):
     return cfg
 
 
-def test_steps_fall_after_their_epochs_and_not_within():
+def test_the_step_schedule_decays_after_its_stages_and_not_within_an_epoch():
     cfg = config()
     assert [learning_rate(e, cfg, s, 2) for e in (1, 4, 5, 8, 9) for s in (0, 1)] == [0.8] * 4 + [0.4] * 4 + [0.2] * 2
 
@@ -22,7 +22,7 @@ def test_steps_fall_after_their_epochs_and_not_within():
 def test_cosine_goes_from_lr_to_lr_min():
     cfg = config(LR_SCHEDULE="cosine", LR_MIN=0.2)
     assert learning_rate(1, cfg) == 0.8
-    assert learning_rate(6, cfg) == pytest.approx(0.5)  # half way: the mean of both
+    assert learning_rate(6, cfg) == pytest.approx(0.5)  # halfway: the mean of LR and LR_MIN
     assert learning_rate(3, cfg, 1, 2) == pytest.approx(0.2 + 0.6 * (1 + math.cos(math.pi / 4)) / 2)
     assert learning_rate(10, cfg, 99, 100) == pytest.approx(0.2, abs=2e-6)
 

@@ -1,4 +1,4 @@
-"""The opt-in ways of a step: each against the plain step, and what each refuses."""
+"""The optional modes of a step: each against the plain step, and what each refuses."""
 
 import contextlib
 import csv
@@ -41,7 +41,7 @@ def trainer_of(files, overrides="", seed=0, prefix=None):
 
 
 def steps(trainer, count=2):
-    """Parameters after some steps, and the losses of the last."""
+    """The student's parameters after some steps, and the mean losses of the last step."""
     trainer.distiller.train()
     meters = Meters()
     for number, batch in zip(range(count), trainer.train_loader):
@@ -51,7 +51,7 @@ def steps(trainer, count=2):
 
 
 def distance(one, other):
-    """The largest difference of two networks' parameters."""
+    """The largest difference between the parameters of two networks."""
     return max((one[n] - other[n]).abs().max().item() for n in one)
 
 
@@ -62,7 +62,7 @@ def test_bfloat16_is_near_float32_under_every_method(method, files):
     for mode in ("bf16", "bf16-teacher"):
         parameters, means = steps(trainer_of(files, f"{overrides} SOLVER.AMP {mode}"), 1)
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in parameters.values())
-        # Sums over squared differences of maps (OFD, NST, KDSVD) take in the rounding of every element.
+        # In sums of squared differences of feature maps (OFD, NST, KDSVD) the rounding errors of all elements add up.
         assert means["train_loss"] == pytest.approx(plain["train_loss"], rel=0.05), mode
 
 
@@ -78,11 +78,11 @@ def test_float16_scales_the_loss_and_keeps_the_scale(files):
 
 
 @pytest.mark.parametrize("method", ["KD", "DKD", "FITNET", "VID", "REVIEWKD"])
-def test_parts_of_a_batch_add_up_to_its_gradient(method, files):
-    """Without BatchNorm, whose statistics are each part's own. 16 images in 3 parts: 6, 6 and 4."""
+def test_the_gradients_of_micro_batches_add_up_to_that_of_the_batch(method, files):
+    """BatchNorm is in eval mode, because its statistics differ by micro-batch. 16 images in 3: 6, 6 and 4."""
     found = {}
-    for parts in (1, 3):
-        trainer = trainer_of(files, f"DISTILLER.TYPE {method} SOLVER.ACCUMULATE {parts}")
+    for micro_batches in (1, 3):
+        trainer = trainer_of(files, f"DISTILLER.TYPE {method} SOLVER.ACCUMULATE {micro_batches}")
         trainer.distiller.double()
         trainer.step.teacher_cache, trainer.distiller._runner = None, None
         batch = trainer.prepare_batch(next(iter(trainer.train_loader)), 1)
@@ -91,7 +91,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(method, files):
         for module in trainer.distiller.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-        grads = found[parts] = {}
+        grads = found[micro_batches] = {}
         trainer.update.step = lambda measure=False, grads=grads, trainer=trainer: grads.update(
             {n: p.grad.clone() for n, p in trainer.distiller.named_parameters() if p.requires_grad}
         )
@@ -103,7 +103,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(method, files):
         torch.testing.assert_close(found[3][name], grad, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_gradients_are_cut_to_the_length(files):
+def test_gradients_are_clipped_to_the_norm(files):
     """With plain SGD the first step is LR times the gradient, so its length is LR times the norm."""
     lengths = {}
     for norm in (0.0, 0.1):
@@ -123,7 +123,7 @@ def test_the_memory_layout_changes_nothing_but_rounding(files):
     assert conv.is_contiguous() and distance(one, other) < 1e-4
 
 
-def test_the_mean_student_is_validated_saved_and_resumed(files, tmp_path):
+def test_the_ema_is_validated_saved_and_resumed(files, tmp_path):
     trainer = trainer_of(files, "SOLVER.EMA 0.9 SOLVER.EPOCHS 1", prefix=tmp_path)
     trainer.train()
     assert set(trainer.state.last_acc) == {"student", "ema"}
@@ -153,16 +153,16 @@ def test_the_mean_student_is_validated_saved_and_resumed(files, tmp_path):
         ("SOLVER.BETAS [0.9]", "two numbers"),
     ],
 )
-def test_what_a_method_cannot_take_is_refused_with_the_reason(overrides, message, files):
+def test_an_unsupported_setting_is_refused_with_the_reason(overrides, message, files):
     with pytest.raises(UserError, match=message):
         trainer_of(files, overrides)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile builds its kernels with a C++ compiler")
 def test_a_compiled_step_is_the_plain_step(files):
-    """After five steps of DKD, whose loss reads the epoch, a short batch among them: the same but for rounding.
+    """After five steps of DKD, whose loss depends on the epoch, one on a short batch: equal up to rounding.
 
-    At a learning rate of 0.001: large steps from a fresh student magnify what is rounded.
+    The learning rate is 0.001, because large steps from a fresh student magnify rounding errors.
     """
     dkd = f"SOLVER.LR 0.001 DISTILLER.TYPE DKD DISTILLER.TEACHER resnet8 DISTILLER.TEACHER_CKPT {files}/resnet8"
     torch.manual_seed(1)
@@ -182,7 +182,7 @@ def test_a_compiled_step_is_the_plain_step(files):
     assert 0 < distance(*found) < 1e-4
 
 
-def test_modes_go_together(files):
+def test_modes_can_be_combined(files):
     modes = """SOLVER.AMP bf16 SOLVER.ACCUMULATE 2 SOLVER.CLIP_GRAD_NORM 1.0 SOLVER.EMA 0.99 SOLVER.TYPE AdamW
     SOLVER.LR 0.001 SOLVER.LR_SCHEDULE cosine SOLVER.WARMUP_EPOCHS 1 SOLVER.NAN_POLICY skip"""
     parameters, means = steps(trainer_of(files, modes), 3)
@@ -190,7 +190,7 @@ def test_modes_go_together(files):
 
 
 def spoil(trainer, bad):
-    """NaN into the loss at the steps `bad`, and into a BatchNorm's statistics, as a bad batch would."""
+    """Put NaN into the loss at the steps `bad`, and into a BatchNorm's statistics, as a bad batch does."""
     forward = trainer.distiller.forward_train
     seen = []
 
@@ -205,7 +205,7 @@ def spoil(trainer, bad):
     trainer.distiller.forward_train = forward_train
 
 
-def test_a_bad_step_is_skipped_as_if_it_had_not_been_and_counted(files, tmp_path, capsys):
+def test_a_bad_step_is_skipped_without_effect_and_counted(files, tmp_path, capsys):
     trainer = trainer_of(files, "SOLVER.NAN_POLICY skip SOLVER.EPOCHS 1", prefix=tmp_path)
     spoil(trainer, {2, 3, 5})
     trainer.train()
@@ -237,20 +237,20 @@ def test_weights_that_are_not_finite_are_never_written(files, tmp_path):
     assert load_checkpoint(trainer.log_path / "latest")["epoch"] == 1
 
 
-# Of the student; fp16 is emulated on processors, far slower than float32.
+# Modes of the student. On CPUs fp16 is emulated, far slower than float32.
 MODES = {
     "bf16": "SOLVER.AMP bf16",
     "fp16": "SOLVER.AMP fp16",
     "contiguous": "SOLVER.CHANNELS_LAST False",
     "clipped": "SOLVER.CLIP_GRAD_NORM 5.0",
-    "mean weights": "SOLVER.EMA 0.97",
-    "two parts": "SOLVER.ACCUMULATE 2",
+    "EMA": "SOLVER.EMA 0.97",
+    "two micro-batches": "SOLVER.ACCUMULATE 2",
     "cosine": "SOLVER.LR_SCHEDULE cosine SOLVER.WARMUP_EPOCHS 1",
     "AdamW": "SOLVER.TYPE AdamW SOLVER.LR 0.003",
 }
 if shutil.which("c++"):
     MODES["compiled"] = "SOLVER.COMPILE True"
-# Of the teacher.
+# Modes of the teacher.
 TEACHER_MODES = {
     "bf16-teacher": "SOLVER.AMP bf16-teacher",
     "fp16-teacher": "SOLVER.AMP fp16-teacher",
@@ -271,20 +271,22 @@ def trained(folder, overrides, seed=0):
 
 
 def too_low(reached, seeds):
-    """The modes whose accuracy lies further below the seeds' mean than three of their standard deviations (of 1.5
-    points at least: 359 images are tested, and the whole spread of three seeds is a chancy thing)."""
+    """The modes whose accuracy is more than three standard deviations of the seeds below their mean.
+
+    The standard deviation counts as 1.5 points at least, because three seeds and 359 test images estimate it badly.
+    """
     low = statistics.mean(seeds) - 3 * max(statistics.stdev(seeds), 1.5)
     return {name: accuracy for name, accuracy in reached.items() if accuracy < low}
 
 
-def test_every_mode_of_the_student_trains_to_the_accuracy_of_the_default(tmp_path):
+def test_every_mode_of_the_student_reaches_the_accuracy_of_the_default(tmp_path):
     seeds = [trained(tmp_path, "DISTILLER.TYPE NONE", seed)[1] for seed in range(3)]
     reached = {name: trained(tmp_path, f"DISTILLER.TYPE NONE {mode}")[1] for name, mode in MODES.items()}
     assert min(seeds) > 88 and not too_low(reached, seeds), (seeds, reached)
 
 
-def test_every_mode_of_the_teacher_trains_to_the_accuracy_of_the_default(tmp_path):
-    """A network that learns from itself; the cache's second run asks the teacher for nothing."""
+def test_every_mode_of_the_teacher_reaches_the_accuracy_of_the_default(tmp_path):
+    """Student and teacher are the same network; the second run with the cache never runs the teacher."""
     teacher, own = trained(tmp_path, "DISTILLER.TYPE NONE")
     (tmp_path / "resnet8").write_bytes((teacher.log_path / "student_latest").read_bytes())
     seeds = [own, *(trained(tmp_path, "DISTILLER.TYPE KD", seed)[1] for seed in range(2))]

@@ -1,4 +1,4 @@
-"""What a terminal shows."""
+"""The progress bar on a terminal."""
 
 import io
 import re
@@ -24,7 +24,7 @@ def meters():
     return filled
 
 
-def test_the_bar_shows_rate_time_left_learning_rate_and_every_part(monkeypatch):
+def test_the_bar_shows_rate_time_left_learning_rate_and_every_loss_term(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress_bar, "_REFRESH", 0.0)
@@ -33,8 +33,8 @@ def test_the_bar_shows_rate_time_left_learning_rate_and_every_part(monkeypatch):
     bar.update(0.05, meters(), images=64)
     bar.close()
     text = terminal.getvalue()
-    for part in ("epoch 3", "5/10", "lr=0.05", "train_loss=2", "loss_kd=0.5", "images/s="):
-        assert part in text, text
+    for shown in ("epoch 3", "5/10", "lr=0.05", "train_loss=2", "loss_kd=0.5", "images/s="):
+        assert shown in text, text
     assert re.search(r"\[\d\d:\d\d<", text), "time passed and time left"
 
 

@@ -1,4 +1,4 @@
-"""Scores against counting by hand."""
+"""Scores against values counted by hand."""
 
 import math
 
@@ -11,7 +11,7 @@ LOGITS = torch.tensor([[5.0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1,
 TARGET = torch.tensor([0, 1, 5])  # first place; fifth place; sixth place
 
 
-def test_hits_are_counted_by_rank():
+def test_top1_and_top5_hits_are_counted():
     assert correct_counts(LOGITS, TARGET).tolist() == [1, 2]
 
 
@@ -19,15 +19,15 @@ def test_accuracy_is_in_percent():
     assert [round(a.item(), 3) for a in accuracy(LOGITS, TARGET, topk=(1, 5))] == [33.333, 66.667]
 
 
-def test_five_of_fewer_classes_are_all_of_them():
+def test_with_fewer_than_five_classes_top5_counts_all_of_them():
     assert correct_counts(LOGITS[:, :3], torch.tensor([2, 2, 2])).tolist() == [1, 3]
 
 
-def test_every_image_counts_once_though_the_last_batch_is_short():
+def test_every_image_counts_once_even_if_the_last_batch_is_short():
     loader = [(LOGITS[:2], TARGET[:2]), (LOGITS[2:], TARGET[2:], torch.tensor([9]))]
     scores = evaluate(loader, lambda image: {"a": image, "b": -image}, torch.device("cpu"))
     assert scores["a"].top1 == pytest.approx(100 / 3) and scores["a"].top5 == pytest.approx(200 / 3)
-    assert scores["b"].top1 == pytest.approx(100 / 3)  # turned round, the sixth place is the first
+    assert scores["b"].top1 == pytest.approx(100 / 3)  # with the sign reversed, the sixth place is the first
     by_hand = sum(
         math.log(sum(math.exp(v) for v in row.tolist())) - row[t].item() for row, t in zip(LOGITS, TARGET)
     )

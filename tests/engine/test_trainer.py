@@ -1,4 +1,4 @@
-"""The loop: schedule, seeds, figures, files, resuming."""
+"""The training loop: schedule, seeds, metrics, files, resuming."""
 
 import csv
 import json
@@ -34,8 +34,8 @@ class Net(nn.Module):
         return self.fc(pooled), {"pooled_feat": pooled}
 
 
-class TwoParts(Distiller):
-    """Two losses, and two heads to validate."""
+class TwoTerms(Distiller):
+    """Two loss terms, and two heads to validate."""
 
     needs_teacher = False
 
@@ -77,7 +77,7 @@ def cfg_of(tmp_path):
 
 def trainer_of(cfg, name="run"):
     torch.manual_seed(0)
-    return BaseTrainer(name, TwoParts(Net()), *loaders(), cfg)
+    return BaseTrainer(name, TwoTerms(Net()), *loaders(), cfg)
 
 
 def rows_of(trainer):
@@ -92,7 +92,7 @@ def without_times(rows):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
-def test_the_learning_rate_falls_after_each_stage():
+def test_the_learning_rate_decays_after_each_stage():
     cfg = load_cfg("configs/cifar100/kd.yaml")
     assert [learning_rate(e, cfg) for e in (1, 150)] == [0.05, 0.05]
     assert learning_rate(151, cfg) == pytest.approx(0.005) and learning_rate(211, cfg) == pytest.approx(0.00005)
@@ -104,7 +104,7 @@ def test_the_four_trainers_have_the_originals_names():
     assert set(trainer_dict) == {"base", "crd", "dot", "crd_dot"}
 
 
-def test_a_run_leaves_the_originals_files(cfg_of):
+def test_a_run_writes_the_originals_files(cfg_of):
     trainer = trainer_of(cfg_of("LOG.SAVE_CHECKPOINT_FREQ", "2"))
     trainer.train()
     names = {p.name for p in trainer.log_path.iterdir()}
@@ -118,7 +118,7 @@ def test_a_run_leaves_the_originals_files(cfg_of):
     assert load_checkpoint(trainer.log_path / "student_latest")["model"].keys() == Net().state_dict().keys()
 
 
-def test_metrics_hold_every_part_of_the_loss_and_both_heads(cfg_of):
+def test_metrics_hold_every_loss_term_and_both_heads(cfg_of):
     trainer = trainer_of(cfg_of())
     trainer.train()
     rows = rows_of(trainer)
@@ -133,7 +133,7 @@ def test_metrics_hold_every_part_of_the_loss_and_both_heads(cfg_of):
     assert rows[0].keys() > TIMES
 
 
-def test_the_means_weigh_every_image_alike_though_the_last_batch_is_short(cfg_of):
+def test_the_means_weight_every_image_equally_even_if_the_last_batch_is_short(cfg_of):
     trainer = trainer_of(cfg_of("SOLVER.LR", "1e-20", "SOLVER.EPOCHS", "1", "SOLVER.WEIGHT_DECAY", "0"))
     trainer.train()
     trainer.distiller.train()
@@ -149,7 +149,7 @@ def test_the_means_weigh_every_image_alike_though_the_last_batch_is_short(cfg_of
     assert float(row["train_acc"]) == pytest.approx(100 * right / 44, rel=1e-5)
 
 
-def test_the_worklog_has_the_originals_form_and_a_whole_learning_rate(cfg_of):
+def test_the_worklog_has_the_originals_format_and_the_unrounded_learning_rate(cfg_of):
     trainer = trainer_of(cfg_of())
     trainer.train()
     lines = (trainer.log_path / "worklog.txt").read_text().splitlines()
@@ -161,7 +161,7 @@ def test_the_worklog_has_the_originals_form_and_a_whole_learning_rate(cfg_of):
     assert any(line.startswith("best_acc_head_main\t") for line in lines)
 
 
-def test_the_record_holds_what_repeats_the_run(cfg_of):
+def test_the_record_holds_what_is_needed_to_repeat_the_run(cfg_of):
     trainer = trainer_of(cfg_of("EXPERIMENT.SEED", "7"))
     trainer.run(trainer.begin())
     record = json.loads((trainer.log_path / "environment.json").read_text())
@@ -169,7 +169,7 @@ def test_the_record_holds_what_repeats_the_run(cfg_of):
     assert load_cfg(trainer.log_path / "config.yaml") == trainer.cfg
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(cfg_of):
+def test_the_same_seed_gives_the_same_run_and_another_seed_a_different_one(cfg_of):
     runs = [trainer_of(cfg_of(), name) for name in "ab"]
     for trainer in runs:
         trainer.train()
@@ -177,28 +177,28 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(cfg_of):
     a, b = (t.distiller.state_dict() for t in runs)
     assert all(torch.equal(a[k], b[k]) for k in a)
     torch.manual_seed(1)
-    other = BaseTrainer("c", TwoParts(Net()), *loaders(), cfg_of("EXPERIMENT.SEED", "1"))
+    other = BaseTrainer("c", TwoTerms(Net()), *loaders(), cfg_of("EXPERIMENT.SEED", "1"))
     other.train()
     assert without_times(rows_of(runs[0])) != without_times(rows_of(other))
 
 
-def test_a_resumed_run_ends_as_the_one_that_was_never_stopped(cfg_of):
-    whole, first_part = trainer_of(cfg_of(), "whole"), trainer_of(cfg_of(), "parts")
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(cfg_of):
+    whole, interrupted = trainer_of(cfg_of(), "whole"), trainer_of(cfg_of(), "interrupted")
     whole.train()
-    first_part.begin()
-    first_part.cfg = cfg_of("SOLVER.EPOCHS", "2")
-    first_part.train()
+    interrupted.begin()
+    interrupted.cfg = cfg_of("SOLVER.EPOCHS", "2")
+    interrupted.train()
     torch.manual_seed(99)
-    second_part = BaseTrainer("parts", TwoParts(Net()), *loaders(), cfg_of())
-    second_part.train(resume=True)
-    assert without_times(rows_of(whole)) == without_times(rows_of(second_part))
-    a, b = (load_checkpoint(t.log_path / "latest") for t in (whole, second_part))
+    resumed = BaseTrainer("interrupted", TwoTerms(Net()), *loaders(), cfg_of())
+    resumed.train(resume=True)
+    assert without_times(rows_of(whole)) == without_times(rows_of(resumed))
+    a, b = (load_checkpoint(t.log_path / "latest") for t in (whole, resumed))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     buffers = [[s["momentum_buffer"] for s in x["optimizer"]["state"].values()] for x in (a, b)]
     assert all(torch.equal(x, y) for x, y in zip(*buffers)) and a["head_best_acc"] == b["head_best_acc"]
 
 
-def test_resuming_takes_the_originals_latest(cfg_of):
+def test_the_originals_latest_can_be_resumed(cfg_of):
     trainer = trainer_of(cfg_of())
     trainer.log_path.mkdir(parents=True)
     state = {f"module.{k}": v for k, v in trainer.distiller.state_dict().items()}
@@ -207,19 +207,20 @@ def test_resuming_takes_the_originals_latest(cfg_of):
     assert trainer.begin(resume=True) == 3 and list(trainer.state.best_acc.values()) == [12.5]
 
 
-def test_a_run_that_is_there_is_not_trained_over(cfg_of):
+def test_an_existing_run_is_not_overwritten_unasked(cfg_of):
     trainer_of(cfg_of()).train()
-    with pytest.raises(UserError, match="holds a run already; add --resume to go on with it, --overwrite to lose it"):
+    message = "already holds a run; add --resume to continue it, or --overwrite to replace it"
+    with pytest.raises(UserError, match=message):
         trainer_of(cfg_of()).train()
     assert trainer_of(cfg_of()).begin(overwrite=True) == 1
 
 
-def test_training_over_a_run_starts_its_files_anew(cfg_of):
+def test_overwriting_a_run_starts_new_files(cfg_of):
     trainer_of(cfg_of()).train()
     again = trainer_of(cfg_of("SOLVER.EPOCHS", "1"))
     (again.log_path / "epoch_40").write_bytes((again.log_path / "latest").read_bytes())
     again.run(again.begin(overwrite=True))
-    assert not (again.log_path / "epoch_40").exists()  # it is of the run that was lost
+    assert not (again.log_path / "epoch_40").exists()  # it belongs to the overwritten run
     assert len(rows_of(again)) == 1
     assert (again.log_path / "worklog.txt").read_text().count("epoch: 1\n") == 1
 
@@ -228,11 +229,11 @@ def test_training_over_a_run_starts_its_files_anew(cfg_of):
     ("content", "message"),
     [
         (None, "no checkpoint at .*latest"),
-        ({"epoch": 1}, "is no run's checkpoint"),
-        ({"epoch": 1, "model": {}, "optimizer": {}, "best_acc": 0.0}, "does not fit TwoParts"),
+        ({"epoch": 1}, "is not a checkpoint to resume from"),
+        ({"epoch": 1, "model": {}, "optimizer": {}, "best_acc": 0.0}, "does not fit TwoTerms"),
     ],
 )
-def test_resuming_from_nothing_or_something_else_is_refused(cfg_of, content, message):
+def test_resuming_without_a_fitting_checkpoint_is_refused(cfg_of, content, message):
     trainer = trainer_of(cfg_of())
     trainer.log_path.mkdir(parents=True)
     if content is not None:
@@ -241,7 +242,7 @@ def test_resuming_from_nothing_or_something_else_is_refused(cfg_of, content, mes
         trainer.begin(resume=True)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_keeps_the_last_checkpoint(cfg_of):
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_keeps_the_last_checkpoint(cfg_of):
     trainer = trainer_of(cfg_of())
     trainer.distiller.bad_epoch = 2
     with pytest.raises(NonFiniteLossError, match=r"epoch 2, iteration 1: loss_ce = \d.*, loss_penalty = nan"):
@@ -254,7 +255,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_keeps_the_last_chec
     assert latest["epoch"] == 1 and all(math.isfinite(v.sum()) for v in latest["model"].values())
 
 
-def test_tensorboard_gets_the_steps_at_its_frequency(cfg_of):
+def test_steps_are_logged_every_tensorboard_freq_steps(cfg_of):
     trainer = trainer_of(cfg_of("LOG.TENSORBOARD_FREQ", "2"))
     steps = []
     trainer.log_path.mkdir(parents=True)

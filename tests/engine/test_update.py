@@ -1,4 +1,4 @@
-"""The two update rules against loops written out."""
+"""The two update rules against explicit training loops."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def network() -> nn.Module:
 
 
 def losses(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
-    """A task loss and two parts of distillation on one graph; one of them has the shape (1,)."""
+    """A task loss and two distillation losses on one graph; one of them has the shape (1,)."""
     g = torch.Generator().manual_seed(step)
     logits = model(torch.randn(8, 5, generator=g))
     return {
@@ -38,14 +38,14 @@ def losses(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_sum_is_sgd_bitwise():
+def test_sum_update_is_bitwise_equal_to_sgd():
     ours, theirs = network(), network()
     update = SumUpdate(ours.parameters(), config())
     sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     for step in range(4):
         total = update(losses(ours, step))
-        parts = losses(theirs, step)
-        expected = parts["loss_ce"] + parts["loss_kd"].squeeze() + parts["loss_feat"]
+        terms = losses(theirs, step)
+        expected = terms["loss_ce"] + terms["loss_kd"].squeeze() + terms["loss_feat"]
         sgd.zero_grad()
         expected.backward()
         sgd.step()
@@ -54,8 +54,8 @@ def test_sum_is_sgd_bitwise():
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters()))
 
 
-def test_dot_is_two_passes():
-    """The loop as the paper writes it, with buffers of its own and a forward pass for each loss."""
+def test_dot_against_one_backward_pass_per_kind_of_loss():
+    """The loop as the paper writes it, with separate buffers and a forward pass for each kind of loss."""
     ours, theirs = network(), network()
     update = DotUpdate(ours.parameters(), config())
     assert isinstance(update.optimizer, DistillationOrientedTrainer)
@@ -76,13 +76,13 @@ def test_dot_is_two_passes():
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("parts", [("loss_ce",), ("ce",), ("loss_kd", "loss_feat")])
-def test_dot_needs_both_parts(parts):
+@pytest.mark.parametrize("names", [("loss_ce",), ("ce",), ("loss_kd", "loss_feat")])
+def test_dot_needs_a_task_loss_and_a_distillation_loss(names):
     model = network()
     before = copy.deepcopy(model.state_dict())
     value = model(torch.ones(1, 5)).sum()
-    with pytest.raises(UserError, match=f"only {', '.join(parts)}; use SOLVER.TRAINER base"):
-        DotUpdate(model.parameters(), config())(dict.fromkeys(parts, value))
+    with pytest.raises(UserError, match=f"only {', '.join(names)}; use SOLVER.TRAINER base"):
+        DotUpdate(model.parameters(), config())(dict.fromkeys(names, value))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

@@ -1,4 +1,4 @@
-"""The original's `engine/utils.py`: every one of its names works as it did."""
+"""The original's `engine/utils.py`: every name in it works as in the original."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def test_it_holds_the_originals_names():
     assert all(callable(getattr(utils, name)) for name in utils.__all__)
 
 
-def test_the_average_meter_weighs_its_numbers():
+def test_the_average_meter_computes_a_weighted_mean():
     meter = utils.AverageMeter()
     assert (meter.val, meter.avg, meter.sum, meter.count) == (0, 0, 0, 0)
     meter.update(2.0, n=3)
@@ -24,7 +24,7 @@ def test_the_average_meter_weighs_its_numbers():
 
 
 @pytest.mark.parametrize("mode, colour", [("INFO", 36), ("TRAIN", 32), ("EVAL", 31)])
-def test_messages_are_coloured_by_their_mode(mode, colour):
+def test_messages_get_the_colour_of_their_mode(mode, colour):
     assert utils.log_msg("epoch 1", mode) == f"\033[{colour}m[{mode}] epoch 1\033[0m"
 
 

@@ -79,7 +79,7 @@ def test_resuming_falls_back_to_an_intact_checkpoint_with_a_warning(tmp_path, zy
     best = (run.log_path / "best").relative_to(run.folder)
     assert status == 0, said
     (warning,) = [line for line in said.splitlines() if line.startswith("warning: ")]
-    assert "latest" in warning and warning.endswith(f"; going on from {best}")
+    assert "latest" in warning and warning.endswith(f"; resuming from {best}")
     assert not list(run.folder.rglob("executed"))
 
 

@@ -188,7 +188,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path, whole):
     output = tmp_path / "output.txt"
     process = whole.launcher(["--cfg", "empty.yaml", *settings], whole.folder, output, {})
     assert process.wait() == 2
-    assert "holds a run already; add --resume" in output.read_text().splitlines()[-1]
+    assert "already holds a run; add --resume" in output.read_text().splitlines()[-1]
     assert {path.name: path.read_bytes() for path in whole.log_path.iterdir() if path.is_file()} == before
 
 

@@ -1,1 +1,1 @@
-"""Durable files: whole or not there, checked, locked."""
+"""Durable files: atomic writes, checksums, locks."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, flushed to the disk, then renamed."""
+"""Atomic file writes: a file is written under another name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ...errors import UserError
 
 
 class SaveError(UserError):
-    """A file could not be written: disk full, quota, read-only or vanished folder. What was there before is whole."""
+    """A file could not be written: disk full, quota, read-only or vanished folder. The previous file is intact."""
 
 
 def write_whole(data: bytes | memoryview, path: Path, previous: Path | None = None) -> None:
-    """Write `data` to `path`; a reader, or a run that is killed, finds the old file or the new one, never a part.
+    """Write `data` to `path` atomically: even if the process is killed, `path` is the old file or the new one.
 
     Args:
-        previous: where the file that is replaced is kept, if anywhere; at no moment is `path` missing.
+        previous: path under which to keep the replaced file, or None. `path` exists at every moment.
 
     Raises:
-        SaveError: says why, how many bytes were needed and how many are free.
+        SaveError: the write failed; says why, how many bytes were needed and how many are free.
     """
-    # One name, not a random one: what a killed run leaves of it, the next save takes away.
+    # A fixed name, not a random one: the next save overwrites what a killed run has left.
     partial = _partial(path)
     try:
         try:
@@ -51,7 +51,7 @@ def _partial(path: Path) -> Path:
 
 
 def _second_name(path: Path, second: Path) -> None:
-    """Let `second` be the file at `path` too; by a copy where the file system has no hard links."""
+    """Make `second` a hard link to the file at `path`, or a copy if the file system has no hard links."""
     spare = _partial(second)
     spare.unlink(missing_ok=True)
     try:
@@ -61,12 +61,12 @@ def _second_name(path: Path, second: Path) -> None:
             shutil.copyfile(path, spare)
         os.replace(spare, second)
     finally:
-        # Renaming one name of a file to another of the same file does nothing.
+        # If `second` already was a link to the same file, os.replace does nothing and `spare` remains.
         spare.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the folder's new entry on the disk; some file systems cannot."""
+    """Flush the folder's new entry to the disk; some file systems do not support this."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

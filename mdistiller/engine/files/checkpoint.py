@@ -1,8 +1,8 @@
-"""Checkpoint files: written whole or not at all, read without running code, accepted in every form in use.
+"""Checkpoint files: written atomically, read without running code, accepted in every format in use.
 
 A run keeps two kinds. `latest`, `latest_previous` (the one before), `best` and `epoch_N` hold what resuming needs:
 {"epoch", "model" (the distiller's state), "optimizer", "best_acc"}. `student_latest`, `student_best` and `student_N`
-hold {"model": the student's state}. They are torch.save's files, with a checksum behind that torch.load overlooks.
+hold {"model": the student's state}. They are files of torch.save with a checksum at the end, which torch.load ignores.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ State = dict[str, Tensor]
 
 
 def save_checkpoint(obj: Any, path: str | Path, keep_previous: bool = False) -> None:
-    """Write `obj` to `path`; a reader, or a run that is killed, finds the old file or the new one, never a part.
+    """Write `obj` to `path` atomically: even if the process is killed, `path` is the old file or the new one.
 
     Args:
-        keep_previous: the file that is replaced stays as `<path>_previous`.
+        keep_previous: keep the replaced file as `<path>_previous`.
 
     Raises:
-        SaveError: disk full, quota, read-only or vanished folder; what was there before is whole.
+        SaveError: disk full, quota, read-only or vanished folder; the previous file is intact.
     """
     path = Path(path)
     archive = BytesIO()
@@ -47,12 +47,12 @@ def save_checkpoint(obj: Any, path: str | Path, keep_previous: bool = False) -> 
 
 
 def load_checkpoint(path: str | Path) -> Any:
-    """What `path` holds, on the CPU; tensors and plain containers only, so that no file can run code.
+    """The content of `path`, on the CPU: tensors and plain containers only, so that no file can run code.
 
-    A .safetensors file is {"model": its tensors}.
+    A .safetensors file is returned as {"model": its tensors}.
 
     Raises:
-        UserError: no such file, or it is not a whole checkpoint.
+        UserError: no such file, or not an intact checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,23 +62,24 @@ def load_checkpoint(path: str | Path) -> Any:
             return {"model": read_safetensors(path)}
         check_seal(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on the form of a file that it then refuses, or takes
+            warnings.simplefilter("ignore")  # torch also warns about the format of files that it then loads or refuses
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails anywhere inside zipfile, pickle or torch
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{path} is not a readable checkpoint (damaged, or not weights alone): {reason[:200]}"
+            f"{path} is not a readable checkpoint (damaged, or it holds more than tensors and plain containers): "
+            f"{reason[:200]}"
         ) from None
 
 
 def model_state(checkpoint: Any, path: str | Path) -> State:
     """The network's state inside a loaded checkpoint.
 
-    Accepts {"model": state}, {"state_dict": state}, a bare state, names with DataParallel's `module.` in front, and
-    a distiller's whole state, of which it takes the student.
+    Accepts {"model": state}, {"state_dict": state}, a bare state, names with DataParallel's prefix `module.`, and a
+    distiller's whole state, of which it returns the student's.
 
     Raises:
-        UserError: there is no state dict in it.
+        UserError: the checkpoint contains no state dict.
     """
     state = checkpoint
     for key in ("model", "state_dict"):
@@ -96,21 +97,21 @@ def is_state(state: Any) -> bool:
 
 
 def strip_module(state: Mapping[str, Tensor]) -> State:
-    """The state under its own names: without the `module.` that DataParallel puts in front of each."""
+    """The state without the prefix `module.` that DataParallel adds to each name."""
     return {k.removeprefix("module."): v for k, v in state.items()}
 
 
 def load_model_weights(model: nn.Module, path: str | Path) -> None:
-    """Load the checkpoint at `path` into `model`, all of it or nothing.
+    """Load the checkpoint at `path` into `model`, all of it or, if it does not fit, nothing.
 
     Raises:
-        UserError: unreadable, or the names or shapes differ; says which.
+        UserError: unreadable, or names or shapes differ; says which.
     """
     load_state(model, model_state(load_checkpoint(path), path), path)
 
 
 def load_state(module: nn.Module, state: State, path: str | Path) -> None:
-    """Load `state` into `module`, strictly; `path` is for the message.
+    """Load `state` into `module`, strictly; `path` is used in the message only.
 
     Raises:
         UserError: names or shapes differ; the first few of each kind are named.
@@ -118,28 +119,28 @@ def load_state(module: nn.Module, state: State, path: str | Path) -> None:
     own = module.state_dict()
     unknown = sorted(state.keys() - own.keys())
     reshaped = {
-        k: f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+        k: f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
         for k in own
         if k in state and state[k].shape != own[k].shape
     }
     missing = sorted(own.keys() - state.keys())
     if not (unknown or reshaped):
-        # A module may stand in for entries that the original's files lack (VID), so it is asked what is missing.
+        # A module may fill in entries that the original's files lack (VID does), so it reports itself what is missing.
         try:
             missing = list(module.load_state_dict(state, strict=False).missing_keys)
-        except RuntimeError as error:  # tensors that cannot be copied: sparse, without data
+        except RuntimeError as error:  # tensors that cannot be copied: sparse or without data
             raise UserError(f"{path} does not fit {type(module).__name__}: {one_line(error)}") from None
     if not (unknown or missing) and (classes := _classes(module, state, reshaped)):
         which = _first_few([*reshaped.values()])
-        raise UserError(f"{path} is of {classes[0]} classes, {type(module).__name__} of {classes[1]}: {which}")
+        raise UserError(f"{path} has {classes[0]} classes, {type(module).__name__} has {classes[1]}: {which}")
     differences = {"missing": missing, "unknown": unknown, "of another shape": [*reshaped.values()]}
     if any(differences.values()):
-        parts = [f"{len(keys)} {what} ({_first_few(keys)})" for what, keys in differences.items() if keys]
-        raise UserError(f"{path} does not fit {type(module).__name__}: {'; '.join(parts)}")
+        kinds = [f"{len(keys)} {what} ({_first_few(keys)})" for what, keys in differences.items() if keys]
+        raise UserError(f"{path} does not fit {type(module).__name__}: {'; '.join(kinds)}")
 
 
 def _classes(module: nn.Module, state: State, reshaped: Iterable[str]) -> tuple[int, int] | None:
-    """The numbers of classes of `state` and of `module`, where they differ in nothing else."""
+    """The numbers of classes of `state` and of `module` if nothing else differs, else None."""
     outputs = set()
     for name in reshaped:
         layer, own, other = module.get_submodule(name.rpartition(".")[0]), module.state_dict()[name], state[name]

@@ -1,4 +1,4 @@
-"""A SHA-256 checksum inside a zip archive, which torch.save's files are: damage to any byte is found when reading."""
+"""A SHA-256 checksum in a zip archive, the format of torch.save, so that reading finds damage to any byte."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-# A zip archive ends with a record of 22 bytes, the last two of them the length of a comment that follows. torch.save
-# writes none and torch.load overlooks one, so the checksum of all bytes before it stands there.
+# A zip archive ends with a record of 22 bytes, whose last two are the length of a comment that follows. torch.save
+# writes no comment and torch.load ignores it, so the comment holds the checksum of all bytes before it.
 _END, _END_SIZE, _LONGEST_COMMENT = b"PK\x05\x06", 22, 2**16 - 1
 _MARK = b"mdistiller sha256 "
 _COMMENT_SIZE = len(_MARK) + 64
 
 
 def seal(archive: BytesIO) -> memoryview:
-    """A zip archive without a comment, as bytes with its checksum at the end."""
+    """The bytes of a zip archive that has no comment, with its checksum added as the comment."""
     archive.seek(-2, os.SEEK_END)
     archive.write(_COMMENT_SIZE.to_bytes(2, "little") + _MARK)
     digest = hashlib.sha256(archive.getbuffer()).hexdigest()
@@ -26,10 +26,10 @@ def seal(archive: BytesIO) -> memoryview:
 
 
 def check_seal(path: Path) -> None:
-    """Check the checksum of a sealed archive; of another zip archive its records' CRCs; of other files nothing.
+    """Check a sealed archive's checksum, or the CRCs of any other zip archive; other files are not checked.
 
     Raises:
-        ValueError, or whatever zipfile comes up with: the file is not as it was written.
+        ValueError, or any exception of zipfile: the file is damaged.
     """
     with path.open("rb") as file:
         if file.read(2) != _END[:2]:
@@ -46,7 +46,7 @@ def check_seal(path: Path) -> None:
 
 
 def _check_records(file: BinaryIO) -> None:
-    # torch.load does not look at the CRCs that torch.save writes.
+    # torch.load does not check the CRCs that torch.save writes.
     with zipfile.ZipFile(file) as archive:
         bad = archive.testzip()
     if bad:

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: which of them to resume from, which to remove."""
+"""The checkpoints of one run: which one to resume from, which ones to remove."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from torch import Tensor
 from ...errors import UserError
 from .checkpoint import is_state, load_checkpoint
 
-# What resuming needs, and its types; the original's best_acc starts as an int.
+# The entries that resuming needs, and their types; the original's best_acc starts as an int.
 RESUMABLE: dict[str, Any] = {"epoch": int, "model": Mapping, "optimizer": Mapping, "best_acc": (int, float, Tensor)}
 
 
 def load_resumable(path: str | Path) -> dict[str, Any]:
-    """A checkpoint to go on from.
+    """Load a checkpoint to resume from.
 
     Raises:
-        UserError: no such file, not whole, or without what resuming needs.
+        UserError: no such file, damaged, or an entry that resuming needs is missing or of the wrong type.
     """
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not RESUMABLE.keys() <= state.keys():
-        raise UserError(f"{path} is no run's checkpoint: it must hold epoch, model, optimizer and best_acc")
+        raise UserError(f"{path} is not a checkpoint to resume from: it must hold epoch, model, optimizer and best_acc")
     for key, kind in RESUMABLE.items():
         if not isinstance(state[key], kind):
-            raise UserError(f"{path} is no run's checkpoint: its {key} is of type {type(state[key]).__name__}")
+            found = type(state[key]).__name__
+            raise UserError(f"{path} is not a checkpoint to resume from: its {key} is of type {found}")
     if not is_state(state["model"]):
-        raise UserError(f"{path} is no run's checkpoint: its model holds other things than named tensors")
+        raise UserError(f"{path} is not a checkpoint to resume from: its model must hold named tensors only")
     return state
 
 
 def newest_whole(folder: str | Path) -> tuple[dict[str, Any], Path, list[str]]:
-    """The newest whole checkpoint of a run: `latest`; where that is damaged the one before, else the newest other.
+    """The newest intact checkpoint of a run: `latest`, else `latest_previous`, else the newest of `best` and `epoch_N`.
 
     Returns:
-        Its content, where it lies, and a line for each damaged one that was tried first.
+        Its content, its path, and a line for each damaged checkpoint that was tried before it.
 
     Raises:
-        UserError: there is none; says what is wrong with each.
+        UserError: there is none; says what is wrong with each checkpoint.
     """
     folder = Path(folder)
     damaged: list[str] = []
@@ -64,7 +65,7 @@ def newest_whole(folder: str | Path) -> tuple[dict[str, Any], Path, list[str]]:
 
 
 def prune(folder: str | Path, keep: int) -> None:
-    """Remove all but the last `keep` of the epoch_N, and of the student_N, in `folder`; 0 keeps all."""
+    """Remove all but the newest `keep` of the epoch_N, and of the student_N, in `folder`; 0 keeps all."""
     for stem in ("epoch", "student") if keep else ():
         kept = _kept_epochs(Path(folder), stem)
         for epoch in sorted(kept)[:-keep]:
@@ -73,11 +74,11 @@ def prune(folder: str | Path, keep: int) -> None:
 
 
 def remove_run(folder: str | Path) -> None:
-    """Remove a run's checkpoints, before another takes its folder: else it could fall back to one of them."""
+    """Remove a run's checkpoints before a new run uses its folder, so that the new run cannot resume from them."""
     folder = Path(folder)
     names = ["latest_previous", "best", *(path.name for path in folder.glob("student_*"))]
     names += [path.name for path in _kept_epochs(folder, "epoch").values()]
-    for name in (*names, "latest"):  # `latest` last: while any is there, the folder is known to hold a run
+    for name in (*names, "latest"):  # `latest` last: until then, it marks the folder as holding a run
         (folder / name).unlink(missing_ok=True)
 
 

@@ -20,7 +20,7 @@ _held: set[BinaryIO] = set()
 
 
 def _let_go() -> None:
-    # A forked worker (of a DataLoader) shares the open file, and would hold the lock after a killed parent's death.
+    # A forked worker (of a DataLoader) inherits the open file, and would hold the lock after its parent was killed.
     for file in _held:
         file.close()
     _held.clear()
@@ -30,19 +30,20 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 class RunInUseError(UserError):
-    """Another run has the folder; names its host, process, start and command."""
+    """Another run uses the folder; the message names its host, process, start and command."""
 
 
 @contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
-    """Have the run's `folder` for this process alone; it is made where it is missing.
+    """Lock the run's `folder` for this process; a missing folder is created.
 
-    The lock is the operating system's: it ends with the process, however that ends, and is not handed on to worker
-    processes. On a network file system it holds between hosts where that knows locks. Where a file system has
-    none at all, what the file tells is believed: a run on another host is alive, one on this host while its process is.
+    The operating system holds the lock: it ends with the process, however that ends, and worker processes do not
+    inherit it. On a network file system it works between hosts if the file system supports locks. On a file system
+    without locks the content of the lock file decides: a run on another host counts as alive, a run on this host while
+    its process exists.
 
     Raises:
-        RunInUseError: another run has it.
+        RunInUseError: another run uses the folder.
         UserError: the folder cannot be written to.
     """
     path = Path(folder) / NAME
@@ -51,7 +52,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
         file = _acquire(path)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot write to {folder} ({reason}); LOG.PREFIX names another place") from None
+        raise UserError(f"cannot write to {folder} ({reason}); set LOG.PREFIX to another folder") from None
     _held.add(file)
     try:
         yield
@@ -68,7 +69,7 @@ def _acquire(path: Path) -> BinaryIO:
         file = path.open("r+b" if path.exists() else "a+b")
         try:
             _lock(file, path)
-            # The run before may have taken the file away between our opening and locking it.
+            # The previous run may have deleted the file between our opening and locking it.
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 file.truncate(0)
                 file.write(json.dumps(_own_facts()).encode())
@@ -104,7 +105,7 @@ def _own_facts() -> dict[str, Any]:
 def _facts(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # just being written
+    except (OSError, ValueError):  # it is being written
         return {}
     return facts if isinstance(facts, dict) and facts.keys() >= _own_facts().keys() else {}
 
@@ -118,12 +119,12 @@ def _alive(facts: dict[str, Any]) -> bool:
         return False
     except PermissionError:
         pass
-    # Process numbers are used again.
+    # The system reuses process ids.
     return _process_start(facts["pid"]) == facts["process_start"]
 
 
 def _process_start(pid: int) -> str:
-    """When a process began, in the kernel's clock ticks; empty where /proc does not tell."""
+    """When a process began, in the kernel's clock ticks; empty if /proc does not say."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):

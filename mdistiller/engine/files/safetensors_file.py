@@ -1,4 +1,4 @@
-"""Network weights as safetensors files, and from one form of file into the other."""
+"""Network weights as safetensors files."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SUFFIX = ".safetensors"
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to `path`, whole or not at all, with a checksum among the file's metadata.
+    """Write tensors to `path` atomically, with a checksum in the file's metadata.
 
     Raises:
         SaveError: disk full, quota, read-only or vanished folder.
     """
-    # Copies, because the format has no tensors that share memory.
+    # Copies, because the format does not allow tensors that share memory.
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     write_whole(save(tensors, {"format": "pt", "sha256": _sha256(tensors)}), path)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in `path`, on the CPU; checked where the file has our checksum.
+    """The tensors in `path`, on the CPU; checked if the file has our checksum.
 
     Raises:
-        ValueError, or what safetensors comes up with: not a whole file of this format.
+        ValueError, or any exception of safetensors: damaged, or not in this format.
     """
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
         expected = (file.metadata() or {}).get("sha256")
     if expected and expected != _sha256(tensors):
         raise ValueError("its checksum does not match")

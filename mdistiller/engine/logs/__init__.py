@@ -1,1 +1,1 @@
-"""Where the figures of a run are written; one writer a file."""
+"""The writers of a run's metrics, by destination."""

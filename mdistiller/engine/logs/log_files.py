@@ -1,7 +1,7 @@
-"""worklog.txt and metrics.csv: a block and a row an epoch.
+"""worklog.txt and metrics.csv: one block and one row per epoch.
 
-Resuming drops what was written of epochs that will be run again, and what a kill left half written, so that a run ends
-with the same files whether it was stopped or not. What a full disk refuses is written with the next epoch.
+Resuming removes the entries of epochs that will run again, and incomplete entries that a kill has left, so that a run
+ends with the same files whether it was stopped or not. What a full disk refuses is written with the next epoch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Metrics = Mapping[str, float]
 
 
 class LogFile:
-    """A text file that grows; `kept` of it is what it holds at first."""
+    """A text file to append to; at first it holds the text `kept`."""
 
     def __init__(self, path: Path, kept: str) -> None:
         self.path = path
@@ -32,13 +32,13 @@ class LogFile:
             self._whole = 0
 
     def rewrite(self, text: str) -> None:
-        """Have the file hold `text`, and what was refused before no longer wait."""
+        """Replace the content of the file by `text`, and drop text that is still to be written."""
         data = text.encode()
         write_whole(data, self.path)
         self._whole, self._pending = len(data), ""
 
     def append(self, text: str) -> None:
-        """Write `text`, after what could not be written before.
+        """Append `text`, after any text that could not be written before.
 
         Raises:
             OSError: it cannot be written now; the next call tries again.
@@ -56,7 +56,7 @@ class LogFile:
 
 
 class Worklog:
-    """worklog.txt in the original's form: a block of `name: value` lines an epoch."""
+    """worklog.txt in the original's form: a block of `name: value` lines per epoch."""
 
     tries_again = True
     shown = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
@@ -72,7 +72,7 @@ class Worklog:
         self.file = LogFile(path, text[:end])
 
     def epoch(self, epoch: int, metrics: Metrics) -> None:
-        # The original prints the learning rate with two decimals: 0.00 at 0.0005.
+        # The original prints the learning rate with two decimals, so that 0.0005 becomes 0.00.
         lines = [f"epoch: {epoch}", f"lr: {metrics['lr']:g}"]
         lines += [f"{name}: {metrics[name]:.2f}" for name in self.shown]
         lines += [f"{name}: {value:.2f}" for name, value in metrics.items() if name.startswith("test_acc_head_")]
@@ -86,7 +86,7 @@ class Worklog:
 
 
 class MetricsCsv:
-    """metrics.csv: a row an epoch, a column a figure. A figure that comes up later gets a column then."""
+    """metrics.csv: one row per epoch, one column per metric. A metric that first appears later gets a new column."""
 
     tries_again = True
 
@@ -114,7 +114,7 @@ class MetricsCsv:
 
 
 def _read(path: Path) -> str:
-    """The text at `path` with its own line ends; "" where there is none."""
+    """The text of the file `path` with its line ends unchanged; "" if there is no file."""
     try:
         return path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
@@ -122,7 +122,7 @@ def _read(path: Path) -> str:
 
 
 def _whole_rows(text: str) -> Iterator[dict[str, str]]:
-    """The rows that are as long as the first line is, and have an epoch."""
+    """The rows that have as many cells as the header, and an epoch number."""
     first, *lines = text.split("\n")[:-1] or [""]
     columns = _cells(first)
     for line in lines:

@@ -1,4 +1,4 @@
-"""Where a run's figures go: worklog.txt, metrics.csv, TensorBoard and wandb behind one `Logger`."""
+"""Logs a run's metrics to worklog.txt, metrics.csv, TensorBoard and wandb through one `Logger`."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from .wandb_run import Wandb
 
 
 class Writer(Protocol):
-    """One destination of a run's figures. Where it has a true `tries_again`, it is kept though it failed."""
+    """One destination of a run's metrics. A writer with `tries_again = True` is kept after a failure."""
 
     def epoch(self, epoch: int, metrics: Metrics) -> None:
-        """The figures of a whole epoch."""
+        """Log the metrics of an epoch."""
 
     def step(self, step: int, scalars: Metrics) -> None:
-        """Figures of the iterations up to `step`, counted from the start of the run."""
+        """Log the metrics of the latest steps, up to `step`, counted from the start of the run."""
 
     def finish(self, summary: Metrics) -> None:
-        """The run has ended; what it came to."""
+        """The run has ended; `summary` holds its results."""
 
 
 class Logger:
-    """Hands figures to every writer. One that fails is dropped with one line: writers never stop training.
+    """Passes metrics to every writer. A writer that fails is dropped with one warning: writers never stop training.
 
-    The run's own files are kept, and try again the next time.
+    The writers of the run's own files are kept, and try again at the next call.
     """
 
     def __init__(self, makers: Mapping[str, Callable[[], Writer]]) -> None:
         self.writers: dict[str, Writer] = {}
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         for name, make in makers.items():
             with self._guard(name):
                 self.writers[name] = make()
 
     def epoch(self, epoch: int, metrics: Metrics) -> None:
-        """The figures of a whole epoch."""
+        """Log the metrics of an epoch."""
         self._each(lambda writer: writer.epoch(epoch, metrics))
 
     def step(self, step: int, scalars: Metrics) -> None:
-        """Figures of the iterations up to `step`, counted from the start of the run."""
+        """Log the metrics of the latest steps, up to `step`, counted from the start of the run."""
         self._each(lambda writer: writer.step(step, scalars))
 
     def finish(self, summary: Metrics) -> None:
-        """The run has ended; what it came to."""
+        """The run has ended; `summary` holds its results."""
         self._each(lambda writer: writer.finish(summary))
 
     def _each(self, call: Callable[[Writer], None]) -> None:
@@ -63,23 +63,23 @@ class Logger:
     def _guard(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever a network, a disk or a service comes up with
+        except Exception as error:  # a network, a disk or a service may raise anything
             keep = getattr(self.writers.get(name), "tries_again", False)
             if not keep:
                 self.writers.pop(name, None)
-            if name not in self._told:
+            if name not in self._warned:
                 fate = "cannot be written now, and is tried again each epoch" if keep else "is off from here on"
                 warn(f"{name} {fate} ({reason(error)})")
-            self._told.add(name)
+            self._warned.add(name)
 
 
 def build_logger(folder: Path, name: str, cfg: CN, start_epoch: int, start_step: int = 0) -> Logger:
-    """The writers of a run in `folder`. What they hold of epochs and steps that will be run again is dropped.
+    """The logger of a run in `folder`. Entries of epochs and steps that will run again are dropped.
 
     Args:
         name: the run's name, PROJECT/NAME.
         start_epoch: the first epoch that will be logged.
-        start_step: how many steps of the run are done; 0 with `start_epoch` 1 is a new run.
+        start_step: number of steps of the run that are done; 0 with `start_epoch` 1 is a new run.
     """
     makers: dict[str, Callable[[], Writer]] = {
         "worklog.txt": lambda: Worklog(folder, start_epoch),

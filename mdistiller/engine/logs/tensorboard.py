@@ -14,12 +14,13 @@ from .log_files import Metrics
 
 
 class TensorBoard:
-    """TensorBoard event files under train.events/: figures of epochs by epoch, and in steps/ those of steps by step.
+    """TensorBoard event files: the metrics of epochs in train.events/, those of steps in train.events/steps/.
 
-    Two folders, because resuming hides what will be run again by its number: from `start_epoch`, and past `start_step`.
+    Two folders, because resuming hides old entries by their number: in one the epochs from `start_epoch` on, in the
+    other the steps after `start_step`.
     """
 
-    # tensorboardX's SummaryWriter writes in a thread; where that cannot write, it dies and training waits for ever.
+    # Not tensorboardX's SummaryWriter: it writes in a thread that dies if it cannot write; training then waits forever.
 
     def __init__(self, folder: Path, start_epoch: int, start_step: int = 0) -> None:
         self.epochs = _EventFile(folder / "train.events", start_epoch)
@@ -39,7 +40,7 @@ class TensorBoard:
 
 
 class _EventFile:
-    """One event file, written by the thread that calls."""
+    """One event file, written in the calling thread."""
 
     flush_seconds = 60.0
 
@@ -53,7 +54,7 @@ class _EventFile:
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._writer = RecordWriter(str(folder / name))
         self._add(file_version="brain.Event:2")
-        # TensorBoard hides what earlier files have from this step on.
+        # TensorBoard hides the entries of earlier files from this step on.
         self._add(step=start, session_log=SessionLog(status=SessionLog.START))
         self.flush()
 
@@ -70,7 +71,7 @@ class _EventFile:
     def close(self) -> None:
         self._writer.close()
 
-    def __del__(self) -> None:  # a run that ends by an error
+    def __del__(self) -> None:  # for a run that ends with an error
         with suppress(OSError, AttributeError):
             self._writer.close()
 
@@ -82,7 +83,7 @@ class _EventFile:
         try:
             call()
         except OSError:
-            # Else Python tries once more to write at the end, and complains.
+            # Otherwise Python tries to write again at exit, and prints an error.
             with suppress(OSError):
                 self._writer.close()
             raise

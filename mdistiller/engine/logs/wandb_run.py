@@ -13,10 +13,10 @@ from .log_files import Metrics
 
 
 class Wandb:
-    """Weights & Biases: online where a key is at hand and the service answers, else offline under the run's folder.
+    """Weights & Biases: online if there is an API key and the service answers, else offline under the run's folder.
 
-    It never asks, and waits for the network half a minute to start and to end, unless WANDB_INIT_TIMEOUT and
-    WANDB_FINISH_TIMEOUT say otherwise. A resumed run goes on in the same wandb run.
+    It never prompts. It waits for the network for half a minute at the start and at the end, unless WANDB_INIT_TIMEOUT
+    and WANDB_FINISH_TIMEOUT say otherwise. A resumed run continues the same wandb run.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class Wandb:
             if mode != "online":
                 raise
             warn(f"wandb is offline, under {folder / 'wandb'} ({reason(error)})")
-            wandb.teardown()  # its service holds on to the run that did not begin
+            wandb.teardown()  # its service keeps the run that failed to start
             self.run = wandb.init(**settings, mode="offline")
-        # Its own counter of calls has no meaning over a resumed run.
+        # wandb's own step counts calls, which has no meaning in a resumed run.
         self.run.define_metric("*", step_metric="epoch")
         self.run.define_metric("test_acc", step_metric="epoch", summary="last,max")
         self.run.define_metric("step/*", step_metric="step/number")
 
     def _id(self, resume: bool) -> str:
-        """The wandb run's name for itself, kept in the run's folder."""
+        """The id of the wandb run, kept in the run's folder."""
         with suppress(OSError):
             known = self._id_file.read_text(encoding="utf-8").strip()
             if resume and known.isalnum():
@@ -68,8 +68,8 @@ class Wandb:
 
 
 def _logged_in(wandb: Any) -> bool:
-    """Whether there is a key for wandb; asks neither the user nor the network."""
+    """Whether there is an API key for wandb; asks neither the user nor the network."""
     try:
         return wandb.login(prompt=False, verify=False)
-    except TypeError:  # a wandb from before `prompt`
+    except TypeError:  # a wandb too old for the argument `prompt`
         return bool(wandb.api.api_key)

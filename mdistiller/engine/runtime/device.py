@@ -12,10 +12,10 @@ from ...errors import UserError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The torch device that `name` means: "auto" is CUDA where there is one, else the CPU.
+    """The torch device that `name` means: "auto" is CUDA if available, else the CPU.
 
     Raises:
-        UserError: no such device here.
+        UserError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,14 +24,14 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} is not to be had here ({reason}); try EXPERIMENT.DEVICE cpu") from None
+        raise UserError(f"device {name!r} is not available ({reason}); try EXPERIMENT.DEVICE cpu") from None
     return device
 
 
 def choose_kernels(deterministic: bool) -> None:
-    """On a GPU: kernels that give the same bits every time, or else the fastest for these shapes.
+    """On a GPU, use kernels that give the same bits every time, or else the fastest ones for the shapes in use.
 
-    The processor's are deterministic anyway.
+    The CPU's kernels are deterministic anyway.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -40,7 +40,7 @@ def choose_kernels(deterministic: bool) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held so far, in MiB: torch's on a GPU, the whole process's on the CPU."""
+    """This process's peak memory so far, in MiB: torch's tensors on a GPU, the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     # Kilobytes on Linux, bytes on macOS.

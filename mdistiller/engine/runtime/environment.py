@@ -22,7 +22,7 @@ def record_run(folder: Path, cfg: CN, **facts: Any) -> None:
     """Write config.yaml and environment.json into a run's `folder`: what one needs to repeat it.
 
     Args:
-        facts: what else environment.json holds.
+        facts: further entries of environment.json.
 
     Raises:
         SaveError: one of them cannot be written.

@@ -1,4 +1,4 @@
-"""Random generators: seeded, and their state for resuming."""
+"""Random generators: seeding, and saving and restoring their state."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 def seed_everything(seed: int, epoch: int = 0, rank: int = 0) -> None:
     """Seed Python's, NumPy's and torch's generators from (seed, epoch, rank).
 
-    Called before the networks are built (epoch 0) and at the start of every epoch, so that a resumed run draws what
-    an uninterrupted one does.
+    Called before the networks are built (epoch 0) and at the start of every epoch, so that a resumed run draws the
+    same numbers as an uninterrupted one.
     """
     words = np.random.SeedSequence((seed, epoch, rank)).generate_state(3)
     random.seed(int(words[0]))
@@ -22,7 +22,7 @@ def seed_everything(seed: int, epoch: int = 0, rank: int = 0) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Where the generators that `seed_everything` seeds stand, in tensors and plain containers."""
+    """The state of the generators that `seed_everything` seeds, in tensors and plain containers."""
     numpy = np.random.get_state(legacy=False)
     return {
         "python": random.getstate(),
@@ -33,7 +33,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on drawing from where `random_state` was taken."""
+    """Restore a `random_state`."""
     random.setstate(state["python"])
     numpy = state["numpy"]
     key = np.array(numpy["state"]["key"], dtype=np.uint32)

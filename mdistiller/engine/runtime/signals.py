@@ -19,8 +19,8 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the first signal as a request; the second acts at once, as it always does."""
-        if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set handlers
+        """Treat the first signal as a request to stop; a second one ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
             return
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -37,7 +37,7 @@ class StopRequest:
 
 
 class Stopped(SystemExit):
-    """Training stopped where a signal asked it to; the exit status is the shell's for that signal, 128 + number."""
+    """Training stopped because of a signal; the exit status is the shell's for that signal, 128 + number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)

@@ -1,1 +1,1 @@
-"""A frozen network, in less time."""
+"""Faster evaluation of the frozen teacher."""

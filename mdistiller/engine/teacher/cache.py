@@ -1,13 +1,14 @@
-"""The teacher's outputs on disk, by image and crop: worked out once, found again by this run and by later ones.
+"""The teacher's outputs on disk, by image and crop: computed once, reused by this run and by later ones.
 
-An image held in memory is seen in a finite number of variants (crop and flip), so the outputs of a whole data set are a
-table with a row for each image and variant, in two memory-mapped files of the cache's folder:
+Images held in memory have a finite number of variants (crop and flip), so the outputs for a whole data set are a table
+with one row per image and variant, in two memory-mapped files in the cache's folder:
 
-    <key>.values   the rows: logits and pooled features, as far as the method reads them
-    <key>.known    a byte for each row: whether it is there
+    <key>.values   the rows: logits and pooled features, or the one of them that the method reads
+    <key>.known    one byte per row: 1 if the row has been written
 
-The key is a digest of the teacher's weights, the data and augmentation, and the form of a row; a file never holds
-anything else. Several runs may share one: whoever works out a row writes it, and all would write the same.
+The key is a digest of the teacher's weights, the data and augmentation, and the layout of a row, so outputs of
+different ones never share a file. Several runs may share a file: each writes the rows it computes, and all runs would
+write the same values.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ _DTYPES = {"fp16": np.float16, "fp32": np.float32}
 
 
 def require_cacheable(distiller: Distiller, loader: Any) -> None:
-    """Refuse a method that reads more of the teacher than a cache holds, and data of endless variants.
+    """Refuse a method that reads more of the teacher than a cache holds, and data with unlimited variants.
 
     Raises:
-        UserError: naming the one or the other.
+        UserError: the method or the data cannot use a cache.
     """
     name = type(distiller).__name__
     if not distiller.needs_teacher:
@@ -42,36 +43,36 @@ def require_cacheable(distiller: Distiller, loader: Any) -> None:
     beyond = [output for output in distiller.teacher_outputs if output not in OUTPUTS]
     if beyond or distiller.teacher_in_train_mode:
         raise UserError(
-            f"DISTILLER.TEACHER_CACHE keeps logits and pooled features, {name} needs {', '.join(beyond)} of the "
+            f"DISTILLER.TEACHER_CACHE stores logits and pooled features, {name} needs {', '.join(beyond)} of the "
             "teacher; leave it empty"
         )
     if not getattr(loader, "variants", None):
         raise UserError(
-            "DISTILLER.TEACHER_CACHE needs images in a finite number of crops, as CIFAR-100's and the digits' are; "
+            "DISTILLER.TEACHER_CACHE needs a data set with a finite number of crops, such as cifar100 or digits; "
             "leave it empty for this data set"
         )
 
 
 class TeacherCache:
-    """Answers for the teacher from disk, and runs it for the images that are not there yet.
+    """Reads the teacher's outputs from disk, and runs the teacher for images that are not stored yet.
 
     Call `look_up(index)` before each batch, then the cache with the batch's images.
 
     Args:
-        folder: made where missing.
-        teacher: whose weights name the files.
+        folder: created if missing.
+        teacher: its weights determine the names of the files.
         run: the teacher's function: images (B, 3, H, W) -> (logits (B, C), {"pooled_feat": (B, D), ...}).
-        image: (1, 3, H, W), one that it takes.
+        image: (1, 3, H, W), an input of the right size.
         loader: of the training images, with `variants`, `variant(index)` and `fingerprint`.
         outputs: which of "logits" and "pooled_feat" a row holds.
-        dtype: "fp16" or "fp32", of the rows.
-        max_bytes: of both files; where that is too little for all images, the first ones are kept.
+        dtype: "fp16" or "fp32", the precision of the rows.
+        max_bytes: largest size of both files together; if not all images fit, the first ones are stored.
 
     Attributes:
-        asked, found: rows since the last `hit_rate`.
+        asked, found: number of rows requested and found since the last `hit_rate`.
 
     Raises:
-        UserError: the folder cannot be written to, or has no room.
+        UserError: the folder cannot be written to, or the disk has no room.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class TeacherCache:
         bytes_a_row = width * np.dtype(_DTYPES[dtype]).itemsize + 1
         self.rows = min(len(loader.targets) * loader.variants, max_bytes // bytes_a_row)
         if not self.rows:
-            raise UserError(f"DISTILLER.TEACHER_CACHE_GIB leaves no room for a row of {bytes_a_row} bytes; raise it")
+            raise UserError(f"DISTILLER.TEACHER_CACHE_GIB is too small for one row of {bytes_a_row} bytes; raise it")
         form = f"{self.outputs} {self.widths} {dtype}"
         key = hashlib.sha256(f"{_digest(teacher)} {loader.fingerprint} {form}".encode()).hexdigest()[:32]
         values = _mapped(folder / f"{key}.values", self.rows * width, _DTYPES[dtype])
@@ -99,13 +100,13 @@ class TeacherCache:
         return [logits if name == "logits" else features[name].flatten(1) for name in self.outputs]
 
     def look_up(self, index: Tensor) -> None:
-        """Say which images (B,), by their place in the training set, the next call is about."""
+        """Set the images of the next call by their `index` (B,) in the training set."""
         self._places = (index * self.loader.variants + self.loader.variant(index)).cpu().numpy()
 
     def __call__(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, C) and features of `image`, as the teacher gives them, rounded to the cache's dtype."""
+        """Logits (B, C) and features of `image`, as the teacher computes them, rounded to the cache's dtype."""
         places = self._places
-        assert len(places) == len(image), "look_up(index) comes before each batch"
+        assert len(places) == len(image), "call look_up(index) before each batch"
         kept = places < self.rows
         known = kept.copy()
         known[kept] = self._known[places[kept]] == 1
@@ -120,20 +121,20 @@ class TeacherCache:
             rows[~known] = output.float().cpu().numpy()
             new = kept & ~known
             self._values[places[new]] = rows[new]
-            self._known[places[new]] = 1  # after the row itself: a killed run leaves no row half written
+            self._known[places[new]] = 1  # after the row itself, so that a killed run marks no half-written row
         split = torch.from_numpy(rows).to(image.device).float().split(self.widths, dim=1)
         named = dict(zip(self.outputs, split))
         return named.pop("logits", image.new_empty(0)), named
 
     def hit_rate(self) -> float:
-        """Percent of the rows asked for since the last call that were there."""
+        """The percentage of the rows requested since the last call that were found in the cache."""
         rate = 100 * self.found / max(self.asked, 1)
         self.asked = self.found = 0
         return rate
 
 
 def _digest(teacher: nn.Module) -> str:
-    """Of a network's weights, by name."""
+    """A digest of a network's weights and their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(teacher.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -142,17 +143,17 @@ def _digest(teacher: nn.Module) -> str:
 
 
 def _mapped(path: Path, count: int, dtype: Any) -> np.ndarray:
-    """The file `path` as `count` numbers, zeros where it is new, for several processes at once."""
+    """The file `path` mapped as `count` numbers, zeros if it is new; several processes may map it at once."""
     size = count * np.dtype(dtype).itemsize
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
-            # All of its room is taken now: a disk that is full later on would kill the process.
+            # Allocate all disk space now: writing to a mapped file on a full disk would kill the process.
             if os.fstat(file.fileno()).st_size < size:
                 os.posix_fallocate(file.fileno(), 0, size)
         return np.memmap(path, dtype=dtype, mode="r+", shape=(count,))
     except OSError as error:
         raise UserError(
-            f"the teacher's cache {path} of {size / 2**30:.2f} GiB cannot be made ({error.strerror}); lower "
+            f"the teacher's cache {path} of {size / 2**30:.2f} GiB cannot be created ({error.strerror}); lower "
             "DISTILLER.TEACHER_CACHE_GIB, or name another folder in DISTILLER.TEACHER_CACHE"
         ) from None

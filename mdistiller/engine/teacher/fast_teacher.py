@@ -1,4 +1,4 @@
-"""The teacher as training runs it: the same function as the network's, in less time."""
+"""A faster form of the teacher for training, which computes the same function."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def speed_up_teacher(distiller: Distiller, loader: Any, cfg: CN) -> TeacherCache | None:
-    """Make the teacher faster: fold its BatchNorms; as `cfg` asks, run it in half precision and put a cache before it.
+    """Make the teacher faster: fold its BatchNorms and, if `cfg` asks for it, use half precision and a cache.
 
-    The module `distiller.teacher` stays as it is, and so do checkpoints. A teacher that runs in training mode (OFD) is
-    left alone: its BatchNorms take part.
+    The module `distiller.teacher` and the checkpoints do not change. A teacher that runs in training mode (OFD) is left
+    alone, because its BatchNorms use the statistics of the batch.
 
     Args:
-        loader: of the training images, for the cache.
+        loader: the loader of the training images, for the cache.
 
     Returns:
-        The cache, where DISTILLER.TEACHER_CACHE asks for one.
+        The cache, or None if DISTILLER.TEACHER_CACHE is not set.
 
     Raises:
-        UserError: the cache is asked for, and the method, the data or the folder cannot have one.
+        UserError: a cache is asked for, but the method, the data or the folder does not allow one.
     """
     if cfg.DISTILLER.TEACHER_CACHE:
         require_cacheable(distiller, loader)
@@ -69,11 +69,11 @@ def _faster(teacher: nn.Module, image: Tensor, features: list[str] | None, cfg: 
 class HalfPrecision(nn.Module):
     """A copy of a trained network whose convolutions and linear layers compute in half precision.
 
-    Their weights are converted once; autocast would convert those of a frozen network at every step. What BatchNorms
-    are left keep float32 statistics.
+    Their weights are converted once; autocast would convert those of a frozen network at every step. The remaining
+    BatchNorms keep float32 statistics.
 
     Args:
-        full_output: give float32, for a student that is not in half precision.
+        full_output: return float32, for a student that is not in half precision.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, full_output: bool) -> None:
@@ -92,9 +92,9 @@ class HalfPrecision(nn.Module):
 
 
 class Inference:
-    """A network under torch.inference_mode: nothing is recorded, no tensor counts its changes.
+    """A network under torch.inference_mode: without autograd graph and version counters.
 
-    Such tensors cannot be kept for a backward pass, so what a method reads of the output is copied, when it reads it.
+    Inference tensors cannot be saved for a backward pass, so the logits are copied, and each feature when it is read.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -118,7 +118,7 @@ def _ordinary(x: Tensor) -> Tensor:
 
 
 def _each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with `change` made to every tensor in its dicts, lists and tuples."""
+    """`value` with `change` applied to every tensor in its dicts, lists and tuples."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):

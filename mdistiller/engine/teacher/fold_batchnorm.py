@@ -1,7 +1,7 @@
-"""A trained network as a teacher needs it: the same function, in less time.
+"""A faster copy of a trained network, for use as a teacher, which computes the same function.
 
-BatchNorms are folded into the convolutions before them, what nobody reads is left out, and sums and ReLUs overwrite
-what nobody else reads, so that a map goes through memory once and not three times.
+BatchNorms are folded into the convolutions before them, outputs that are not read are left out, and sums and ReLUs
+work in place if nothing else reads their operand, so that a feature map goes through memory once, not three times.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.optimization import fuse
 
-_FRESH = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)  # layers whose output is theirs alone
+_FRESH = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)  # layers whose output is a new tensor
 _RELUS = (F.relu, torch.relu)
 
 
 def fold_batchnorm(
     network: nn.Module, image: Tensor, features: Sequence[str] | None = None
 ) -> nn.Module | None:
-    """A copy of `network`, for evaluation only, without the BatchNorms that follow a convolution and nothing else.
+    """A copy of `network`, for evaluation only, without the BatchNorms that directly follow a convolution.
 
     Args:
-        network: image -> (logits, features by name); in eval mode; it is left alone.
-        image: (1, 3, H, W); the copy must give for it what `network` gives, up to rounding.
-        features: those that the copy shall give; None for all of them.
+        network: image -> (logits, features by name); in eval mode; it is not changed.
+        image: (1, 3, H, W); for it the copy must return what `network` returns, up to rounding.
+        features: names of the features that the copy returns; None for all of them.
 
     Returns:
-        The copy; None where torch.fx cannot follow the network's forward, or where the copy is another function.
+        The copy; None if torch.fx cannot trace the network's forward, or if the copy computes another function.
     """
     try:
         with torch.no_grad():
@@ -44,13 +44,13 @@ def fold_batchnorm(
             if features is not None:
                 by_name = {name: by_name[name] for name in by_name if name in features}
             same = _agree((logits, by_name), folded(image))
-    except Exception:  # torch.fx meets foreign code here, which may do anything; without it all is as before
+    except Exception:  # torch.fx runs foreign code here, which may raise anything; without a copy nothing changes
         return None
     return folded.requires_grad_(False) if same else None
 
 
 def _keep(folded: fx.GraphModule, features: Sequence[str]) -> None:
-    """Leave out what only serves other features."""
+    """Remove the operations that only other features need."""
     (output,) = [node for node in folded.graph.nodes if node.op == "output"]
     ((logits, by_name),) = output.args
     output.args = ((logits, {name: node for name, node in by_name.items() if name in features}),)
@@ -58,7 +58,7 @@ def _keep(folded: fx.GraphModule, features: Sequence[str]) -> None:
 
 
 def _overwrite(folded: fx.GraphModule) -> None:
-    """Let sums and ReLUs write over an operand that only they read."""
+    """Make sums and ReLUs work in place on an operand that nothing else reads."""
     for node in folded.graph.nodes:
         own = [value for value in node.args if _is_own(value, folded)]
         if own and _is_relu(node, folded):
@@ -76,7 +76,7 @@ def _is_relu(node: fx.Node, folded: fx.GraphModule) -> bool:
 
 
 def _is_own(value: Any, folded: fx.GraphModule) -> bool:
-    """Whether `value` is a tensor that one operation made and one reads."""
+    """Whether `value` is a new tensor of one operation that only one other operation reads."""
     if not isinstance(value, fx.Node) or len(value.users) != 1:
         return False
     if value.op == "call_module":
@@ -85,7 +85,7 @@ def _is_own(value: Any, folded: fx.GraphModule) -> bool:
 
 
 def _agree(one: Any, other: Any) -> bool:
-    """Whether nested outputs are equal to a thousandth of their largest value."""
+    """Whether nested outputs are equal up to a thousandth of each tensor's largest value."""
     if isinstance(one, Tensor):
         return bool((one - other).abs().max() <= 1e-3 * one.abs().max())
     if isinstance(one, dict):

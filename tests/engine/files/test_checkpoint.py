@@ -1,4 +1,4 @@
-"""Checkpoint files: every accepted form, every refusal, and no half-written file."""
+"""Checkpoint files: every accepted format, every refusal, and no half-written file."""
 
 import os
 import pickle
@@ -45,7 +45,7 @@ def forms(state):
 
 
 @pytest.mark.parametrize("form", [name for name, _ in forms({})])
-def test_every_form_in_use_loads(tmp_path, form):
+def test_every_format_in_use_loads(tmp_path, form):
     torch.manual_seed(0)
     source, target = net(), net()
     save_checkpoint(dict(forms(source.state_dict()))[form], tmp_path / "file")
@@ -53,14 +53,14 @@ def test_every_form_in_use_loads(tmp_path, form):
     assert same(source, target)
 
 
-def test_names_and_shapes_that_differ_are_named_and_nothing_is_loaded(tmp_path):
+def test_different_names_and_shapes_are_listed_and_nothing_is_loaded(tmp_path):
     target = net()
     before = {k: v.clone() for k, v in target.state_dict().items()}
     state = net(4).state_dict()
     state["2.weight"] = state.pop("1.weight")
     message = (
         r"file does not fit Sequential: 1 missing \(1.weight\); 1 unknown \(2.weight\); "
-        r"5 of another shape \(0.weight \(4, 2\) for \(3, 2\), .*, \.\.\.\)"
+        r"5 of another shape \(0.weight \(4, 2\) instead of \(3, 2\), .*, \.\.\.\)"
     )
     with pytest.raises(UserError, match=message):
         load_state(target, state, "file")
@@ -95,16 +95,19 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line_and_never_executed(tmp
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_another_number_of_classes_is_said_so(tmp_path, whole):
+def test_a_different_number_of_classes_is_reported_as_such(tmp_path, whole):
     hundred, ten = (build_model(cifar_model_dict, "resnet8", classes) for classes in (100, 10))
     state = hundred.state_dict()
     save_checkpoint({"model": {f"student.{k}": v for k, v in state.items()} if whole else state}, tmp_path / "file")
-    message = r"file is of 100 classes, \w+ of 10: fc.weight \(100, 64\) for \(10, 64\), fc.bias \(100,\) for \(10,\)$"
+    message = (
+        r"file has 100 classes, \w+ has 10: "
+        r"fc.weight \(100, 64\) instead of \(10, 64\), fc.bias \(100,\) instead of \(10,\)$"
+    )
     with pytest.raises(UserError, match=message):
         load_model_weights(ten, tmp_path / "file")
 
 
-def test_another_network_is_told_by_its_entries(tmp_path):
+def test_a_checkpoint_of_another_network_is_refused_with_the_entries_that_differ(tmp_path):
     save_checkpoint({"model": build_model(cifar_model_dict, "vgg8", 10).state_dict()}, tmp_path / "file")
     with pytest.raises(UserError, match=r"file does not fit \w+: \d+ missing \(bn1\.bias, .*\d+ unknown \(block0"):
         load_model_weights(build_model(cifar_model_dict, "resnet8", 10), tmp_path / "file")
@@ -127,7 +130,7 @@ def test_a_missing_file_is_named(tmp_path):
         load_checkpoint(tmp_path / "none")
 
 
-def test_a_save_that_fails_leaves_the_old_file_and_no_part(tmp_path):
+def test_a_save_that_fails_leaves_the_old_file_and_no_partial_file(tmp_path):
     save_checkpoint({"a": 1}, tmp_path / "file")
     with pytest.raises((AttributeError, pickle.PicklingError)):
         save_checkpoint({"a": lambda: 0}, tmp_path / "file")
@@ -143,7 +146,7 @@ def test_plain_torch_reads_what_we_write(tmp_path):
         assert all(torch.equal(read[k], v) for k, v in state.items())
 
 
-def test_no_bit_can_be_flipped_and_no_byte_lost_unnoticed(tmp_path):
+def test_every_flipped_bit_and_every_lost_byte_is_detected(tmp_path):
     path = tmp_path / "file"
     save_checkpoint({"model": {"w": torch.arange(3.0)}}, path)
     content = path.read_bytes()
@@ -155,7 +158,7 @@ def test_no_bit_can_be_flipped_and_no_byte_lost_unnoticed(tmp_path):
             load_checkpoint(path)
 
 
-def test_a_checkpoint_without_our_checksum_loads_and_its_own_crcs_are_looked_at(tmp_path):
+def test_a_checkpoint_without_our_checksum_loads_and_its_crcs_are_checked(tmp_path):
     path, weight = tmp_path / "published.pth", torch.arange(1000.0)
     torch.save({"model": {"w": weight}}, path)
     assert torch.equal(load_checkpoint(path)["model"]["w"], weight)
@@ -167,12 +170,12 @@ def test_a_checkpoint_without_our_checksum_loads_and_its_own_crcs_are_looked_at(
         load_checkpoint(path)
 
 
-def test_files_from_before_zip_load(tmp_path):
+def test_files_in_the_format_before_zip_load(tmp_path):
     torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "old", _use_new_zipfile_serialization=False)
     assert load_checkpoint(tmp_path / "old")["model"]["w"].tolist() == [1, 1]
 
 
-def test_a_file_is_readable_by_whom_the_umask_says(tmp_path):
+def test_a_file_gets_the_permissions_of_the_umask(tmp_path):
     before = os.umask(0o022)
     try:
         save_checkpoint({}, tmp_path / "file")
@@ -181,7 +184,7 @@ def test_a_file_is_readable_by_whom_the_umask_says(tmp_path):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
 
 
-def test_a_save_past_the_size_limit_leaves_the_old_file_and_says_how_much_was_needed(tmp_path):
+def test_a_save_beyond_the_size_limit_leaves_the_old_file_and_reports_the_bytes_needed(tmp_path):
     save_checkpoint({"a": 1}, tmp_path / "file")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
@@ -225,7 +228,7 @@ print(load_checkpoint("file"), os.listdir("."))
 """
 
 
-def test_a_full_and_a_read_only_disk_leave_what_was_there(tmp_path):
+def test_a_full_and_a_read_only_disk_leave_the_old_file(tmp_path):
     inside = f'mount -t tmpfs -o size=200k tmpfs {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("file systems cannot be mounted here")
@@ -273,7 +276,7 @@ def test_a_save_that_is_killed_leaves_a_whole_file(tmp_path):
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, tmp_path]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "['latest', 'latest_previous']\n", "and what was left of it is taken away"
+    assert done.stdout == "['latest', 'latest_previous']\n", "the next save removes the partial file of a killed one"
 
 
 def resumable(epoch):
@@ -286,22 +289,22 @@ def damage(path):
     path.write_bytes(content)
 
 
-def test_the_file_before_is_kept_when_asked_for(tmp_path):
+def test_the_previous_file_is_kept_when_asked_for(tmp_path):
     for epoch in (1, 2, 3):
         save_checkpoint(resumable(epoch), tmp_path / "latest", keep_previous=True)
     assert sorted(os.listdir(tmp_path)) == ["latest", "latest_previous"]
     assert [load_checkpoint(tmp_path / f)["epoch"] for f in ("latest", "latest_previous")] == [3, 2]
 
 
-def test_where_there_are_no_hard_links_the_file_before_is_copied(tmp_path, monkeypatch):
+def test_without_hard_links_the_previous_file_is_copied(tmp_path, monkeypatch):
     def link(*args):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", link)
-    test_the_file_before_is_kept_when_asked_for(tmp_path)
+    test_the_previous_file_is_kept_when_asked_for(tmp_path)
 
 
-def test_a_damaged_latest_falls_back_step_by_step_and_says_so(tmp_path):
+def test_a_damaged_latest_falls_back_to_the_newest_intact_checkpoint_and_says_so(tmp_path):
     for name, epoch in {"latest": 9, "latest_previous": 8, "epoch_3": 3, "best": 5, "epoch_6": 6}.items():
         save_checkpoint(resumable(epoch), tmp_path / name)
     save_checkpoint({"model": {}}, tmp_path / "student_latest")
@@ -319,7 +322,7 @@ def test_a_damaged_latest_falls_back_step_by_step_and_says_so(tmp_path):
         newest_whole(tmp_path)
 
 
-def test_a_lost_latest_falls_back_too_and_an_empty_folder_says_what_is_missing(tmp_path):
+def test_a_missing_latest_falls_back_too_and_for_an_empty_folder_the_missing_file_is_named(tmp_path):
     save_checkpoint(resumable(2), tmp_path / "latest_previous")
     state, path, damaged = newest_whole(tmp_path)
     assert (state["epoch"], path.name, damaged) == (2, "latest_previous", [])
@@ -331,7 +334,7 @@ def test_a_lost_latest_falls_back_too_and_an_empty_folder_says_what_is_missing(t
 
 
 @pytest.mark.parametrize("key, value", [("epoch", "3"), ("model", 3), ("optimizer", None), ("best_acc", "high")])
-def test_what_cannot_be_resumed_from_is_passed_over(tmp_path, key, value):
+def test_a_checkpoint_with_an_entry_of_the_wrong_type_is_skipped(tmp_path, key, value):
     save_checkpoint({**resumable(4), key: value}, tmp_path / "latest")
     save_checkpoint(resumable(3), tmp_path / "best")
     state, path, damaged = newest_whole(tmp_path)
@@ -339,7 +342,7 @@ def test_what_cannot_be_resumed_from_is_passed_over(tmp_path, key, value):
     assert len(damaged) == 1 and f"its {key} is of type {type(value).__name__}" in damaged[0]
 
 
-def test_pruning_keeps_the_last_pairs_and_everything_else(tmp_path):
+def test_pruning_keeps_the_newest_pairs_and_all_other_files(tmp_path):
     others = {"latest", "latest_previous", "best", "student_latest", "student_best", "student_best_single", "epoch_x"}
     everything = others | {f"{stem}_{n}" for stem in ("epoch", "student") for n in (40, 80, 120, 200)}
     for name in everything:
@@ -350,7 +353,7 @@ def test_pruning_keeps_the_last_pairs_and_everything_else(tmp_path):
     assert set(os.listdir(tmp_path)) == others | {"epoch_120", "epoch_200", "student_120", "student_200"}
 
 
-def test_a_run_is_removed_and_what_is_no_checkpoint_stays(tmp_path):
+def test_removing_a_run_removes_its_checkpoints_only(tmp_path):
     others = {"worklog.txt", "metrics.csv", "config.yaml", "epoch_notes", ".run_lock"}
     checkpoints = {"latest", "latest_previous", "best", "epoch_40", "student_40", "student_best", "student_best_single"}
     for name in others | checkpoints:

@@ -1,4 +1,4 @@
-"""Two runs, one folder: real processes, real signals."""
+"""Two runs in one folder, with real processes and signals."""
 
 import errno
 import fcntl
@@ -46,7 +46,7 @@ def holder(tmp_path):
         process.communicate()
 
 
-def test_the_second_run_is_refused_with_the_firsts_host_process_and_start(tmp_path, holder):
+def test_a_second_run_is_refused_with_the_host_process_and_start_of_the_first(tmp_path, holder):
     first, said = holder()
     assert said == "held"
     second, refusal = holder()
@@ -58,7 +58,7 @@ def test_the_second_run_is_refused_with_the_firsts_host_process_and_start(tmp_pa
     assert holder(tmp_path / "other")[1] == "held"
 
 
-def test_a_run_that_ends_gives_the_folder_back_and_leaves_nothing(tmp_path, holder):
+def test_a_run_that_ends_releases_the_folder_and_removes_the_lock_file(tmp_path, holder):
     first, _ = holder()
     first.communicate("", timeout=10)
     assert os.listdir(tmp_path) == []
@@ -66,7 +66,7 @@ def test_a_run_that_ends_gives_the_folder_back_and_leaves_nothing(tmp_path, hold
 
 
 @pytest.mark.parametrize("fork", ["", "fork"])
-def test_a_killed_run_gives_the_folder_back_at_once_though_its_workers_live_on(tmp_path, holder, fork):
+def test_a_killed_run_releases_the_folder_at_once_even_if_its_workers_live_on(tmp_path, holder, fork):
     first, said = holder(fork=fork)
     assert said == "held"
     first.send_signal(signal.SIGKILL)
@@ -75,7 +75,7 @@ def test_a_killed_run_gives_the_folder_back_at_once_though_its_workers_live_on(t
     assert holder()[1] == "held"
 
 
-def test_one_process_cannot_have_a_folder_twice_either(tmp_path, holder):
+def test_one_process_cannot_lock_a_folder_twice(tmp_path, holder):
     with run_lock(tmp_path / "run"):
         (tmp_path / "link").symlink_to(tmp_path / "run")
         with pytest.raises(RunInUseError, match=f"process {os.getpid()} on host"), run_lock(tmp_path / "link"):
@@ -85,7 +85,7 @@ def test_one_process_cannot_have_a_folder_twice_either(tmp_path, holder):
         pass
 
 
-def test_an_error_inside_gives_the_folder_back(tmp_path):
+def test_an_error_inside_releases_the_folder(tmp_path):
     with pytest.raises(KeyError), run_lock(tmp_path):
         raise KeyError
     assert os.listdir(tmp_path) == []
@@ -105,7 +105,7 @@ def facts(folder, **changed):
         ({"host": "another"}, True),
     ],
 )
-def test_a_file_system_without_locks_believes_what_the_file_tells(tmp_path, monkeypatch, changed, alive):
+def test_without_locks_in_the_file_system_the_content_of_the_lock_file_decides(tmp_path, monkeypatch, changed, alive):
     def flock(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -120,13 +120,13 @@ def test_a_file_system_without_locks_believes_what_the_file_tells(tmp_path, monk
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
-def test_what_a_killed_run_left_half_written_is_no_hindrance(tmp_path, content):
+def test_a_half_written_lock_file_is_ignored(tmp_path, content):
     (tmp_path / NAME).write_text(content)
     with run_lock(tmp_path):
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").touch()
     message = r"cannot write to .*file/run \(Not a directory\)"
     with pytest.raises(UserError, match=message), run_lock(tmp_path / "file" / "run"):

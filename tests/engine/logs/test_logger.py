@@ -1,4 +1,4 @@
-"""Writers: what they write, and that a failing one never stops training."""
+"""What the writers write, and that a failing writer never stops training."""
 
 import csv
 import http.server
@@ -31,7 +31,7 @@ def test_resuming_drops_the_rows_that_will_be_run_again(tmp_path):
     ]  # fmt: skip
 
 
-def test_the_worklog_goes_on_when_resumed_and_starts_anew_otherwise(tmp_path):
+def test_the_worklog_continues_when_resumed_and_is_new_otherwise(tmp_path):
     Worklog(tmp_path, 1).epoch(1, METRICS)
     Worklog(tmp_path, 2).epoch(2, METRICS)
     assert (tmp_path / "worklog.txt").read_text().count("lr: 0.0005") == 2
@@ -48,7 +48,7 @@ class Failing:
         raise ConnectionError("no route\nto host")
 
 
-def test_a_failing_writer_is_dropped_with_one_line_and_the_others_go_on(tmp_path, capsys):
+def test_a_failing_writer_is_dropped_with_one_line_and_the_others_continue(tmp_path, capsys):
     failing = Failing()
     logger = Logger({"cloud": lambda: failing, "metrics.csv": lambda: MetricsCsv(tmp_path, 1)})
     logger.epoch(1, METRICS)
@@ -59,7 +59,7 @@ def test_a_failing_writer_is_dropped_with_one_line_and_the_others_go_on(tmp_path
     )
 
 
-def test_a_writer_that_cannot_be_made_is_dropped_too(capsys):
+def test_a_writer_that_cannot_be_created_is_dropped_too(capsys):
     def make():
         raise ImportError("No module named 'cloud'")
 
@@ -67,7 +67,7 @@ def test_a_writer_that_cannot_be_made_is_dropped_too(capsys):
     assert "warning: cloud is off from here on (ImportError: No module named 'cloud')" in capsys.readouterr().err
 
 
-def test_wandb_is_asked_for_by_default_and_left_out_when_off(tmp_path):
+def test_wandb_is_on_by_default_and_left_out_when_off(tmp_path):
     names = [
         list(build_logger_names(tmp_path, *overrides)) for overrides in (["LOG.WANDB", "False"],)
     ]
@@ -81,7 +81,7 @@ def build_logger_names(folder, *overrides):
     return logger.writers
 
 
-def test_wandb_without_a_key_goes_offline_without_asking(tmp_path, monkeypatch, capfd):
+def test_wandb_without_a_key_runs_offline_without_prompting(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
@@ -94,7 +94,7 @@ def test_wandb_without_a_key_goes_offline_without_asking(tmp_path, monkeypatch, 
 
 
 def logged(folder, epochs, start=1, **changed):
-    """The two files after `epochs` were logged by a run that begins with epoch `start`."""
+    """The two files after a run that begins with epoch `start` has logged `epochs`."""
     worklog, metrics = Worklog(folder, start), MetricsCsv(folder, start)
     for epoch in epochs:
         worklog.epoch(epoch, {**METRICS, "test_acc": float(epoch), **changed})
@@ -107,13 +107,13 @@ def both(folder):
     return [path.read_bytes() if path.exists() else b"" for path in paths]
 
 
-def test_wherever_a_kill_cut_them_the_files_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path):
+def test_cut_at_any_byte_by_a_kill_the_files_of_a_resumed_run_equal_those_of_one_never_stopped(tmp_path):
     whole, start = tmp_path / "whole", tmp_path / "three"
     whole.mkdir(), start.mkdir()
     uninterrupted = logged(whole, (1, 2, 3, 4))
     written = logged(start, (1, 2, 3))
     for resume_at in (2, 3):
-        # Epoch `resume_at` and those after it were being written when the kill came, at any byte.
+        # The kill came at some byte while epoch `resume_at` or a later one was written.
         done = [len(content) for content in logged_to(tmp_path / f"to{resume_at}", resume_at)]
         for cut in range(0, 240, 7):
             folder = tmp_path / f"cut{resume_at}_{cut}"
@@ -129,7 +129,7 @@ def logged_to(folder, epoch):
 
 
 @pytest.mark.parametrize("garbage", [b"\0" * 500, b"\xff\xfe broken \r\r\n\"", b"3,0.1\r\n", b"9" * 5000])
-def test_what_is_no_row_is_dropped_and_the_rest_is_kept(tmp_path, garbage):
+def test_garbage_is_dropped_and_the_rows_are_kept(tmp_path, garbage):
     good = logged(tmp_path, (1, 2))
     for name in ("worklog.txt", "metrics.csv"):
         with (tmp_path / name).open("ab") as file:
@@ -137,7 +137,7 @@ def test_what_is_no_row_is_dropped_and_the_rest_is_kept(tmp_path, garbage):
     assert logged(tmp_path, (), start=3) == good
 
 
-def test_a_finished_run_that_is_trained_on_has_one_end(tmp_path):
+def test_a_finished_run_that_is_trained_further_has_one_summary(tmp_path):
     logged(tmp_path, (1, 2))
     Worklog(tmp_path, 3).finish({"best_acc": 2.0, "last_acc": 2.0})
     logged(tmp_path, (3,), start=3)
@@ -147,7 +147,7 @@ def test_a_finished_run_that_is_trained_on_has_one_end(tmp_path):
     assert re.findall(r"epoch: (\d)", text) == ["1", "2", "3"]
 
 
-def test_a_figure_that_comes_up_later_gets_a_column(tmp_path):
+def test_a_metric_that_first_appears_later_gets_a_column(tmp_path):
     logged(tmp_path, (1,))
     logged(tmp_path, (2,), start=2, ema_acc=7.0)
     logged(tmp_path, (3,), start=3)
@@ -156,7 +156,7 @@ def test_a_figure_that_comes_up_later_gets_a_column(tmp_path):
 
 
 def events(folder):
-    """(step, tag or 'start', value) of each record in a folder of event files, read by the format's definition."""
+    """(step, tag or 'start', value) of each record in a folder of event files, parsed without TensorBoard."""
     for path in sorted(folder.glob("events.out.tfevents.*")):
         data, at = path.read_bytes(), 0
         while at < len(data):
@@ -169,7 +169,7 @@ def events(folder):
                 yield event.step, value.tag, value.simple_value
 
 
-def test_tensorboard_has_epochs_and_steps_each_hidden_from_where_the_run_goes_on(tmp_path):
+def test_resuming_hides_later_epochs_and_steps_in_tensorboard(tmp_path):
     board = TensorBoard(tmp_path, 1)
     board.step(500, {"lr": 0.5})
     board.epoch(1, {"test_acc": 3.0})
@@ -206,7 +206,7 @@ with open("filler", "wb", buffering=0) as filler:
         pass
 for epoch in range(2, 42):
     for step in range(20):
-        logger.step(20 * epoch + step, {f"figure{i}": 1.0 for i in range(20)})
+        logger.step(20 * epoch + step, {f"metric{i}": 1.0 for i in range(20)})
     logger.epoch(epoch, METRICS)
 print("trained on with", *logger.writers)
 os.remove("filler")
@@ -216,10 +216,10 @@ print(Path("metrics.csv").read_text(), Path("worklog.txt").read_text())
 """
 
 
-def test_a_full_disk_costs_a_line_each_and_what_it_refused_is_written_later(tmp_path):
+def test_a_full_disk_gives_one_warning_per_writer_and_the_lost_epochs_are_written_later(tmp_path):
     done = in_mount("60k", LIGHT + FULL_DISK, tmp_path)
     if done is None:
-        pytest.skip("no file system can be mounted here")
+        pytest.skip("file systems cannot be mounted here")
     assert sorted(re.sub(r" \(.*", "", line) for line in done.stderr.splitlines()) == [
         "warning: TensorBoard is off from here on",
         "warning: metrics.csv cannot be written now, and is tried again each epoch",
@@ -233,7 +233,7 @@ def test_a_full_disk_costs_a_line_each_and_what_it_refused_is_written_later(tmp_
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """A service that knows no key."""
+    """A service that refuses every key."""
 
     def do_POST(self):
         self.rfile.read(int(self.headers.get("content-length", 0)))
@@ -271,7 +271,7 @@ print("trained")
 
 
 @pytest.mark.parametrize("service, reason", [("gone", "refused"), ("refusing", "user is not logged in")])
-def test_wandb_without_network_or_with_a_wrong_key_goes_offline_with_one_line(
+def test_wandb_without_network_or_with_a_wrong_key_runs_offline_with_one_warning(
     tmp_path, refusing_service, service, reason
 ):
     url = f"http://127.0.0.1:{refusing_service if service == 'refusing' else 9}"
@@ -285,7 +285,7 @@ def test_wandb_without_network_or_with_a_wrong_key_goes_offline_with_one_line(
     assert len(offline_runs(tmp_path)) == 1
 
 
-def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_a_new_one_does_not(tmp_path, monkeypatch):
+def test_a_resumed_run_continues_the_same_wandb_run_and_a_new_one_does_not(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     ids = []
     for resume in (False, True, False):

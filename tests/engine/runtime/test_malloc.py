@@ -1,4 +1,4 @@
-"""Freed memory that the process keeps: counted in page faults of a real process."""
+"""Freed memory that the process keeps, measured by the page faults of a real process."""
 
 import os
 import platform
@@ -26,9 +26,9 @@ print(faults(), keep_freed_memory(), torch.ones(2**24).sum().item(), faults(), k
 """
 PAGES = 10 * 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
 huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-glibc_alone = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 small_pages = pytest.mark.skipif(
-    huge.exists() and "[always]" in huge.read_text(), reason="the system gives huge pages unasked: few faults to count"
+    huge.exists() and "[always]" in huge.read_text(), reason="the system always uses huge pages: few faults to count"
 )
 
 
@@ -45,17 +45,17 @@ def run(**environment):
     return found.stdout.split()
 
 
-@glibc_alone
+@glibc_only
 @small_pages
 def test_kept_memory_is_not_cleared_again():
     before, kept, total, after, given_back, at_last = run()
     assert (kept, total, given_back) == ("True", str(2.0**24), "True")
-    assert int(before) > PAGES / 2  # cleared each of the ten times,
-    assert int(after) < PAGES / 5  # at most once,
+    assert int(before) > PAGES / 2  # the pages are cleared each of the ten times
+    assert int(after) < PAGES / 5  # at most once
     assert int(at_last) > int(after)  # more often again
 
 
-@glibc_alone
-def test_a_malloc_that_the_user_has_set_stays():
+@glibc_only
+def test_malloc_settings_of_the_user_are_not_changed():
     _, kept, _, _, given_back, _ = run(MALLOC_TRIM_THRESHOLD_="1000000")
     assert (kept, given_back) == ("False", "False")

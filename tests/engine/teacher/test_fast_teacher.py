@@ -1,4 +1,4 @@
-"""The teacher as training runs it: folded, in half precision, from the cache; and left as it is."""
+"""The teacher in training: folded, in half precision, from the cache; the module itself does not change."""
 
 import copy
 
@@ -20,7 +20,7 @@ TEACHERS = ["resnet8x4", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "Shuffl
 
 
 def trained(name, num_classes=10):
-    """A network whose BatchNorms do something, as after training."""
+    """A network whose BatchNorms are not the identity, as after training."""
     torch.manual_seed(0)
     network = build_model(cifar_model_dict, name, num_classes).eval()
     for module in network.modules():
@@ -38,7 +38,7 @@ def tensors(output):
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_a_folded_network_gives_the_same_with_fewer_batchnorms(name):
+def test_a_folded_network_returns_the_same_with_fewer_batchnorms(name):
     network = trained(name).double()
     image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     folded = fold_batchnorm(network, image)
@@ -50,7 +50,7 @@ def test_a_folded_network_gives_the_same_with_fewer_batchnorms(name):
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_a_network_for_its_logits_alone_keeps_no_maps_and_writes_over_them(name):
+def test_a_network_without_feature_maps_works_in_place(name):
     network = trained(name).double()
     image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     folded = fold_batchnorm(network, image[:1], ["pooled_feat"])
@@ -58,14 +58,14 @@ def test_a_network_for_its_logits_alone_keeps_no_maps_and_writes_over_them(name)
     kept = image.clone()
     with torch.no_grad():
         logits, features = network(image)
-        for _ in range(2):  # a second time, should the first have written over what it needs
+        for _ in range(2):  # a second time, in case the first has overwritten something it needs
             own, own_features = folded(image)
             torch.testing.assert_close(own, logits, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(own_features["pooled_feat"], features["pooled_feat"], rtol=1e-9, atol=1e-9)
     assert set(own_features) == {"pooled_feat"} and torch.equal(image, kept)
 
 
-def test_a_method_derived_from_another_gets_all_that_the_teacher_gives():
+def test_a_method_derived_from_another_gets_all_outputs_of_the_teacher():
     class ReadsMaps(KD):
         pass
 
@@ -75,7 +75,7 @@ def test_a_method_derived_from_another_gets_all_that_the_teacher_gives():
         assert model.teacher_forward(torch.randn(1, 3, 32, 32))[1].keys() == keys
 
 
-def test_what_torch_fx_cannot_follow_is_not_folded():
+def test_a_network_that_torch_fx_cannot_trace_is_not_folded():
     class Foreign(nn.Module):
         def __init__(self):
             super().__init__()
@@ -103,7 +103,7 @@ def test_a_network_that_folding_would_change_is_not_folded():
     assert fold_batchnorm(Shared().eval(), torch.randn(1, 3, 8, 8)) is None
 
 
-def test_what_is_read_of_an_inference_teacher_can_be_kept_for_the_backward_pass():
+def test_outputs_of_an_inference_teacher_can_be_saved_for_the_backward_pass():
     run = Inference(trained("resnet8"))
     logits, features = run(torch.randn(2, 3, 32, 32))
     kept = features["feats"][-1]
@@ -115,7 +115,7 @@ def test_what_is_read_of_an_inference_teacher_can_be_kept_for_the_backward_pass(
 
 
 @pytest.mark.parametrize("full_output", [True, False])
-def test_half_precision_is_near_and_of_the_promised_type(full_output):
+def test_half_precision_is_close_and_has_the_promised_dtype(full_output):
     network = trained("resnet8x4")
     image = torch.randn(4, 3, 32, 32)
     half = HalfPrecision(network, torch.bfloat16, full_output)
@@ -145,7 +145,7 @@ def distiller(cls=KD, cfg=None):
     return cls(build_model(cifar_model_dict, "resnet8", 10), trained("resnet14"), cfg or config())
 
 
-def test_the_teacher_itself_stays_as_it_was():
+def test_the_teacher_itself_does_not_change():
     model = distiller()
     before = copy.deepcopy(model.state_dict())
     speed_up_teacher(model, loader(), config())
@@ -161,7 +161,7 @@ def test_a_teacher_in_training_mode_is_left_alone():
 
 
 def counting(network):
-    """The network's function, and how many images it was asked for."""
+    """The network's function, and the number of images of each call."""
     seen = []
 
     def run(image):
@@ -180,7 +180,7 @@ def cache_of(folder, network, batches, outputs=("logits", "pooled_feat"), dtype=
 
 
 def pass_over(cache, batches, network, epoch, tolerance):
-    """One epoch through the cache, each output against the network's own."""
+    """One epoch through the cache; each output is compared with the network's own."""
     batches.set_epoch(epoch)
     for image, _, index in batches:
         cache.look_up(index)
@@ -193,7 +193,7 @@ def pass_over(cache, batches, network, epoch, tolerance):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("fp16", 2e-3)])
-def test_a_second_run_never_asks_the_teacher(tmp_path, dtype, tolerance):
+def test_a_second_run_never_runs_the_teacher(tmp_path, dtype, tolerance):
     network = trained("resnet8")
     first, seen = cache_of(tmp_path, network, loader(), dtype=dtype)
     for epoch in (1, 2, 3):
@@ -206,7 +206,7 @@ def test_a_second_run_never_asks_the_teacher(tmp_path, dtype, tolerance):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_two_runs_share_a_cache_at_once(tmp_path):
+def test_two_runs_share_a_cache_at_the_same_time(tmp_path):
     network = trained("resnet8")
     one, seen_one = cache_of(tmp_path, network, loader())
     two, seen_two = cache_of(tmp_path, network, loader())
@@ -215,7 +215,7 @@ def test_two_runs_share_a_cache_at_once(tmp_path):
     assert sum(seen_one) == 40 and seen_two == []
 
 
-def test_another_teacher_or_augmentation_or_form_has_files_of_its_own(tmp_path):
+def test_another_teacher_augmentation_or_dtype_has_its_own_files(tmp_path):
     network = trained("resnet8")
     other = copy.deepcopy(network)
     other.fc.bias.data[0] += 1e-3
@@ -227,7 +227,7 @@ def test_another_teacher_or_augmentation_or_form_has_files_of_its_own(tmp_path):
     assert len(list(tmp_path.glob("*.values"))) == 4
 
 
-def test_the_size_is_bounded_and_the_rest_is_worked_out_anew(tmp_path):
+def test_the_size_is_bounded_and_the_rest_is_computed_again(tmp_path):
     network = trained("resnet8")
     width = 10 + 64
     cache, seen = cache_of(tmp_path, network, loader(), max_bytes=(4 * width + 1) * 162 * 10)  # ten images
@@ -245,10 +245,10 @@ def test_methods_that_need_more_than_a_cache_holds_are_refused(method, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_data_of_endless_variants_and_folders_that_cannot_be_are_refused(tmp_path):
+def test_data_with_unlimited_variants_and_folders_that_cannot_be_created_are_refused(tmp_path):
     cfg = config(TEACHER_CACHE=str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="finite number of crops"):
         speed_up_teacher(distiller(), object(), cfg)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         speed_up_teacher(distiller(), loader(), cfg)

@@ -1,0 +1,46 @@
+"""One step: its micro-batches, and when the ranks average their gradients."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from mdistiller.distillers import distiller_dict
+from mdistiller.distributed.ranks import Ranks
+from mdistiller.engine import step as module
+from mdistiller.engine.cfg import load_cfg
+from mdistiller.engine.nan_watch import nan_policy_dict
+from mdistiller.engine.step import Step, split_batch
+from mdistiller.engine.update import SumUpdate
+from mdistiller.models import build_model, cifar_model_dict
+
+
+@pytest.mark.parametrize("images, parts, sizes", [(8, 4, [2, 2, 2, 2]), (9, 6, [2, 2, 2, 2, 1]), (2, 4, [1, 1])])
+def test_a_batch_is_split_in_order_and_loses_no_image(images, parts, sizes):
+    batch = {"target": torch.arange(images), "image": torch.rand(images, 1)}
+    pieces = split_batch(batch, parts)
+    assert [len(piece["target"]) for piece in pieces] == sizes
+    for name, whole in batch.items():
+        assert torch.equal(torch.cat([piece[name] for piece in pieces]), whole)
+
+
+@pytest.mark.parametrize("images, count", [(8, 4), (6, 3), (2, 2)])
+def test_gradients_are_averaged_in_the_last_micro_batch_alone(images, count, monkeypatch, tmp_path):
+    """Also where a batch gives fewer micro-batches than ACCUMULATE: two images in four, six in three."""
+    averaged = []
+
+    @contextmanager
+    def spy(_, now):
+        averaged.append(now)
+        yield
+
+    monkeypatch.setattr(module, "averaging", spy)
+    cfg = load_cfg("configs/digits/vanilla.yaml", ["SOLVER.ACCUMULATE", "4"])
+    distiller = distiller_dict["NONE"](build_model(cifar_model_dict, "resnet8", 10))
+    device, ranks = torch.device("cpu"), Ranks()
+    policy = nan_policy_dict["stop"](tmp_path, distiller, device, ranks, cfg)
+    update = SumUpdate(distiller.get_learnable_parameters(), cfg)
+    step = Step(distiller, update, policy, None, None, device, ranks, cfg)
+    result = step({"image": torch.rand(images, 3, 32, 32), "target": torch.arange(images) % 10}, epoch=1, number=1)
+    assert averaged == [False] * (count - 1) + [True]
+    assert result is not None and result.images == images and result.sums["train_loss"] > 0
