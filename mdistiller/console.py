@@ -1,4 +1,4 @@
-"""The terminal: notes, warnings, errors of one line, and output that outlives the terminal."""
+"""Terminal output: one-line notes, warnings and errors, and output that survives a closed terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-# The reader of a pipe is gone, the terminal was closed, the file was closed.
+# The reader of a pipe has exited, the terminal was closed, the file was closed.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 
 
@@ -26,15 +26,15 @@ def reason(error: BaseException) -> str:
 
 def warn(text: str) -> None:
     """Print `warning: text` to stderr, as one line."""
-    _tell(f"warning: {one_line(text)}")
+    _print_line(f"warning: {one_line(text)}")
 
 
 def note(text: str) -> None:
     """Print `note: text` to stderr, as one line."""
-    _tell(f"note: {one_line(text)}")
+    _print_line(f"note: {one_line(text)}")
 
 
-def _tell(line: str) -> None:
+def _print_line(line: str) -> None:
     with suppress(OSError, ValueError):  # stderr may be closed; a warning must not stop the run
         print(line, file=sys.stderr, flush=True)
 
@@ -43,8 +43,8 @@ def _tell(line: str) -> None:
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Turn an exception of these `kinds` into one line on stderr, `error: ...`, and exit status 2.
 
-    The default, ValueError and OSError, is for reading the input and building the parts of a run. Around training use
-    UserError alone: any other exception there is a programmer's error, whose traceback is needed.
+    The default, ValueError and OSError, is for reading the input and building the run. Around training use UserError
+    alone: any other exception there is a bug, whose traceback is needed.
     """
     caught = kinds or (ValueError, OSError)
     try:
@@ -55,10 +55,10 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def outlive_terminal() -> None:
-    """Let this process go on when its terminal is closed or the reader of its output goes away.
+    """Keep this process running when its terminal is closed or the reader of its output exits.
 
-    From then on what it prints is lost, with one line to the other of stdout and stderr. For a tool's main(), before
-    its first output.
+    Its further output to the broken stream is lost; the other one of stdout and stderr gets one warning line. Call it
+    in a tool's main(), before the first output.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for name, other in (("stdout", "stderr"), ("stderr", "stdout")):
@@ -73,7 +73,7 @@ class _Outliving:
 
     def __init__(self, stream: TextIO, name: str, other: str) -> None:
         self._stream, self._name, self._other = stream, name, other
-        self._told = False
+        self._warned = False
 
     def write(self, text: str) -> int:
         try:
@@ -90,13 +90,13 @@ class _Outliving:
 
     def _lost(self, error: Exception) -> None:
         if isinstance(error, OSError) and error.errno in _GONE:
-            # For good: let also what lies in buffers, and what libraries write, go nowhere.
+            # The stream will not come back: discard also the buffered text and what libraries write to it.
             with suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             print(f"warning: {self._name} is lost ({error}); going on", file=getattr(sys, self._other), flush=True)
 
     def __getattr__(self, name: str) -> Any:

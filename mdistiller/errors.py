@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: the command-line tools print them as one line and exit with status 2."""
+"""Errors that the user can correct: the command-line tools print them as one line and exit with status 2."""
 
 
 class UserError(ValueError):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-# A clone has configs/ and plans/ beside the package; an installed wheel carries them inside it.
+# A clone has configs/ and plans/ next to the package; an installed wheel has them inside it.
 CLONE: Path | None = PACKAGE.parent if (PACKAGE.parent / "tools" / "train.py").is_file() else None
 SHIPPED = CLONE or PACKAGE
 
 
 def find_file(name: str | Path) -> Path | None:
-    """`name` as it stands (from the current folder), else below `SHIPPED`; None where neither is a file."""
+    """The file `name`, relative to the current folder, else to `SHIPPED`; None if neither exists."""
     return next((path for path in (Path(name), SHIPPED / name) if path.is_file()), None)

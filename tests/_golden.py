@@ -1,4 +1,4 @@
-"""The pinned figures and the rule that made their weights and inputs (see golden/README.md)."""
+"""The pinned values, and the rule that made their weights and inputs (see golden/README.md)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FOLDER = Path(__file__).parent / "golden"
 
 
 def load(name: str) -> Any:
-    """The figures of `golden/<name>.json`."""
+    """The values of `golden/<name>.json`."""
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
 def value(text: str, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The float64 value of state entry `key` of that `shape`, drawn from the stream that `text` names."""
+    """The float64 value of state entry `key`, of this `shape`, from a random generator seeded by `text`."""
     rs = np.random.RandomState(zlib.crc32(text.encode()) & 0x7FFFFFFF)
     last = key.rsplit(".", 1)[-1]
     if last == "num_batches_tracked":
@@ -43,7 +43,7 @@ def value(text: str, key: str, shape: tuple[int, ...]) -> np.ndarray:
 def fill(module: nn.Module, salt: str, only: set[str] | None = None) -> None:
     """Overwrite the state of `module` (the `only` keys, or all) with its pinned values, through float32.
 
-    Entry `key` takes the stream of `salt + key`. Call it before `.double()`: the pinned weights carry float32 rounding.
+    The seed of entry `key` is `salt + key`. Call it before `.double()`: the pinned weights are rounded to float32.
     """
     with torch.no_grad():
         for key, tensor in module.state_dict().items():

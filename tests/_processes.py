@@ -1,4 +1,4 @@
-"""Code in a Python process of its own, with real signals and files, without the seconds that importing torch takes."""
+"""Run code in a separate Python process, with real signals and files, without importing torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# The package as it lies there, without running its __init__ files, which import everything.
+# Makes the package importable without running its __init__ files, which import everything.
 _LIGHT = f"""
 import sys, types
 for name in ("mdistiller", "mdistiller.engine"):
@@ -19,7 +19,7 @@ for name in ("mdistiller", "mdistiller.engine"):
 
 
 def light_command(code: str, *arguments: object) -> list[str]:
-    """The command that runs `code`; it may import what needs no torch: of mdistiller.engine logger, run_lock, ..."""
+    """The command that runs `code`; it may import what needs no torch, such as mdistiller.engine.logs.logger"""
     return [sys.executable, "-c", _LIGHT + code, *map(str, arguments)]
 
 
@@ -29,7 +29,7 @@ def light(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str
 
 
 def in_mount(size: str, code: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[str] | None:
-    """Run `code`, light, in `folder`, on a file system of `size` of its own; None where none can be mounted here."""
+    """Run `light_command(code)` in `folder`, on a new file system of `size`; None if none can be mounted here."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         return None
     inside = 'mount -t tmpfs -o size="$1" tmpfs "$2" && cd "$2" && exec "$3" -c "$0"'

@@ -33,7 +33,7 @@ def loaders(info, count=2):
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_a_config_builds_and_takes_a_step(path, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)  # configs name files by their place in the repository
+    monkeypatch.chdir(REPOSITORY)  # configs name files relative to the repository
     cfg = load_cfg(path, ["EXPERIMENT.DEVICE", "cpu", "SOLVER.BATCH_SIZE", "2"])
     info = dataset_info[cfg.DATASET.TYPE]
     models = model_dict(cfg.DATASET.TYPE)

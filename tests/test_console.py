@@ -1,4 +1,4 @@
-"""A process goes on when its terminal, its pipe or its disk is gone: real ones."""
+"""A process continues when its terminal or pipe is closed or its disk is full; all of them are real."""
 
 import os
 import pty
@@ -29,7 +29,7 @@ done.write_text("whole")
 
 
 def lose(process, tmp_path, cut):
-    """Have the process's output cut by `cut` once it has begun; returns what it left, and its exit status."""
+    """Call `cut` once the process has begun; returns what it wrote to its file, and its exit status."""
     while not (tmp_path / "done.ready").exists():
         assert process.poll() is None
     cut()
@@ -52,7 +52,7 @@ def test_a_closed_terminal(tmp_path, waits):
     assert lose(process, tmp_path, lambda: os.close(controller)) == ("whole", 0)
 
 
-def test_the_reader_of_the_output_goes_away(tmp_path, waits):
+def test_the_reader_of_the_output_exits(tmp_path, waits):
     process = light(TALKER, waits, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert lose(process, tmp_path, process.stdout.close) == ("whole", 0)
     with process.stderr:
@@ -61,7 +61,7 @@ def test_the_reader_of_the_output_goes_away(tmp_path, waits):
         ]  # fmt: skip
 
 
-def test_the_reader_of_the_warnings_goes_away(tmp_path, waits):
+def test_the_reader_of_the_warnings_exits(tmp_path, waits):
     process = light(TALKER, waits, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert lose(process, tmp_path, process.stderr.close) == ("whole", 0)
     with process.stdout:
@@ -97,7 +97,7 @@ print("to the end", file=terminal)
 """
 
 
-def test_output_into_a_file_on_a_full_disk(tmp_path):
+def test_output_to_a_file_on_a_full_disk(tmp_path):
     done = in_mount("50k", FULL, tmp_path)
     if done is None:
         pytest.skip("no file system can be mounted here")
@@ -105,7 +105,7 @@ def test_output_into_a_file_on_a_full_disk(tmp_path):
     assert done.stderr == "warning: stdout is lost ([Errno 28] No space left on device); going on\n"
 
 
-def test_twice_is_once(tmp_path):
+def test_two_calls_have_the_effect_of_one(tmp_path):
     code = TALKER.replace("outlive_terminal()\n", "outlive_terminal()\noutlive_terminal()\n")
     process = light(code, tmp_path / "done", stdout=subprocess.PIPE)
     out, _ = process.communicate(timeout=30)

@@ -1,4 +1,4 @@
-"""The direction of imports: what each room of the package may use, and what only one room may use."""
+"""The direction of imports: what each subpackage may import, and what only one of them may import."""
 
 import ast
 from pathlib import Path
@@ -12,7 +12,7 @@ GROUND = {"errors", "registry", "paths", "console"}
 MODELS = {"models", "grouping", *GROUND}
 ENGINE = {"engine", "engine.files", "engine.logs", "engine.runtime", "engine.teacher"}
 BELOW_ENGINE = {"distillers", "dataset", "distributed", *MODELS}
-# Room -> the other rooms that it may import.
+# Subpackage (or module at the top) -> the others that it may import.
 ALLOWED = {
     "errors": set(),
     "registry": {"errors"},
@@ -36,8 +36,8 @@ ALLOWED = {
 }
 
 
-def room_of(module: str) -> str:
-    """The room of `mdistiller.a.b.c`: "a", or "engine.b" for the rooms inside the engine."""
+def subpackage_of(module: str) -> str:
+    """The subpackage of `mdistiller.a.b.c`: "a", or "engine.b" for those inside the engine."""
     parts = module.split(".")[1:]
     inner = ".".join(parts[:2])
     return inner if inner in ALLOWED else (parts or [""])[0]
@@ -66,29 +66,29 @@ def imports_of(path: Path):
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def test_every_file_is_in_a_known_room():
-    assert {room_of(module_of(path)) for path in FILES} == set(ALLOWED)
+def test_every_file_is_in_a_known_subpackage():
+    assert {subpackage_of(module_of(path)) for path in FILES} == set(ALLOWED)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_one_way(path):
-    own = room_of(module_of(path))
+    own = subpackage_of(module_of(path))
     for line, module in imports_of(path):
-        if module.split(".")[0] == "mdistiller" and (room := room_of(module)) != own:
-            assert room in ALLOWED[own], f"{path}:{line}: {own or 'mdistiller'} may not import {module}"
+        if module.split(".")[0] == "mdistiller" and (other := subpackage_of(module)) != own:
+            assert other in ALLOWED[own], f"{path}:{line}: {own or 'mdistiller'} may not import {module}"
             private = [part for part in module.split(".") if part.startswith("_")]
-            assert not private, f"{path}:{line}: {module} is private to its room"
+            assert not private, f"{path}:{line}: {module} is private to its subpackage"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_several_processes_are_the_business_of_one_room(path):
-    if room_of(module_of(path)) != "distributed":
+def test_only_distributed_imports_torch_distributed(path):
+    if subpackage_of(module_of(path)) != "distributed":
         others = [m for _, m in imports_of(path) if m.startswith(("torch.distributed", "torch.nn.parallel"))]
         assert not others, f"{path} imports {others}; mdistiller/distributed/ has what it needs"
 
 
 def test_a_wrong_import_would_be_found(tmp_path, monkeypatch):
-    """The two forms of import that a reader could overlook."""
+    """The two forms of import that are easy to overlook."""
     monkeypatch.setitem(globals(), "PACKAGE", tmp_path / "mdistiller")
     (tmp_path / "mdistiller/engine").mkdir(parents=True)
     (tmp_path / "mdistiller/engine/trainer.py").touch()

@@ -3,7 +3,7 @@
 from mdistiller import paths
 
 
-def test_a_file_is_looked_for_here_and_then_in_the_project(tmp_path, monkeypatch):
+def test_a_file_is_searched_for_in_the_current_folder_then_in_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "configs/digits/kd.yaml"
     assert paths.find_file(name) == paths.SHIPPED / name

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert a network's weights: torch checkpoint <-> safetensors, by the name of the file to write.
+"""Convert a network's weights between torch checkpoints and safetensors; the suffix of the file to write decides.
 
     python tools/convert.py output/digits/kd,wrn_16_2,resnet8/student_best resnet8.safetensors
     python tools/convert.py resnet8.safetensors resnet8.pth

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the plain head of a DCGD student as an ordinary checkpoint, which tools/eval.py reads by the plain name.
+"""Write the plain head of a DCGD student as a checkpoint of the plain network, such as resnet20.
 
     python tools/export_head.py output/cifar100_baselines/dcgd_kd,res56,res20/student_best_single -o resnet20.pth
     python tools/export_head.py student_best -m resnet8 -d digits -o resnet8.pth

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Look inside a trained network, and at how a student differs from its teacher.
+"""Plot a trained network's features, errors and calibration, and how a student differs from its teacher.
 
     python tools/inspect_features.py --run output/digits/kd,wrn_16_2,resnet8
     python tools/inspect_features.py -m resnet20 -c student_best --teacher resnet56 -o output/inspect/resnet20

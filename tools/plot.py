@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw the curves of runs, one or many together: accuracy and every part of the loss by epoch, as PNG and SVG.
+"""Draw the curves of one or more runs: accuracy and every loss term by epoch, as PNG and SVG.
 
     python tools/plot.py output/digits/kd,wrn_16_2,resnet8
     python tools/plot.py KD=output/digits/kd,wrn_16_2,resnet8 DKD=output/digits/dkd,wrn_16_2,resnet8 -o output/curves

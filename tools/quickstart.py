@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Distil on scikit-learn's handwritten digits from nothing, in a few minutes on two cores.
+"""Distil on scikit-learn's handwritten digits, with nothing to download, in a few minutes on two cores.
 
     python tools/quickstart.py
 

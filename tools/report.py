@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make one HTML page of a run, or of a plan's table: figures, curves, pictures, configuration, environment.
+"""Make one HTML page of a run, or of a plan's table: metrics, curves, plots, configuration, environment.
 
     python tools/report.py output/digits/kd,wrn_16_2,resnet8
     python tools/report.py output/plan_digits -o digits.html

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a student, by itself or from a teacher, as a YAML file says.
+"""Train a student, with or without a teacher, as a YAML file describes.
 
     python tools/train.py --cfg configs/digits/kd.yaml
     python tools/train.py --cfg configs/cifar100/dkd/res56_res20.yaml SOLVER.BATCH_SIZE 128 EXPERIMENT.SEED 1

@@ -1,1 +1,1 @@
-"""Reading what runs have written: figures, tables, curves."""
+"""Analyse runs and trained networks: metrics, plots, HTML reports."""

@@ -1,4 +1,4 @@
-"""A run, or a plan's table, as one HTML page that needs no other file and no network."""
+"""A run, or a plan's table, as one HTML page that needs no other file and no internet connection."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .plots.curves import curves_figure
 
 # What tools/inspect_features.py draws, in the order of the page.
 PICTURES = {
-    "tsne": "t-SNE of the pooled features: neighbourhoods mean something, distances do not",
+    "tsne": "t-SNE of the pooled features: neighbourhoods are meaningful, distances are not",
     "correlation": "Differences between student and teacher: mean logits by class, correlation of the logits",
     "confusion": "Confusion matrix",
     "reliability": "Reliability: accuracy by confidence",
@@ -30,17 +30,17 @@ PICTURES = {
 
 
 def report(path: Path) -> str:
-    """The page of a run's folder, or of a table: its folder or its table.json.
+    """The HTML page of a run, given by its folder, or of a table, given by its folder or its table.json.
 
     Raises:
-        UserError: it is neither.
+        UserError: `path` is neither.
     """
     file = path if path.suffix == ".json" else path / "table.json"
     return render(_table_content(load_table(file)) if file.is_file() else _run_content(read_run(path)))
 
 
 def render(content: Mapping[str, Any]) -> str:
-    """The page, as html_report.html beside this file lays it out."""
+    """The HTML page: the template html_report.html filled with `content`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -93,7 +93,7 @@ def _table_content(table: Table) -> dict[str, Any]:
 
 
 def _first_run(folders: tuple[str, ...]) -> Run | None:
-    """The first of a row's runs; None where it is not to be found any more."""
+    """The first of a row's runs; None if it can no longer be read."""
     try:
         return read_run(folders[0])
     except (IndexError, UserError):

@@ -1,4 +1,4 @@
-"""Figures of trained networks from their outputs: calibration, agreement, similarity of features, class correlation."""
+"""Metrics of trained networks from their outputs: calibration, agreement, similarity of features, class correlation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Calibration:
 
 
 def calibration(logits: Array, targets: Array, bins: int = 15) -> Calibration:
-    """Confidence and accuracy of predictions in `bins` bins ((k - 1) / K, k / K].
+    """Confidence and accuracy of predictions in K = `bins` bins ((k - 1) / K, k / K].
 
     Args:
         logits: (N, C).
@@ -70,7 +70,7 @@ def agreement(logits_a: Array, logits_b: Array) -> float:
 
 
 def linear_cka(x: Array, y: Array) -> float:
-    """How alike two sets of features of the same images are, up to rotation and scale: from 0 to 1.
+    """Similarity of two sets of features of the same images, in [0, 1]; invariant to rotation and scale.
 
         CKA = ||Y^T X||_F^2 / (||X^T X||_F * ||Y^T Y||_F),   columns centred
 
@@ -88,7 +88,7 @@ def linear_cka(x: Array, y: Array) -> float:
 
 
 def class_mean_logits(logits: Array, targets: Array) -> Array:
-    """(C, C): row c is the mean of the logits (N, C) over the images of class c; NaN where there is none."""
+    """(C, C): row c is the mean of the logits (N, C) over the images of class c; NaN if it has none."""
     classes = logits.shape[1]
     count = np.bincount(targets, minlength=classes)
     sums = np.zeros((classes, classes))
@@ -97,7 +97,7 @@ def class_mean_logits(logits: Array, targets: Array) -> Array:
 
 
 def mean_logit_difference(student: Array, teacher: Array, targets: Array) -> Array:
-    """(C, C): |student - teacher| of their `class_mean_logits`, with a zero diagonal, as the original has it.
+    """(C, C): |student - teacher| of their `class_mean_logits`; the diagonal is set to zero, as in the original.
 
     Args:
         student, teacher: (N, C) logits.
@@ -109,11 +109,11 @@ def mean_logit_difference(student: Array, teacher: Array, targets: Array) -> Arr
 
 
 def class_correlation(logits: Array) -> Array:
-    """(C, C) in [-1, 1]: correlation of every two classes' logits (N, C) over the images; NaN for a constant one."""
+    """(C, C) in [-1, 1]: correlation between the logits (N, C) of every two classes; NaN for a constant logit."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.corrcoef(logits, rowvar=False)
 
 
 def correlation_difference(student: Array, teacher: Array) -> Array:
-    """(C, C) in [-2, 2]: student - teacher of their `class_correlation`; logits (N, C) each."""
+    """(C, C) in [-2, 2]: `class_correlation` of the student minus that of the teacher; logits (N, C) each."""
     return class_correlation(student) - class_correlation(teacher)

@@ -1,4 +1,4 @@
-"""What a network makes of a data set's images: logits, pooled features, and the mean of every stage's maps."""
+"""A network's outputs on a data set: logits, pooled features, and the spatial mean of every stage's feature maps."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Outputs:
 
     Attributes:
         logits: (N, C).
-        pooled: (N, D), what the classifier sees.
-        stages: for the stem and every stage, (N, channels): its map after the activation, averaged over space.
+        pooled: (N, D), the input of the classifier.
+        stages: for the stem and every stage, (N, channels): its feature map after the activation, averaged over space.
         targets: (N,) int64.
     """
 
@@ -36,10 +36,10 @@ def collect(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], head: str | 
     """Run `model`, in eval mode, over the loader's (image, target) batches.
 
     Args:
-        head: of a network with several: whose logits; None for its first.
+        head: for a network with several heads, the one whose logits are collected; None for the first.
 
     Raises:
-        UserError: it has no head of that name.
+        UserError: the network has no head of that name.
     """
     device = next(model.parameters()).device
     heads = model_heads(model, head) if head else None
@@ -52,16 +52,16 @@ def collect(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], head: str | 
             pooled.append(features["pooled_feat"].cpu())
             stages.append([f.mean(dim=(2, 3)).cpu() for f in features["feats"]])
             targets.append(target.cpu())
-    by_stage = [_joined(parts) for parts in zip(*stages)]
+    by_stage = [_joined(batches) for batches in zip(*stages)]
     return Outputs(_joined(logits), _joined(pooled), by_stage, torch.cat(targets).numpy())
 
 
-def _joined(parts: Iterable[Tensor]) -> np.ndarray:
-    return torch.cat(list(parts)).double().numpy()
+def _joined(batches: Iterable[Tensor]) -> np.ndarray:
+    return torch.cat(list(batches)).double().numpy()
 
 
 def tsne(features: np.ndarray, seed: int = 0) -> np.ndarray:
-    """(N, D) features laid out on a plane: (N, 2). Only neighbourhoods mean something, not distances.
+    """t-SNE of features (N, D): points (N, 2) on a plane. Neighbourhoods are meaningful, distances are not.
 
     Raises:
         UserError: fewer than four images.

@@ -1,1 +1,1 @@
-"""One file a command, named as the command."""
+"""One module for each command, named after it."""

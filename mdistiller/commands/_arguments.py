@@ -1,4 +1,4 @@
-"""What the commands' argument parsers share."""
+"""Arguments and checks that several commands share."""
 
 from __future__ import annotations
 
@@ -26,12 +26,18 @@ def command_parser(description: str | None, prog: str | None, **options: Any) ->
 def trained_network_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """Add the arguments of a command that runs a trained network on a data set; `batch_size` is the default."""
     parser.add_argument("-m", "--model", required=True, help="the network's name, such as resnet20")
-    parser.add_argument("-c", "--ckpt", default="pretrain", help="checkpoint; `pretrain` (default): the published one")
-    parser.add_argument("-d", "--dataset", default="cifar100", help="cifar100, tiny_imagenet, imagenet or digits")
-    parser.add_argument("-bs", "--batch-size", type=int, default=batch_size)
-    parser.add_argument("--data-root", default="./data", help="the folder that holds the data sets")
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "-c", "--ckpt", default="pretrain", help="its checkpoint; `pretrain` (default): the published one"
+    )
+    parser.add_argument(
+        "-d", "--dataset", default="cifar100", help="cifar100 (default), tiny_imagenet, imagenet or digits"
+    )
+    parser.add_argument(
+        "-bs", "--batch-size", type=int, default=batch_size, help=f"images in a batch (default: {batch_size})"
+    )
+    parser.add_argument("--data-root", default="./data", help="the folder that holds the data sets (default: ./data)")
+    parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images (default: 2)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -1,9 +1,9 @@
-"""Convert a network's weights: torch checkpoint <-> safetensors, by the name of the file to write.
+"""Convert a network's weights between torch checkpoints and safetensors; the suffix of the file to write decides.
 
     mdistiller convert output/digits/kd,wrn_16_2,resnet8/student_best resnet8.safetensors
     mdistiller convert resnet8.safetensors resnet8.pth
 
-Every tool that takes a checkpoint takes .safetensors too.
+Every command that reads a checkpoint also reads .safetensors.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ._arguments import command_parser
 
 
 def convert(source: Path, target: Path) -> str:
-    """Write the network's weights in `source` to `target`, as safetensors where that ends with .safetensors.
+    """Write the network's weights in `source` to `target`, as safetensors if that ends with .safetensors.
 
     Args:
-        source: any checkpoint that tools/eval.py takes; of a whole run's, the student is taken.
+        source: any checkpoint that tools/eval.py reads; from the checkpoint of a whole run, the student is written.
 
     Returns:
         What was written, for the terminal.
@@ -43,8 +43,10 @@ def convert(source: Path, target: Path) -> str:
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("source", type=Path, help="student_best, best, a published checkpoint, ...")
-    parser.add_argument("target", type=Path, help="the file to write; .safetensors, or anything else for torch")
+    parser.add_argument("source", type=Path, help="the checkpoint: student_best, best, a published one, ...")
+    parser.add_argument(
+        "target", type=Path, help="the file to write; without the suffix .safetensors, a torch checkpoint"
+    )
     return parser.parse_args(arguments)
 
 

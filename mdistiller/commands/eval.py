@@ -33,13 +33,13 @@ def evaluate_checkpoint(
 
     Args:
         ckpt: its checkpoint, or "pretrain" for the published one.
-        groups: of a plain network that DCGD grouped: what DCGD.GROUPS was.
+        groups: for a plain network that DCGD trained with groups, DCGD.GROUPS of its run.
 
     Returns:
-        A line for each head, then what the network costs.
+        A line for each head, then the speed and the network's cost.
 
     Raises:
-        UserError: an unknown name, missing data, an unfit checkpoint, a batch size below 1.
+        UserError: an unknown name, missing data, a checkpoint that does not fit, a batch size below 1.
     """
     check_batch_size(batch_size)
     net = load_trained(dataset, model, ckpt, groups, device)
@@ -63,8 +63,10 @@ def evaluate_checkpoint(
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
     trained_network_arguments(parser, batch_size=64)
-    parser.add_argument("--head", help="of a network with several heads: which one is scored (default: all)")
-    parser.add_argument("--groups", default="", help="of a plain network that DCGD grouped: what DCGD.GROUPS was")
+    parser.add_argument("--head", help="for a network with several heads: the one to score (default: all)")
+    parser.add_argument(
+        "--groups", default="", help="for a plain network that DCGD trained with groups: DCGD.GROUPS of its run"
+    )
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Write the plain head of a DCGD student as an ordinary checkpoint, which tools/eval.py reads by the plain name.
+"""Write the plain head of a DCGD student as a checkpoint of the plain network, such as resnet20.
 
     mdistiller export-head output/cifar100_baselines/dcgd_kd,res56,res20/student_best_single -o resnet20.pth
     mdistiller export-head student_best -m resnet8 -d digits -o resnet8.pth
@@ -28,27 +28,26 @@ def export_head(ckpt: Path, out: Path, model: str | None = None, dataset: str | 
     """Write the plain head in the grouped student's checkpoint `ckpt` to `out`, as a checkpoint of the network `model`.
 
     Args:
-        model: the plain network's name, DISTILLER.STUDENT of the run; None: as the run's config.yaml says, beside
-            `ckpt`.
-        dataset: the same of DATASET.TYPE.
+        model: the plain network's name; None: DISTILLER.STUDENT in the run's config.yaml, next to `ckpt`.
+        dataset: its data set; None: DATASET.TYPE in that config.yaml, else cifar100.
 
     Returns:
         What was written, for the terminal.
 
     Raises:
-        UserError: no such file, no grouped student in it, the network is unknown, another one, or one of the published
-            students, whose plain head is no ordinary ResNet.
+        UserError: no such file, no grouped student in it, an unknown network, one that does not fit, or one of the
+            published students, whose plain head is not an ordinary ResNet.
     """
     grouped = model_state(load_checkpoint(ckpt), ckpt)
     run_model, run_dataset = _run_of(ckpt)
     model, dataset = model or run_model, dataset or run_dataset or "cifar100"
     if model is None:
-        raise UserError(f"no config.yaml beside {ckpt} tells its network; name the plain one, such as -m resnet20")
+        raise UserError(f"no config.yaml next to {ckpt} names its network; give the plain one, such as -m resnet20")
     published = next((name for name in (model, run_model) if name in published_students), None)
     if published:
         raise UserError(
-            f"the plain head of {published} has no ReLU behind its stem, as published, so that no ordinary ResNet "
-            f"computes it; score it by tools/eval.py -m {published} --head single, or train with DISTILLER.STUDENT "
+            f"the plain head of {published} is not an ordinary ResNet: as published, it has no ReLU after its stem; "
+            f"score it with tools/eval.py -m {published} --head single, or train with DISTILLER.STUDENT "
             f"resnet{published.rsplit('r', 1)[1]} and DCGD.GROUPS, whose head can be exported"
         )
     state = {name.removeprefix(PREFIX): tensor for name, tensor in grouped.items() if name.startswith(PREFIX)}
@@ -57,11 +56,11 @@ def export_head(ckpt: Path, out: Path, model: str | None = None, dataset: str | 
     load_state(build_model(model_dict(dataset), model, dataset_info[dataset].num_classes), state, ckpt)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint({"model": state}, out)
-    return f"wrote {out}; score it by tools/eval.py -m {model} -d {dataset} -c {out}"
+    return f"wrote {out}; score it with tools/eval.py -m {model} -d {dataset} -c {out}"
 
 
 def _run_of(ckpt: Path) -> tuple[str | None, str | None]:
-    """DISTILLER.STUDENT and DATASET.TYPE of the run that wrote `ckpt`, where its config.yaml lies beside it."""
+    """DISTILLER.STUDENT and DATASET.TYPE in the config.yaml next to `ckpt`; None for both if it cannot be read."""
     try:
         cfg = yaml.safe_load((ckpt.parent / "config.yaml").read_text(encoding="utf-8"))
         return cfg["DISTILLER"]["STUDENT"], cfg["DATASET"]["TYPE"]
@@ -71,10 +70,12 @@ def _run_of(ckpt: Path) -> tuple[str | None, str | None]:
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("ckpt", type=Path, help="a grouped student: student_best_single, student_latest, best, ...")
+    parser.add_argument(
+        "ckpt", type=Path, help="a grouped student's checkpoint: student_best_single, student_latest, best, ..."
+    )
     parser.add_argument("-o", "--out", type=Path, required=True, help="the file to write")
-    parser.add_argument("-m", "--model", help="the plain network (default: as config.yaml beside the checkpoint says)")
-    parser.add_argument("-d", "--dataset", help="its data set (default: the same, else cifar100)")
+    parser.add_argument("-m", "--model", help="the plain network (default: from config.yaml next to the checkpoint)")
+    parser.add_argument("-d", "--dataset", help="its data set (default: from that config.yaml, else cifar100)")
     return parser.parse_args(arguments)
 
 

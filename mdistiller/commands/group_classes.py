@@ -4,7 +4,7 @@
     mdistiller group-classes -m wrn_16_2 -c output/digits/teacher,wrn_16_2/student_best -d digits --num-groups 2 \\
         --split kfold -o output/groups/digits.json
 
-CIFAR-100 is grouped by its 20 super-classes, other data sets by their classes. The groups are then used with
+For CIFAR-100 its 20 super-classes are grouped, for other data sets their classes. To train with the groups, set
 DCGD.GROUPS FILE and a plain student, such as DISTILLER.STUDENT resnet20.
 """
 
@@ -41,10 +41,10 @@ SPLITS = ("train", "heldout", "kfold", "test")
 # Super-class of each class, and the super-classes' names, of the data sets that have them.
 SUPERCLASSES = {"cifar100": (SUPERCLASS, SUPERCLASS_NAMES)}
 LEAK = (
-    "groups from the test images let the test set into training; accuracies on it are no longer clean. "
-    "Use this to compare with groups that were made so, not to make new ones."
+    "groups from the test images leak the test set into training, so that accuracies on it are biased. "
+    "Use --split test to compare with groups that were made this way, not to make new ones."
 )
-# With fewer errors than this for each class, their shares are mostly chance.
+# With fewer errors than this for each class, the error rates are mostly chance.
 ENOUGH_ERRORS = 10
 
 
@@ -63,21 +63,21 @@ def group_classes(
     num_workers: int = 2,
     device: str = "auto",
 ) -> str:
-    """Group a data set's classes by a teacher's mistakes; write them to `out` (JSON) and a picture beside it (PNG).
+    """Group a data set's classes by a teacher's errors; write the groups to `out` (JSON) and a plot next to it (PNG).
 
     Args:
         ckpt: the teacher's checkpoint; "pretrain" is the published one.
-        split: the images it is judged on. "train": the training images, not augmented. "heldout": those of the
-            training set that DATASET.VAL_FRACTION `val_fraction` keeps from training; the teacher must have been
-            trained so. "kfold": the training images by cross-validation of its last layer, see `cross_predict`.
-            "test": the test images, which leaks them.
-        single_classes: group classes where the data set has super-classes.
+        split: the images on which errors are counted. "train": the training images, not augmented. "heldout": those
+            of the training set that DATASET.VAL_FRACTION `val_fraction` keeps out of training; the teacher must have
+            been trained with that value. "kfold": the training images, by cross-validation of the teacher's last layer,
+            see `cross_predict`. "test": the test images, which leaks them into training.
+        single_classes: group the classes even if the data set has super-classes.
 
     Returns:
-        What was found, for the terminal.
+        Accuracy, errors and groups, for the terminal.
 
     Raises:
-        UserError: an unknown name, missing data, an unfit checkpoint, or counts that tell no groups.
+        UserError: an unknown name, missing data, a checkpoint that does not fit, or counts that give no groups.
     """
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
@@ -129,17 +129,17 @@ def group_classes(
         "confusion": confusion.tolist(),
     }
     save_groups(out, content)
-    picture = out.with_suffix(".png")
-    draw_confusion(picture, confusion, groups, names, f"{model} on {dataset} ({split}), {num_groups} groups")
+    plot = out.with_suffix(".png")
+    draw_confusion(plot, confusion, groups, names, f"{model} on {dataset} ({split}), {num_groups} groups")
     lines = [f"{model} on {len(targets)} images of {dataset} ({split}): top-1 {accuracy:.2f}, {errors} errors counted"]
     lines += [f"group {g}: {', '.join(names[i] for i in group)}" for g, group in enumerate(groups)]
-    return "\n".join([*lines, f"wrote {out} and {picture}; train with DCGD.GROUPS {out}"])
+    return "\n".join([*lines, f"wrote {out} and {plot}; train with DCGD.GROUPS {out}"])
 
 
 def _loader(
     dataset: str, split: str, val_fraction: float, data_root: str, batch_size: int, num_workers: int
 ) -> Loader:
-    """The images that `split` means, in order and not augmented."""
+    """The images of `split`, in order and not augmented."""
     if split != "heldout":
         return get_val_loader(dataset, data_root, batch_size, num_workers, train=split != "test")
     if not 0 < val_fraction < 1:
@@ -164,16 +164,20 @@ def _run(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], field: str) -> 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
     trained_network_arguments(parser, batch_size=256)
-    parser.add_argument("-o", "--out", type=Path, default=Path("groups.json"), help="JSON file; the PNG goes beside it")
-    parser.add_argument("--num-groups", type=int, default=5, help="G; at most half as many as classes")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("groups.json"), help="JSON file; the PNG goes next to it"
+    )
+    parser.add_argument("--num-groups", type=int, default=5, help="at most half the number of classes (default: 5)")
     parser.add_argument(
         "--split", default="train",
-        help="images to count mistakes on: train (default); heldout, for a teacher trained with DATASET.VAL_FRACTION; "
+        help="images to count errors on: train (default); heldout, for a teacher trained with DATASET.VAL_FRACTION; "
         "kfold, cross-validating its last layer on the training images; test, which leaks the test set",
     )  # fmt: skip
     parser.add_argument("--single-classes", action="store_true", help="group classes, not CIFAR-100's super-classes")
-    parser.add_argument("--val-fraction", type=float, default=0.1, help="of --split heldout: the teacher's own")
-    parser.add_argument("--folds", type=int, default=5, help="of --split kfold")
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.1, help="for --split heldout: DATASET.VAL_FRACTION of the teacher's run"
+    )
+    parser.add_argument("--folds", type=int, default=5, help="for --split kfold: number of folds (default: 5)")
     return parser.parse_args(arguments)
 
 

@@ -1,12 +1,12 @@
-"""Look inside a trained network, and at how a student differs from its teacher.
+"""Plot a trained network's features, errors and calibration, and how a student differs from its teacher.
 
     mdistiller inspect-features --run output/digits/kd,wrn_16_2,resnet8
     mdistiller inspect-features -m resnet20 -c student_best --teacher resnet56 -o output/inspect/resnet20
     mdistiller inspect-features -m resnet56                                   # a published teacher alone
 
-Pictures, each with its figures in a file beside it: t-SNE of the pooled features, confusion matrix, reliability diagram
-with the expected calibration error; with a teacher also the differences of mean logits and of class correlations, and
-the CKA between the stages of both.
+Writes plots, each with its values in a file next to it: t-SNE of the pooled features, confusion matrix, reliability
+diagram with the expected calibration error; with a teacher also the differences of mean logits and of class
+correlations, and the CKA between the stages of both.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run_networks(folder: Path) -> dict[str, str]:
     """A run's networks as arguments of `inspect_network`: its student after the last epoch, its teacher if it has one.
 
     Raises:
-        UserError: it is no run's folder.
+        UserError: it is not a run's folder.
     """
     run = read_run(folder)
     cfg = run.cfg
@@ -76,10 +76,10 @@ def network_outputs(
 
     Args:
         ckpt: its checkpoint, or "pretrain" for the published one.
-        groups: of a plain network that DCGD grouped: what DCGD.GROUPS was.
+        groups: for a plain network that DCGD trained with groups, DCGD.GROUPS of its run.
 
     Raises:
-        UserError: an unknown name, missing data, an unfit checkpoint.
+        UserError: an unknown name, missing data, a checkpoint that does not fit.
     """
     check_batch_size(batch_size)
     net = load_trained(dataset, model, ckpt, groups, device)
@@ -106,23 +106,24 @@ def inspect_network(
     seed: int = 0,
     **loading: Any,
 ) -> str:
-    """Write pictures of a network, and of how it differs from its teacher, into the folder `out`, with their figures.
+    """Write plots of a network, and of how it differs from its teacher, with their values into the folder `out`.
 
-    Always: tsne.png and .csv, confusion.png and .csv, reliability.png and .csv, figures.json. With a teacher:
-    correlation.png and .csv, cka.png and .csv, and both networks in tsne and reliability.
+    Always: confusion.png and .csv, reliability.png and .csv, figures.json; tsne.png and .csv unless `tsne_images` is 0.
+    With a teacher: correlation.png and .csv, mean_logits.csv, cka.png and .csv, and both networks in tsne and
+    reliability.
 
     Args:
-        teacher: its name; None for none.
-        tsne_images: how many of the first test images are laid out; 0 for no t-SNE.
-        bins: of the reliability diagram.
-        seed: of t-SNE.
-        loading: batch_size, data_root, num_workers, device.
+        teacher: the teacher's name; None for a network without one.
+        tsne_images: number of test images in the t-SNE, from the first one; 0 for no t-SNE.
+        bins: number of bins of the reliability diagram.
+        seed: random seed of t-SNE.
+        loading: arguments of `network_outputs`: batch_size, data_root, num_workers, device.
 
     Returns:
-        What was found, for the terminal.
+        The metrics, for the terminal.
 
     Raises:
-        UserError: an unknown name, missing data, an unfit checkpoint.
+        UserError: an unknown name, missing data, a checkpoint that does not fit.
     """
     nets = {model: network_outputs(model, ckpt, dataset, head=head, groups=groups, **loading)}
     if teacher:
@@ -131,7 +132,7 @@ def inspect_network(
     out.mkdir(parents=True, exist_ok=True)
     targets = nets[model].targets
     calibrations = {name: calibration(o.logits, targets, bins) for name, o in nets.items()}
-    figures: dict[str, Any] = {
+    values: dict[str, Any] = {
         "dataset": dataset,
         "images": len(targets),
         "networks": {
@@ -144,15 +145,15 @@ def inspect_network(
     if tsne_images:
         _draw_tsne(out, nets, tsne_images, seed)
     if teacher:
-        figures |= _compare(out, *nets.items())
-    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    lines = [f"{name}: top-1 {f['top1']:.2f}, ECE {f['ece']:.2f} %" for name, f in figures["networks"].items()]
-    lines += [f"agreement with the teacher: {figures['agreement']:.2f} %"] if teacher else []
-    return "\n".join([*lines, f"{len(targets)} images; pictures and figures are in {out}"])
+        values |= _compare(out, *nets.items())
+    (out / "figures.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    lines = [f"{name}: top-1 {v['top1']:.2f}, ECE {v['ece']:.2f} %" for name, v in values["networks"].items()]
+    lines += [f"agreement with the teacher: {values['agreement']:.2f} %"] if teacher else []
+    return "\n".join([*lines, f"{len(targets)} images; plots and values are in {out}"])
 
 
 def _compare(out: Path, student: tuple[str, Outputs], teacher: tuple[str, Outputs]) -> dict[str, Any]:
-    """Draw the differences between student and teacher; returns their figures."""
+    """Plot the differences between student and teacher; returns their values."""
     (name_s, s), (name_t, t) = student, teacher
     logits = mean_logit_difference(s.logits, t.logits, s.targets)
     correlations = correlation_difference(s.logits, t.logits)
@@ -202,18 +203,25 @@ def _write_calibrations(path: Path, calibrations: dict[str, Calibration]) -> Non
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     of_run = argparse.ArgumentParser(add_help=False)
-    of_run.add_argument("--run", type=Path, help="a run's folder, which names the networks and the data set")
+    of_run.add_argument("--run", type=Path, help="a run's folder; replaces -m, -c, -d and --teacher")
     run, rest = of_run.parse_known_args(arguments)
     parser = command_parser(__doc__, prog, parents=[of_run])
     trained_network_arguments(parser, batch_size=256)
     parser.add_argument("--teacher", help="the teacher's name (default: none)")
-    parser.add_argument("--teacher-ckpt", default="pretrain", help="its checkpoint; `pretrain` (default) is published")
-    parser.add_argument("--head", help="of a student with several heads: which one (default: its first)")
-    parser.add_argument("--groups", default="", help="of a plain student that DCGD grouped: what DCGD.GROUPS was")
-    parser.add_argument("--tsne-images", type=int, default=1000, help="how many test images t-SNE lays out; 0: none")
-    parser.add_argument("--bins", type=int, default=15, help="of the reliability diagram")
-    parser.add_argument("--seed", type=int, default=0, help="of t-SNE")
-    parser.add_argument("-o", "--out", type=Path, default=Path("output/inspect"), help="the pictures' folder")
+    parser.add_argument(
+        "--teacher-ckpt", default="pretrain", help="its checkpoint; `pretrain` (default): the published one"
+    )
+    parser.add_argument("--head", help="for a student with several heads: which one (default: the first)")
+    parser.add_argument(
+        "--groups", default="", help="for a plain student that DCGD trained with groups: DCGD.GROUPS of its run"
+    )
+    parser.add_argument("--tsne-images", type=int, default=1000, help="number of test images in the t-SNE; 0: no t-SNE")
+    parser.add_argument("--bins", type=int, default=15, help="number of bins of the reliability diagram")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of t-SNE")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("output/inspect"),
+        help="the plots' folder (default: inspect in the run's folder with --run, else output/inspect)",
+    )  # fmt: skip
     with one_line_errors():
         networks = run_networks(run.run) if run.run else {}
     from_run = [f"--{name.replace('_', '-')}={value}" for name, value in networks.items()]

@@ -15,12 +15,12 @@ from ..console import one_line_errors
 from ..registry import unknown_name
 
 COMMANDS = {
-    "train": "train a student, alone or from a teacher, as a YAML file says",
+    "train": "train a student, with or without a teacher, as a YAML file describes",
     "eval": "score a trained network on a data set",
     "table": "run a plan of methods and seeds, and put the results into a table",
     "plot": "draw the curves of runs",
     "report": "make one HTML page of a run or of a table",
-    "inspect-features": "look inside a trained network, and compare it with its teacher",
+    "inspect-features": "plot a trained network's features and errors, and compare it with its teacher",
     "group-classes": "group the classes that a teacher confuses, for DCGD",
     "convert": "convert weights between torch checkpoints and safetensors",
     "export-head": "write the plain head of a DCGD student as an ordinary checkpoint",
@@ -39,7 +39,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command that `arguments` (by default the command line's) begin with."""
+    """Run the command that the first of `arguments` (default: the command line) names."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())

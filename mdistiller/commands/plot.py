@@ -1,9 +1,9 @@
-"""Draw the curves of runs, one or many together: accuracy and every part of the loss by epoch, as PNG and SVG.
+"""Draw the curves of one or more runs: accuracy and every loss term by epoch, as PNG and SVG.
 
     mdistiller plot output/digits/kd,wrn_16_2,resnet8
     mdistiller plot KD=output/digits/kd,wrn_16_2,resnet8 DKD=output/digits/dkd,wrn_16_2,resnet8 -o output/curves
 
-Without -o the pictures of one run go into its folder, those of many to output/curves.png and .svg.
+Without -o the plots of one run go into its folder, those of several runs to output/curves.png and .svg.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from ._arguments import command_parser
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or LABEL=FOLDER")
-    parser.add_argument("-o", "--out", type=Path, help="without .png or .svg: both are written")
+    parser.add_argument(
+        "-o", "--out", type=Path, help="the file to write; without the suffix .png or .svg, both are written"
+    )
     return parser.parse_args(arguments)
 
 

@@ -3,8 +3,8 @@
     mdistiller quickstart
 
 Trains a teacher and a plain student, distils the same student by KD and by DKD, scores all four with `mdistiller eval`,
-and ends with a table and a plot of the curves in output/quickstart. Interrupted, it continues where it was; delete
-output/digits to train again from the start.
+and ends with a table and a plot of the curves in output/quickstart. After an interruption, the same command
+continues where it stopped; delete output/digits to train from the start.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXPERIMENTS = {"teacher": "teacher", "plain student": "vanilla", "student by KD"
 
 
 def command(*arguments: str) -> None:
-    """Run a command as a user would type it, and end with its exit status if it fails."""
+    """Run a command as a user would type it, and exit with its status if it fails."""
     print(f"\n$ mdistiller {' '.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, "-m", "mdistiller", *arguments], env=os.environ | package_environment())
     if done.returncode:

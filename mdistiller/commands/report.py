@@ -1,10 +1,10 @@
-"""Make one HTML page of a run, or of a plan's table: figures, curves, pictures, configuration, environment.
+"""Make one HTML page of a run, or of a plan's table: metrics, curves, plots, configuration, environment.
 
     mdistiller report output/digits/kd,wrn_16_2,resnet8
     mdistiller report output/plan_digits -o digits.html
 
-The page holds all it shows; it can be sent to somebody. Pictures of a run's insides are in it once
-tools/inspect_features.py --run has drawn them.
+The page needs no other file, so it can be sent to others. It also shows the plots of tools/inspect_features.py --run,
+if that was run before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ._arguments import command_parser
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("path", type=Path, metavar="RUN|TABLE", help="a run's folder, or that of a table")
+    parser.add_argument("path", type=Path, metavar="RUN|TABLE", help="a run's folder, or a table's")
     parser.add_argument("-o", "--out", type=Path, help="the page's file (default: report.html in that folder)")
     return parser.parse_args(arguments)
 

@@ -3,9 +3,9 @@
     mdistiller table plans/digits.yaml
     mdistiller table plans/cifar100_same_style.yaml --jobs 4 --only 'KD, resnet56 -> resnet20' LOG.WANDB False
 
-Every run is tools/train.py in a folder of its own. Interrupted, the same command goes on with what is missing; a run
-that fails is told and the others go on. The table comes as table.md, .csv, .json and .png beside the runs; the form of
-a plan is told in mdistiller/analysis/plan.py and docs/comparing.md.
+Every run is `mdistiller train` in a separate folder. After an interruption, the same command continues with the missing
+runs; a run that fails is reported, and the others continue. The table is written next to the runs, as table.md, .csv,
+.json and .png. The form of a plan is described in mdistiller/experiments/plan.py and docs/comparing.md.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ from ._arguments import command_parser
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
     parser.add_argument("plan", help="the plan's YAML file; plans/ holds the published ones")
-    parser.add_argument("--jobs", type=int, help="runs at a time (default: one for each GPU, else one)")
-    parser.add_argument("--only", default="", help="pattern of what is run, found in 'method, pair, seed N'")
-    parser.add_argument("--dry-run", action="store_true", help="list the commands that are missing, and run nothing")
-    parser.add_argument("--no-run", action="store_true", help="put into the table what is there, and run nothing")
+    parser.add_argument("--jobs", type=int, help="number of runs at a time (default: one for each GPU, else one)")
+    parser.add_argument("--only", default="", help="regular expression: run what it finds in 'method, pair, seed N'")
+    parser.add_argument("--dry-run", action="store_true", help="list the commands of the missing runs, and run nothing")
+    parser.add_argument("--no-run", action="store_true", help="make the table from the finished runs, and run nothing")
     parser.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, host:port, or local to start one")
-    parser.add_argument("-o", "--out", type=Path, help="the table's folder (default: that of the runs)")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings over those of the plan: SOLVER.EPOCHS 1")
+    parser.add_argument("-o", "--out", type=Path, help="the table's folder (default: the runs' folder)")
+    parser.add_argument(
+        "opts", nargs="*", metavar="KEY VALUE", help="overrides of the plan's settings, such as SOLVER.EPOCHS 1"
+    )
     args = parser.parse_intermixed_args(arguments)
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs must be at least 1, not {args.jobs}")
@@ -46,7 +48,7 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
 
 
 def missing(jobs: list[Job], failed: dict[str, str]) -> list[Job]:
-    """The jobs that are not done; one whose folder holds something else counts as failed."""
+    """The jobs that are not finished; one whose folder holds a run with another configuration is put into `failed`."""
     left = []
     for job in jobs:
         try:
@@ -59,7 +61,7 @@ def missing(jobs: list[Job], failed: dict[str, str]) -> list[Job]:
 
 
 def run(jobs: list[Job], args: argparse.Namespace, failed: dict[str, str]) -> None:
-    """Run what is missing of `jobs`, a line for each as it ends."""
+    """Run the unfinished ones of `jobs`, and print a line for each when it ends."""
     left = missing(jobs, failed)
     if args.dry_run:
         for job in left:
@@ -73,8 +75,8 @@ def run(jobs: list[Job], args: argparse.Namespace, failed: dict[str, str]) -> No
             failed[job.label] = error or "ended without its last epoch"
             print(f"failed: {job.label}: {failed[job.label]} (see {job.folder}/train.log)", file=sys.stderr, flush=True)
         else:
-            figures = f"top-1 last {done.last:.2f}, best {done.best:.2f}, {done.seconds:.0f} s"
-            print(f"[{number}/{len(left)}] {job.label}: {figures}", flush=True)
+            result = f"top-1 last {done.last:.2f}, best {done.best:.2f}, {done.seconds:.0f} s"
+            print(f"[{number}/{len(left)}] {job.label}: {result}", flush=True)
 
 
 def write_table(plan: Plan, args: argparse.Namespace, out: Path) -> None:
@@ -100,7 +102,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
                 raise UserError(f"plan {args.plan}: two runs would share {job.folder}; give their methods other names")
         chosen = [job for job in jobs if re.search(args.only, job.label)]
         if not chosen:
-            raise UserError(f"--only {args.only!r} is found in no run, such as {jobs[0].label!r}")
+            raise UserError(f"--only {args.only!r} matches no run; the first run is {jobs[0].label!r}")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         if not args.no_run:
             try:
@@ -108,7 +110,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
                 if not failed:
                     run(chosen, args, failed)
             except KeyboardInterrupt:
-                print("interrupted; the same command goes on with what is missing", file=sys.stderr)
+                print("interrupted; the same command continues with the missing runs", file=sys.stderr)
                 raise SystemExit(130) from None
         if not args.dry_run:
             write_table(plan, args, args.out or jobs[0].folder.parent)

@@ -1,4 +1,4 @@
-"""Train a student, by itself or from a teacher, as a YAML file says.
+"""Train a student, with or without a teacher, as a YAML file describes.
 
     mdistiller train --cfg configs/digits/kd.yaml
     mdistiller train --cfg configs/cifar100/dkd/res56_res20.yaml SOLVER.BATCH_SIZE 128 EXPERIMENT.SEED 1
@@ -22,9 +22,13 @@ from ._arguments import command_parser
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
     parser.add_argument("--cfg", required=True, help="the experiment's YAML file; configs/ holds the published ones")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's `latest` checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="train anew where a run of this name is already")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings over those of the file: SOLVER.LR 0.1")
+    parser.add_argument("--resume", action="store_true", help="continue from the run's `latest` checkpoint")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="train from the start, and replace an existing run of this name"
+    )
+    parser.add_argument(
+        "opts", nargs="*", metavar="KEY VALUE", help="overrides of the file's settings, such as SOLVER.LR 0.1"
+    )
     return parser.parse_intermixed_args(arguments)
 
 

@@ -1,1 +1,1 @@
-"""Running many experiments, reading them back, and their tables."""
+"""Run many experiments, read their results back, and put them into tables."""

@@ -32,42 +32,42 @@ class Job:
 
 
 def make_job(label: str, config: Path, overrides: Mapping[str, Any]) -> Job:
-    """A run of `config` under `overrides`."""
-    tokens = tuple(str(part).replace(", ", ",") for pair in overrides.items() for part in pair)
+    """The job that trains `config` with `overrides`."""
+    tokens = tuple(str(item).replace(", ", ",") for pair in overrides.items() for item in pair)
     cfg = load_cfg(config, tokens)
     return Job(label, config, tokens, cfg, Path(cfg.LOG.PREFIX) / experiment_name(cfg, tokens))
 
 
 def finished_run(job: Job) -> Run | None:
-    """The job's run, when it has been trained to its end; None when there is still something to do.
+    """The job's run if all of its epochs are trained, else None.
 
     Raises:
-        UserError: the folder holds a run of another configuration.
+        UserError: the folder holds a run with another configuration.
     """
     try:
         run = read_run(job.folder)
     except UserError:
         return None
-    here, planned = _flat(run.cfg), _flat(job.cfg)
+    found, planned = _flat(run.cfg), _flat(job.cfg)
     for key, value in planned.items():
-        if here.get(key) != value and not is_machine_key(key):
+        if found.get(key) != value and not is_machine_key(key):
             raise UserError(
-                f"{job.folder} holds a run with {key} {here.get(key)!r} where the plan says {value!r}; "
-                "move it away or mend the plan"
+                f"{job.folder} holds a run with {key} {found.get(key)!r} where the plan says {value!r}; "
+                "move it away or correct the plan"
             )
     return run if run.finished else None
 
 
-def _flat(cfg: CN, above: str = "") -> dict[str, Any]:
-    """{"SOLVER.LR": 0.05, ...}"""
+def _flat(cfg: CN, prefix: str = "") -> dict[str, Any]:
+    """The configuration as one dict with dotted keys: {"SOLVER.LR": 0.05, ...}."""
     flat: dict[str, Any] = {}
     for key, value in cfg.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, CN) else {f"{above}{key}": value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, CN) else {f"{prefix}{key}": value}
     return flat
 
 
 def task(job: Job) -> Task:
-    """The process that trains the job: `mdistiller train`, resumed where the run has a `latest`."""
+    """The process that trains the job: `mdistiller train`, with --resume if the run has a `latest` checkpoint."""
     resume = ["--resume"] if (job.folder / "latest").exists() else []
     command = [sys.executable, "-m", "mdistiller", "train", "--cfg", str(job.config), *resume, *job.overrides]
     return Task(command, os.getcwd(), package_environment(), (job.folder / LOG).absolute())

@@ -1,4 +1,4 @@
-"""Carry out the jobs of a plan: each a process of `mdistiller train`, several at a time, here or on a Ray cluster."""
+"""Run the jobs of a plan, each as a process of `mdistiller train`, on this machine or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ def visible_gpus() -> list[str]:
 
 
 def run_here(jobs: Sequence[Job], workers: int, gpus: Sequence[str]) -> Iterator[tuple[Job, str]]:
-    """Run the jobs on this machine, `workers` at a time, the GPUs dealt out in turn.
+    """Run the jobs on this machine, `workers` at a time; worker i uses GPU number i modulo the number of GPUs.
 
     Yields:
-        Each job as it ends, with what went wrong; empty when nothing did. Left early, it ends what is running.
+        Each job when it ends, with its error message, which is empty on success. If the iteration stops early, the
+        running processes are ended.
     """
     processes = Processes()
-    places: SimpleQueue[dict[str, str]] = SimpleQueue()
+    environments: SimpleQueue[dict[str, str]] = SimpleQueue()
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     for i in range(workers):
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}
-        places.put({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), **gpu})
+        environments.put({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), **gpu})
 
     def work(job: Job) -> str:
-        place = places.get()
+        environment = environments.get()
         try:
-            return processes.run(task(job), place)
+            return processes.run(task(job), environment)
         finally:
-            places.put(place)
+            environments.put(environment)
 
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(work, job): job for job in jobs}
@@ -57,12 +58,12 @@ def run_here(jobs: Sequence[Job], workers: int, gpus: Sequence[str]) -> Iterator
 
 
 def run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, str]]:
-    """Run the jobs on a Ray cluster, a GPU each where it has GPUs, else a processor each. As `run_here` yields.
+    """Run the jobs on a Ray cluster, one on each GPU if it has GPUs, else one on each CPU core; yields like `run_here`.
 
-    The package, the data and the output must be at the same place on every machine.
+    The package, the data and the output must have the same paths on every machine.
 
     Args:
-        address: as `ray.init` takes it: "auto", "host:port", "ray://..."; "local" starts one here.
+        address: the address for `ray.init`: "auto", "host:port", "ray://..."; "local" starts a cluster on this machine.
 
     Raises:
         UserError: Ray is not installed, or there is no cluster at the address.
@@ -85,9 +86,9 @@ def run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, str]]:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
             job = waiting.pop(done)
             try:
-                said = ray.get(done)
+                message = ray.get(done)
             except ray.exceptions.RayError as error:  # the machine was lost, or ran out of memory
-                said = one_line(error, 200)
-            yield job, said
+                message = one_line(error, 200)
+            yield job, message
     finally:
         ray.shutdown()

@@ -1,4 +1,4 @@
-"""What a method's networks cost, told from its configuration alone: no weights are read."""
+"""The cost of a method's networks, computed from its configuration alone: no weights are read."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def _costs(dumped: str) -> tuple[dict[str, Cost], int | None]:
 
 
 def method_costs(cfg: CN) -> tuple[dict[str, Cost], int | None]:
-    """Cost of each network that a run of `cfg` may deploy, by name, and the parameters that its method adds to train.
+    """Cost of each network that a run of `cfg` may deploy, by name; number of parameters that its method adds to train.
 
-    The latter is None where it hangs on the size of a data set that is not here (CRD).
+    The number is None where it depends on the size of a data set that is not on this machine (CRD).
     """
     plain = cfg.clone()
     plain.defrost()
-    plain.EXPERIMENT.SEED = 0  # seeds have one cost
+    plain.EXPERIMENT.SEED = 0  # the cost does not depend on the seed
     plain.EXPERIMENT.NAME = plain.EXPERIMENT.PROJECT = ""
     return _costs(plain.dump())
 
 
 def _untrained(cfg: CN) -> tuple[Distiller, bool]:
-    """The method around networks with random weights, and whether it was told all that it asks of the run."""
+    """The method with randomly initialised networks, and whether all facts in its `needs_run` are known."""
     models, classes = model_dict(cfg.DATASET.TYPE), dataset_info[cfg.DATASET.TYPE].num_classes
     method = distiller_dict[cfg.DISTILLER.TYPE]
     student = build_model(models, cfg.DISTILLER.STUDENT, classes)

@@ -1,4 +1,4 @@
-"""A plan: which configs are run with which overrides and seeds, and which published figures stand beside them.
+"""A plan: which configs are run with which overrides and seeds, and the published results to compare them with.
 
     title: What the table is called
     about: What the reader should know.                  # optional
@@ -18,10 +18,10 @@
         by_pair: {resnet56 -> resnet20: {KD.TEMPERATURE: 3}}
         published: {resnet56 -> resnet20: 70.66}         # or a number where there are no pairs
         source: crd
-    over: [KD, student]                                  # the methods that gains are counted over; these by default
+    over: [KD, student]                                  # gains are computed over these methods; this is the default
     sources: {crd: "Tian et al. 2020, arXiv 1910.10699"}
 
-A later override wins: config, pair, method, by_pair, plan, command line. Files are looked for in the current folder,
+A later override wins: config, pair, method, by_pair, plan, command line. Files are searched for in the current folder,
 then among the project's own. A run's folder is LOG.PREFIX/plan_<the plan's file name>/<method>,<pair>,<overrides>.
 """
 
@@ -55,7 +55,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Method:
-    """A line of the table: for each pair its config, its overrides and its published top-1 in percent, where known."""
+    """A row of the table: for each pair its config, its overrides and its published top-1 in percent, where known."""
 
     configs: dict[str, Path]
     overrides: dict[str, Overrides]
@@ -65,7 +65,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan, read and checked; see the module. Without pairs it has the one pair ""."""
+    """A plan, read and checked; the module's docstring explains the fields. Without pairs it has one pair, named ""."""
 
     name: str
     title: str
@@ -82,7 +82,7 @@ class Plan:
         """The runs of a method for a pair, one for each seed; none where the method has no config for the pair.
 
         Raises:
-            UserError: an override or the config is not as it must be.
+            UserError: an override or the config is invalid.
         """
         entry = self.methods[method]
         if pair not in entry.configs:
@@ -98,10 +98,10 @@ class Plan:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """Read a plan's YAML file; see the module.
+    """Read and check a plan's YAML file; the module's docstring shows its form.
 
     Raises:
-        UserError: it cannot be read, or something in it is not as it must be; names the place.
+        UserError: the file cannot be read, or an entry is invalid; the message names the entry.
     """
     path = find_file(path) or Path(path)
     try:
@@ -147,9 +147,9 @@ def _method(tree: Any, where: str, pairs: Mapping[str, Pair], sources: Mapping[s
     special = _by_pair(method.get("by_pair", {}), where, pairs)
     overrides = {pair: method.get("overrides", {}) | special.get(pair, {}) for pair in configs}
     published = _by_pair(method.get("published", {}), where, pairs)
-    for pair, figure in published.items():
-        if type(figure) not in (int, float):
-            raise UserError(f"{where}: the published figure of {pair!r} must be a number, not {figure!r}")
+    for pair, value in published.items():
+        if type(value) not in (int, float):
+            raise UserError(f"{where}: the published value of {pair!r} must be a number, not {value!r}")
     return Method(configs, overrides, published, _source(method, "published", where, sources))
 
 
@@ -159,7 +159,7 @@ def _before(tree: Any, where: str) -> Job:
 
 
 def _section(tree: Any, where: str, kinds: Mapping[str, Any], required: Sequence[str] = ()) -> dict[str, Any]:
-    """`tree` as a dict whose keys are known and whose values are of the right kind."""
+    """`tree`, checked to be a dict with known keys and values of the expected types."""
     if not isinstance(tree, dict):
         raise UserError(f"{where} must be a section with keys from {', '.join(kinds)}, not {tree!r}")
     for key, value in tree.items():
@@ -184,13 +184,13 @@ def _by_pair(value: Any, where: str, pairs: Mapping[str, Pair]) -> dict[str, Any
     return value
 
 
-def _source(tree: Mapping[str, Any], figure: str, where: str, sources: Mapping[str, str]) -> str:
-    """The source's key; a published figure must have one."""
+def _source(tree: Mapping[str, Any], key: str, where: str, sources: Mapping[str, str]) -> str:
+    """The name of the source; it must be given if `tree` has the published value `key`."""
     source = tree.get("source", "")
     if source and source not in sources:
         raise UserError(f"{where}: {unknown_name('source', source, sources)}")
-    if not source and tree.get(figure) not in (None, {}):
-        raise UserError(f"{where}: {figure} needs a source, one of the plan's sources ({', '.join(sources) or 'none'})")
+    if not source and tree.get(key) not in (None, {}):
+        raise UserError(f"{where}: {key} needs a source, one of the plan's sources ({', '.join(sources) or 'none'})")
     return source
 
 

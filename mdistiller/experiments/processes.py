@@ -1,4 +1,4 @@
-"""Processes that are run to their end with their output kept. No torch here: a Ray worker imports this in no time."""
+"""Run processes to their end and keep their output. Imports no torch, so that a Ray worker starts quickly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..paths import CLONE
 
 @dataclass(frozen=True)
 class Task:
-    """A process to run: its command line, its folder, what it adds to the environment, and the file of its output."""
+    """A process to run: command line, working folder, additional environment variables, and the file for its output."""
 
     command: list[str]
     cwd: str
@@ -22,7 +22,7 @@ class Task:
 
 
 def package_environment() -> dict[str, str]:
-    """The environment in which `python -m mdistiller` runs this very package.
+    """The environment variables with which `python -m mdistiller` runs this copy of the package.
 
     An installed package needs nothing. A clone that is not installed must be on PYTHONPATH.
     """
@@ -40,10 +40,10 @@ class Processes:
         self._ended = False
 
     def run(self, task: Task, environment: dict[str, str] | None = None) -> str:
-        """Run to the end, with the output appended to the task's log.
+        """Run the task to its end; its output is appended to its log.
 
         Returns:
-            Empty when it went well, else the last line of what it said.
+            An empty string on success, else the last line of its output or, without output, its exit status.
         """
         task.log.parent.mkdir(parents=True, exist_ok=True)
         with task.log.open("ab") as log:
@@ -67,7 +67,7 @@ class Processes:
         return "" if status == 0 else next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
 
     def end(self) -> None:
-        """End what is running, and start no more."""
+        """End the running processes, and start no more."""
         with self._lock:
             self._ended = True
             for process in self._running:
@@ -75,5 +75,5 @@ class Processes:
 
 
 def run_task(task: Task) -> str:
-    """`Processes.run` of one task by itself."""
+    """`Processes.run` for a single task."""
     return Processes().run(task)

@@ -1,4 +1,4 @@
-"""A run's folder, read back: its configuration and its figures epoch by epoch."""
+"""Read a run's folder: its configuration and the metrics of each epoch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Run:
     """What a run's folder holds.
 
     Attributes:
-        epochs: a dict of figures for each epoch, by the column names of metrics.csv; an empty cell is left out.
+        epochs: the metrics of each epoch, by the column names of metrics.csv; an empty cell is left out.
     """
 
     folder: Path
@@ -33,17 +33,17 @@ class Run:
 
     @property
     def columns(self) -> list[str]:
-        """The names of all figures, in the file's order."""
+        """The names of all metrics, in the file's order."""
         return list(dict.fromkeys(name for row in self.epochs for name in row))
 
     @property
     def losses(self) -> dict[str, str]:
-        """The columns of the loss parts by their short names: {"ce": "loss/loss_ce"}."""
+        """The columns of the loss terms by their short names: {"ce": "loss/loss_ce"}."""
         return {c.removeprefix("loss/").removeprefix("loss_"): c for c in self.columns if c.startswith("loss/")}
 
     @property
     def heads(self) -> dict[str, str]:
-        """The top-1 columns by head, the one that validation scores first; {"": "test_acc"} of an ordinary network."""
+        """The top-1 columns by head, the head behind `test_acc` first; {"": "test_acc"} for a network with one head."""
         heads = {c.removeprefix(HEAD): c for c in self.columns if c.startswith(HEAD)}
         return heads or {"": "test_acc"}
 
@@ -53,7 +53,7 @@ class Run:
         return self.epochs[-1]["epoch"] >= self.cfg.SOLVER.EPOCHS
 
     def column(self, name: str) -> list[float]:
-        """One figure over the epochs; NaN where an epoch lacks it."""
+        """One metric over the epochs; NaN where an epoch lacks it."""
         return [row.get(name, nan) for row in self.epochs]
 
     @property
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def best(self) -> float:
-        """Top-1 of the best epoch, in percent; chosen on the images it is measured on, so it flatters."""
+        """Top-1 of the best epoch, in percent; optimistic, as the epoch is chosen on the images it is measured on."""
         return max(self.column("test_acc"))
 
     @property
@@ -84,7 +84,7 @@ def read_run(folder: str | Path) -> Run:
     """Read config.yaml and metrics.csv of a run.
 
     Raises:
-        UserError: it is no run's folder, or no epoch has ended yet.
+        UserError: it is not a run's folder, or no epoch has ended yet.
     """
     folder = Path(folder)
     try:
@@ -103,10 +103,10 @@ def read_run(folder: str | Path) -> Run:
 def read_runs(arguments: Sequence[str]) -> dict[str, Run]:
     """Runs by their labels, from FOLDER or LABEL=FOLDER as a command line gives them.
 
-    A folder without a label is called by those comma-separated parts of its name that the others do not share.
+    A folder without a label is named by the comma-separated parts of its name that not all such folders share.
 
     Raises:
-        UserError: one is no run's folder, or two have the same label.
+        UserError: one is not a run's folder, or two have the same label.
     """
     given = [("", a) if Path(a).exists() or "=" not in a else tuple(a.split("=", 1)) for a in arguments]
     short = iter(_short_names([os.path.basename(os.path.abspath(folder)) for label, folder in given if not label]))

@@ -1,4 +1,4 @@
-"""From the runs of a plan to the lines of its table; every measured figure comes from the runs' metrics.csv."""
+"""Compute the rows of a plan's table from its runs; every measured value comes from the runs' metrics.csv."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .runs import Run
 
 @dataclass(frozen=True)
 class Row:
-    """A method (or one head of it) for a pair, over the seeds; None is what is not known.
+    """Results of a method (or of one of its heads) for a pair, over the seeds; None where a value is not known.
 
     Attributes:
-        runs, planned: how many runs have been trained to their end, of how many.
+        runs, planned: number of runs that are trained to their end, and of all runs.
         last, best: mean top-1 of the last and of the best epoch, in percent; `_sd` the sample standard deviation.
         published: the published top-1 in percent; `source` says whose.
-        gains: mean last top-1 above that of other methods, in points, by their names.
-        seconds: mean wall time of a run; `epoch_seconds` the median epoch's, its validation included.
-        peak_memory_mib: the most of any run.
-        parameters, macs: of the network that is deployed; `extra_parameters`: what the method adds while training.
-        folders: of the runs.
+        gains: mean last top-1 minus that of another method, in percentage points, by that method's name.
+        seconds: mean wall time of a run; `epoch_seconds`: median wall time of an epoch, validation included.
+        peak_memory_mib: the maximum over the runs.
+        parameters, macs: of the deployed network; `extra_parameters`: those that the method adds while training.
+        folders: the runs' folders.
     """
 
     pair: str
@@ -57,8 +57,8 @@ class Table:
     """A plan's results.
 
     Attributes:
-        teachers: what is published of each pair's teacher, such as "teacher 72.34 (crd)".
-        measured: on what and when the runs were made, a line each.
+        teachers: what is published of each pair's teacher, such as "72.34 (crd)".
+        measured: hardware, versions and dates of the runs, one line for each combination.
     """
 
     title: str
@@ -79,10 +79,10 @@ class Table:
 
 
 def summarise(plan: Plan, opts: Sequence[str] = ()) -> Table:
-    """The plan's table as far as its runs have come; `opts` as they were run with.
+    """The plan's table from the runs that are finished so far; `opts`: the command-line overrides of these runs.
 
     Raises:
-        UserError: a folder holds a run of another configuration, or no run has ended yet.
+        UserError: a folder holds a run with another configuration, or no run has ended yet.
     """
     rows: list[Row] = []
     runs: list[Run] = []
@@ -103,7 +103,7 @@ def summarise(plan: Plan, opts: Sequence[str] = ()) -> Table:
 
 
 def _measured_rows(line: Row, runs: Sequence[Run]) -> list[Row]:
-    """A row for each head; what is published is of the first."""
+    """A row for each head; the published value is that of the first."""
     costs, extra = method_costs(runs[0].cfg)
     rows = []
     for number, (head, column) in enumerate(runs[0].heads.items()):
@@ -129,7 +129,7 @@ def _sd(values: Sequence[float]) -> float | None:
 
 
 def _with_gains(row: Row, of_pair: Sequence[Row], over: Sequence[str]) -> Row:
-    """The row with its gains over the methods named; over itself there is none."""
+    """The row with its gains over the methods in `over`; None for the gain over itself."""
     gains: dict[str, float | None] = {}
     for name in over:
         base = next((r for r in of_pair if r.method == name or r.method.startswith(f"{name}, head: ")), None)
@@ -139,7 +139,7 @@ def _with_gains(row: Row, of_pair: Sequence[Row], over: Sequence[str]) -> Row:
 
 
 def _hardware(runs: Sequence[Run]) -> list[str]:
-    """What the runs were made on, as their environment.json and the date of their figures tell."""
+    """Hardware, versions and dates of the runs, from environment.json and the modification time of metrics.csv."""
     lines: dict[str, int] = {}
     for run in runs:
         e = run.environment
@@ -157,10 +157,10 @@ def save_table(table: Table, path: Path) -> None:
 
 
 def load_table(path: Path) -> Table:
-    """Read what `save_table` wrote.
+    """Read a table that `save_table` wrote.
 
     Raises:
-        UserError: it is something else.
+        UserError: the file does not exist or holds something else.
     """
     try:
         tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

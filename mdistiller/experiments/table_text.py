@@ -28,7 +28,7 @@ def run_row(label: str, run: Run) -> tuple[str, ...]:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up: the first to the left, the others to the right."""
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
@@ -45,7 +45,7 @@ def runs_table(runs: Mapping[str, Run]) -> str:
 
 
 def table_cells(table: Table, pair: str) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells of a pair's rows as a reader sees them; columns that would be empty are left out."""
+    """Column names and formatted cells of a pair's rows; empty columns are left out."""
     columns = ["method", "runs", "top-1 last", "top-1 best", "published", *(f"over {name}" for name in table.over),
                "time", "s/epoch", "peak MiB", "parameters", "extra", "MACs"]  # fmt: skip
     rows = [_cells(row, table) for row in table.of_pair(pair)]
@@ -90,18 +90,18 @@ def _macs(macs: int) -> str:
 
 
 def pair_heading(table: Table, pair: str) -> str:
-    """The pair's name, with what is published of its teacher."""
+    """The pair's name, with its teacher's published top-1."""
     return pair + (f" (teacher {table.teachers[pair]})" if pair in table.teachers else "")
 
 
 def footnotes(table: Table) -> list[str]:
-    """How to read the columns, whose the published figures are, on what the runs were made."""
+    """How to read the columns, the sources of the published values, and the hardware of the runs."""
     used = {row.source for row in table.rows if row.published is not None}
     used |= {source for source in table.sources if any(t.endswith(f"({source})") for t in table.teachers.values())}
     return [
-        "Top-1 in percent: mean over the runs ± sample standard deviation; best is chosen on the images that it is "
-        "measured on. Gains are in points of top-1 last. Time is a run's, s/epoch the median epoch's; extra is what "
-        "the method adds in parameters while training.",
+        "Top-1 in percent: mean over the runs ± sample standard deviation; the best epoch is chosen on the images that "
+        "it is measured on. Gains over another method are in percentage points of top-1 last. Time is the mean of the "
+        "runs, s/epoch the median epoch; extra counts the parameters that the method adds while training.",
         *(f"({name}) {text}" for name, text in table.sources.items() if name in used),
         *table.measured,
     ]
@@ -109,15 +109,15 @@ def footnotes(table: Table) -> list[str]:
 
 def table_markdown(table: Table) -> str:
     """The whole table with its title and footnotes."""
-    parts = [f"# {table.title}"] + ([table.about] if table.about else [])
+    sections = [f"# {table.title}"] + ([table.about] if table.about else [])
     for pair in table.pairs:
-        parts += [f"## {pair_heading(table, pair)}"] if pair else []
-        parts.append(markdown_table(*table_cells(table, pair)))
-    return "\n\n".join([*parts, *footnotes(table)]) + "\n"
+        sections += [f"## {pair_heading(table, pair)}"] if pair else []
+        sections.append(markdown_table(*table_cells(table, pair)))
+    return "\n\n".join([*sections, *footnotes(table)]) + "\n"
 
 
 def write_csv(table: Table, path: Path) -> None:
-    """Every figure in full, a line for each row; the standard deviation of one run, and what is not known, is empty."""
+    """Write every value unrounded, a line for each row; unknown values and the deviation of a single run are empty."""
     names = ["pair", "method", "runs", "planned", "last", "last_sd", "best", "best_sd", "published", "source"]
     costs = ["seconds", "epoch_seconds", "peak_memory_mib", "parameters", "extra_parameters", "macs"]
     with path.open("w", newline="", encoding="utf-8") as file:

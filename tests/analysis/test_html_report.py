@@ -1,4 +1,4 @@
-"""Reports: what is on the page."""
+"""HTML reports: the content of the page."""
 
 import re
 
@@ -16,20 +16,20 @@ def text_of(page):
     return " ".join(re.sub(r"<style.*?</style>|<[^>]+>", " ", page, flags=re.S).split())
 
 
-def test_a_runs_page_holds_figures_curves_pictures_configuration_and_environment(make_run):
+def test_a_runs_page_holds_metrics_curves_plots_configuration_and_environment(make_run):
     folder = make_run("kd", ROWS, "SOLVER.EPOCHS", "3")
     (folder / "inspect").mkdir()
     Image.new("RGB", (2, 2)).save(folder / "inspect" / "cka.png")
     page = report(folder)
     text = text_of(page)
-    for told in ("top-1 last 38.25 %", "top-1 best 40.50 %", "epochs 2 of 3", "student resnet8", "teacher wrn_16_2",
+    for expected in ("top-1 last 38.25 %", "top-1 best 40.50 %", "epochs 2 of 3", "student resnet8", "teacher wrn_16_2",
                  "TEMPERATURE: 4", "processor a slide rule", "CKA between the stages", "40.5", "2.5"):  # fmt: skip
-        assert told in text, told
-    assert page.count('src="data:image/png;base64,') == 2, "the curves and the one picture that is there"
+        assert expected in text, expected
+    assert page.count('src="data:image/png;base64,') == 2, "the curves and the only plot in inspect/"
     assert not re.search(r'(src|href)="(?!data:)', page) and "@import" not in page and "url(" not in page
 
 
-def test_names_are_text_not_markup(make_run, tmp_path):
+def test_names_are_escaped(make_run, tmp_path):
     folder = make_run("<script>alert(1)</script>".replace("/", "_"), ROWS)
     assert "<script>" not in report(folder) and "&lt;script&gt;" in report(folder)
 
@@ -42,15 +42,15 @@ def test_a_tables_page_holds_its_rows_notes_and_runs(make_run, tmp_path):
     save_table(table, tmp_path / "table.json")
     page = report(tmp_path)
     text = text_of(page)
-    for told in ("By hand", "About it.", "70.66 (crd)", "+1.50", "1 of 3", "(crd) Tian 2020", "on a slide rule",
+    for expected in ("By hand", "About it.", "70.66 (crd)", "+1.50", "1 of 3", "(crd) Tian 2020", "on a slide rule",
                  "TEMPERATURE: 4"):  # fmt: skip
-        assert told in text, told
-    assert page.count("data:image/png;base64,") == 2, "the curves of the run that is there, and the bars"
+        assert expected in text, expected
+    assert page.count("data:image/png;base64,") == 2, "the curves of the run that exists, and the bars"
     assert '<td data-column="published">70.66 (crd)</td>' in page
     assert report(tmp_path / "table.json") == page
 
 
-def test_another_folder_gets_one_line(tmp_path):
+def test_another_folder_gets_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match=r"is no run's folder: it has no metrics.csv"):
         report(tmp_path)
     (tmp_path / "table.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Figures of networks, each against a case worked by hand."""
+"""Metrics of networks, each against a case computed by hand."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from mdistiller.errors import UserError
 
 
 def two_class_logits(*confidences):
-    """Logits that say class 0 with these probabilities."""
+    """Logits that give class 0 these probabilities."""
     p = np.array(confidences)
     return np.stack([np.log(p), np.log(1 - p)], axis=1)
 
@@ -37,12 +37,12 @@ def test_one_bin_compares_the_means():
     assert c.ece == pytest.approx(20.0, abs=1e-10)
 
 
-def test_certain_and_right_is_calibrated():
+def test_certain_and_correct_predictions_are_calibrated():
     c = calibration(np.array([[1e3, 0.0], [0.0, 1e3]]), np.array([0, 1]))
     assert c.ece == 0.0 and c.count.tolist() == [0] * 14 + [2]
 
 
-def test_no_bin_is_refused():
+def test_zero_bins_are_refused():
     with pytest.raises(UserError, match="number of bins must be at least 1, not 0"):
         calibration(two_class_logits(0.6), np.array([0]), bins=0)
 
@@ -59,7 +59,7 @@ def test_cka_by_hand():
     assert linear_cka(np.array([[1.0], [2], [3]]), np.array([[1.0], [0], [2]])) == pytest.approx(0.25, abs=1e-12)
 
 
-def test_cka_forgets_rotation_scale_and_shift_but_not_more():
+def test_cka_is_invariant_to_rotation_scale_and_shift_only():
     rng = np.random.default_rng(0)
     x, q = rng.standard_normal((50, 4)), np.linalg.qr(rng.standard_normal((4, 4)))[0]
     assert linear_cka(x, 3 * x @ q + 7) == pytest.approx(1.0, abs=1e-12)
@@ -78,7 +78,7 @@ def test_mean_logits_by_class_by_hand():
     assert mean_logit_difference(STUDENT, TEACHER, TARGETS).tolist() == [[0, 2], [1, 0]]
 
 
-def test_a_class_without_images_is_not_known():
+def test_a_class_without_images_is_nan():
     assert np.isnan(class_mean_logits(STUDENT, np.array([0, 0, 0]))[1]).all()
 
 

@@ -1,4 +1,4 @@
-"""What is read out of networks."""
+"""Outputs of networks, and their t-SNE."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The tools' main(), called in this process: a process of its own takes seconds to start."""
+"""The tools' main(), called in this process, because a separate process takes seconds to start."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""Weights between torch checkpoints and safetensors, through the tools."""
+"""Conversion of weights between torch checkpoints and safetensors, through the tools."""
 
 import re
 
@@ -27,7 +27,7 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("source", ["student_best", "best"])
-def test_there_and_back_is_the_same_bit_for_bit(tmp_path, student, tool, capsys, source):
+def test_a_round_trip_keeps_every_bit(tmp_path, student, tool, capsys, source):
     tool("convert.py", tmp_path / source, tmp_path / "net.safetensors")
     assert equal(load_file(tmp_path / "net.safetensors"), student), "as the format's own library reads it"
     tool("convert.py", tmp_path / "net.safetensors", tmp_path / "net.pth")
@@ -37,7 +37,7 @@ def test_there_and_back_is_the_same_bit_for_bit(tmp_path, student, tool, capsys,
     assert said == f"wrote {tmp_path}/net.pth: {len(student)} tensors, {count:,} numbers"
 
 
-def test_eval_takes_safetensors(tmp_path, student, tool, capsys):
+def test_eval_reads_safetensors(tmp_path, student, tool, capsys):
     tool("convert.py", tmp_path / "best", tmp_path / "net.safetensors")
     capsys.readouterr()
     scores = []
@@ -60,7 +60,7 @@ def test_tensors_that_share_memory_and_odd_types_are_written(tmp_path):
     assert equal(load_checkpoint(tmp_path / "out.safetensors")["model"], state)
 
 
-def test_damage_is_noticed(tmp_path, student, tool):
+def test_damage_is_detected(tmp_path, student, tool):
     path = tmp_path / "net.safetensors"
     tool("convert.py", tmp_path / "student_best", path)
     content = path.read_bytes()
@@ -68,7 +68,7 @@ def test_damage_is_noticed(tmp_path, student, tool):
     for at in (*range(0, header, 41), header, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
         try:
-            # In the header's remarks, a flipped bit costs at most the checksum.
+            # In the header's metadata, a flipped bit loses at most the checksum; the weights stay correct.
             assert equal(load_checkpoint(path)["model"], student) and at < header
         except UserError as error:
             assert "is not a readable checkpoint" in str(error)
@@ -87,7 +87,7 @@ def test_damage_is_noticed(tmp_path, student, tool):
         ("best", "nowhere/out.safetensors", r"cannot write .*out\.safetensors \(No such file or directory\)"),
     ],
 )
-def test_what_cannot_be_converted_is_said_in_one_line(tmp_path, student, tool, capsys, source, target, message):
+def test_what_cannot_be_converted_gets_a_one_line_error(tmp_path, student, tool, capsys, source, target, message):
     save_checkpoint({"epoch": 1}, tmp_path / "empty")
     with pytest.raises(SystemExit) as stopped:
         tool("convert.py", tmp_path / source, tmp_path / target)
@@ -97,7 +97,7 @@ def test_what_cannot_be_converted_is_said_in_one_line(tmp_path, student, tool, c
     assert equal(load_checkpoint(tmp_path / "student_best")["model"], student)
 
 
-def test_another_architecture_is_told(tmp_path, student, tool):
+def test_another_architecture_is_refused(tmp_path, student, tool):
     tool("convert.py", tmp_path / "best", tmp_path / "net.safetensors")
     with pytest.raises(UserError, match=r"net\.safetensors does not fit"):
         load_model_weights(build_model(cifar_model_dict, "resnet14", 10), tmp_path / "net.safetensors")

@@ -1,4 +1,4 @@
-"""A user's own method: the original's four steps as they are documented, and the one-file way."""
+"""A user's own method: by the four documented steps of the original, and in one file."""
 
 import shutil
 import subprocess
@@ -75,7 +75,7 @@ def test_the_originals_four_steps(clone):
     train(clone)
 
 
-def test_the_one_file_way(clone):
+def test_a_method_in_one_file(clone):
     decorated = METHOD.replace(
         "from ._base import Distiller\n",
         "from yacs.config import CfgNode as CN\n\nfrom ._base import Distiller, register\n",

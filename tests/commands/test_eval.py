@@ -1,4 +1,4 @@
-"""What tools/eval.py says of a network, of one head and of several."""
+"""The output of tools/eval.py for a network with one head and with several."""
 
 import re
 
@@ -36,18 +36,18 @@ def test_every_head_of_a_grouped_student_is_scored(grouped):
     assert said[-1].startswith(f"resnet8: {parameters / 1e6:.2f} M parameters")
 
 
-def test_one_head_is_the_same_by_itself(grouped):
+def test_a_head_scored_alone_has_the_same_accuracy(grouped):
     _, path = grouped
     every = evaluate_checkpoint("resnet8", path, "digits", 64, groups=GROUPS, device="cpu").splitlines()
     single = evaluate_checkpoint("resnet8", path, "digits", 64, "single", groups=GROUPS, device="cpu").splitlines()
     assert single[0].startswith("single head: ") and top1(single[0]) == top1(every[1])
 
 
-def test_a_head_that_is_not_there_gets_the_near_one(grouped):
+def test_an_unknown_head_gets_a_suggestion(grouped):
     with pytest.raises(UserError, match="unknown head 'singel'; did you mean single"):
         evaluate_checkpoint("resnet8", grouped[1], "digits", 64, "singel", groups=GROUPS, device="cpu")
 
 
-def test_without_the_groups_the_names_that_differ_are_told(grouped):
+def test_without_the_groups_the_error_lists_the_names_that_differ(grouped):
     with pytest.raises(UserError, match=r"does not fit ResNet: .* unknown \(base.bn1.bias"):
         evaluate_checkpoint("resnet8", grouped[1], "digits", 64, device="cpu")

@@ -16,7 +16,7 @@ RUNS = {name: (name, "base") for name in distiller_dict} | {"CRD": ("CRD", "crd"
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A resnet14 for ten classes, as good as nothing, in the original's format."""
+    """An untrained resnet14 for ten classes, in the original's format."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("teacher") / "ckpt_epoch_240.pth"
     torch.save({"model": cifar_model_dict["resnet14"][0](num_classes=10).state_dict()}, path)
@@ -36,6 +36,6 @@ def test_it_trains_from_the_command_line(run, teacher, tool, tmp_path, monkeypat
     (metrics,) = tmp_path.rglob("metrics.csv")
     with metrics.open() as file:
         (row,) = csv.DictReader(file)
-    parts = {name: float(value) for name, value in row.items() if name.startswith("loss/")}
-    assert float(row["train_loss"]) == pytest.approx(sum(parts.values()), rel=1e-4)
-    assert len(parts) == {"NONE": 1, "DCGD": 3, "DCGD_KD": 3, "DCGD_DKD": 3}.get(method, 2)
+    terms = {name: float(value) for name, value in row.items() if name.startswith("loss/")}
+    assert float(row["train_loss"]) == pytest.approx(sum(terms.values()), rel=1e-4)
+    assert len(terms) == {"NONE": 1, "DCGD": 3, "DCGD_KD": 3, "DCGD_DKD": 3}.get(method, 2)

@@ -28,7 +28,7 @@ def configure(folder, name):
 
 
 @pytest.mark.parametrize("file", ["student_best", "latest"])
-def test_the_exported_network_gives_the_single_heads_logits(tmp_path, student, file):
+def test_the_exported_network_returns_the_single_heads_logits(tmp_path, student, file):
     out = tmp_path / "new" / "resnet8.pth"
     text = export_head(tmp_path / file, out, "resnet8", "digits")
     plain = build_model(cifar_model_dict, "resnet8", 10).eval()
@@ -39,7 +39,7 @@ def test_the_exported_network_gives_the_single_heads_logits(tmp_path, student, f
     assert "-m resnet8 -d digits" in text
 
 
-def test_the_run_tells_its_network(tmp_path, student):
+def test_the_network_is_read_from_the_runs_config(tmp_path, student):
     with pytest.raises(UserError, match="-m resnet20"):
         export_head(tmp_path / "student_best", tmp_path / "out")
     configure(tmp_path, "resnet8")

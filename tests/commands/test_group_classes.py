@@ -1,4 +1,4 @@
-"""Groups from a teacher's mistakes, end to end on a few of the digits; cross-validation of its last layer."""
+"""Groups from a teacher's errors, end to end on a few of the digits; cross-validation of its last layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mdistiller.models import build_model, cifar_model_dict
 
 @pytest.fixture
 def teacher(tmp_path, monkeypatch):
-    """An untrained resnet8 and its checkpoint: mistakes enough. Every split has 60 images."""
+    """An untrained resnet8, which makes enough errors, and its checkpoint. Every split has 60 images."""
     torch.manual_seed(0)
     net = build_model(cifar_model_dict, "resnet8", 10)
     save_checkpoint({"model": net.state_dict()}, tmp_path / "teacher")
@@ -49,7 +49,7 @@ def predictions(net, train=True, keep=None):
         return target.numpy(), net(image)[0].argmax(1).numpy()
 
 
-def test_files_hold_the_groups_and_what_made_them(tmp_path, teacher, capsys):
+def test_files_hold_the_groups_and_how_they_were_made(tmp_path, teacher, capsys):
     text, content, out = run(tmp_path)
     confusion = count_confusions(*predictions(teacher), 10)
     assert content["confusion"] == confusion.tolist()
@@ -61,13 +61,13 @@ def test_files_hold_the_groups_and_what_made_them(tmp_path, teacher, capsys):
     assert "too few" in capsys.readouterr().err
 
 
-def test_test_images_only_by_name_and_with_a_warning(tmp_path, teacher, capsys):
+def test_test_images_are_used_only_on_request_and_with_a_warning(tmp_path, teacher, capsys):
     _, content, _ = run(tmp_path, split="test")
     assert content["confusion"] == count_confusions(*predictions(teacher, train=False), 10).tolist()
-    assert "the test images let the test set into training" in capsys.readouterr().err
+    assert "the test images leak the test set into training" in capsys.readouterr().err
 
 
-def test_held_out_images_are_those_that_training_leaves_out(tmp_path, teacher, monkeypatch):
+def test_held_out_images_are_those_that_training_does_not_use(tmp_path, teacher, monkeypatch):
     _, content, _ = run(tmp_path, split="heldout", val_fraction=0.4)
     targets = dataset_info["digits"].read(None, True).targets
     _, held_out = module.stratified_split(targets, 0.6)

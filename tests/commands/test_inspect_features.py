@@ -1,4 +1,4 @@
-"""tools/inspect_features.py and the notebooks, on networks that nobody trained."""
+"""tools/inspect_features.py and the notebooks, on untrained networks."""
 
 import csv
 import json
@@ -38,19 +38,19 @@ def outputs(run):
     return student, network_outputs("resnet14", str(run.parent / "teacher"), "digits", device="cpu")
 
 
-def test_a_run_tells_its_networks_and_gets_its_pictures(run, outputs, tool, capsys):
+def test_a_run_names_its_networks_and_gets_its_plots(run, outputs, tool, capsys):
     tool("inspect_features.py", "--run", run, "--tsne-images", "40", "--device", "cpu")
     student, teacher = outputs
     said = capsys.readouterr().out
     assert f"resnet8: top-1 {accuracy(student.logits, student.targets):.2f}, ECE " in said
     assert f"agreement with the teacher: {agreement(student.logits, teacher.logits):.2f} %" in said
     out = run / "inspect"
-    pictures = {"tsne", "confusion", "reliability", "correlation", "cka"}
-    assert {p.stem for p in out.glob("*.png")} == pictures
-    figures = json.loads((out / "figures.json").read_text())
-    assert figures["networks"].keys() == {"resnet8", "resnet14"} and figures["images"] == 359
-    assert figures["agreement"] == pytest.approx(agreement(student.logits, teacher.logits))
-    cka = figures["cka_teacher_rows_student_columns"]
+    plots = {"tsne", "confusion", "reliability", "correlation", "cka"}
+    assert {p.stem for p in out.glob("*.png")} == plots
+    values = json.loads((out / "figures.json").read_text())
+    assert values["networks"].keys() == {"resnet8", "resnet14"} and values["images"] == 359
+    assert values["agreement"] == pytest.approx(agreement(student.logits, teacher.logits))
+    cka = values["cka_teacher_rows_student_columns"]
     assert len(cka) == len(cka[0]) == 4 and all(0 <= value <= 1 for row in cka for value in row)
     confusion = [[int(n) for n in line.split(",")] for line in (out / "confusion.csv").read_text().splitlines()]
     right = sum(confusion[c][c] for c in range(10))
@@ -62,7 +62,7 @@ def test_a_run_tells_its_networks_and_gets_its_pictures(run, outputs, tool, caps
         bins = [row for row in csv.DictReader(file) if row["network"] == "resnet8"]
     gaps = [int(b["count"]) * abs(float(b["confidence"]) - float(b["accuracy"])) for b in bins]
     assert sum(int(b["count"]) for b in bins) == 359
-    assert 100 * sum(gaps) / 359 == pytest.approx(figures["networks"]["resnet8"]["ece"], abs=1e-3)
+    assert 100 * sum(gaps) / 359 == pytest.approx(values["networks"]["resnet8"]["ece"], abs=1e-3)
 
 
 def test_a_network_alone_needs_no_teacher(run, tool, tmp_path):
@@ -82,7 +82,7 @@ def test_a_network_alone_needs_no_teacher(run, tool, tmp_path):
         (["-m", "resnet8", "-d", "digits", "-c", "STUDENT", "--head", "single"], "has one head"),
     ],
 )
-def test_bad_input_gets_one_line(run, tool, tmp_path, capsys, arguments, message):
+def test_bad_input_gets_a_one_line_error(run, tool, tmp_path, capsys, arguments, message):
     arguments = [str(run / "student_latest") if a == "STUDENT" else a for a in arguments]
     with pytest.raises(SystemExit) as stopped:
         tool("inspect_features.py", *arguments, "-o", tmp_path / "out")
@@ -99,8 +99,8 @@ nbformat.write(book, sys.argv[2])
 """
 
 
-@pytest.mark.parametrize(("name", "pictures"), [("tsne", 1), ("correlation", 2)])
-def test_a_notebook_runs_and_shows_its_pictures(name, pictures, run, outputs, tmp_path):
+@pytest.mark.parametrize(("name", "plots"), [("tsne", 1), ("correlation", 2)])
+def test_a_notebook_runs_and_shows_its_plots(name, plots, run, outputs, tmp_path):
     pytest.importorskip("nbclient", reason="the extra `dev` is not installed")
     pytest.importorskip("ipykernel", reason="the extra `dev` is not installed")
     path, done = REPOSITORY / f"tools/visualizations/{name}.ipynb", tmp_path / "done.ipynb"
@@ -111,7 +111,7 @@ def test_a_notebook_runs_and_shows_its_pictures(name, pictures, run, outputs, tm
         env=os.environ | {"RUN": str(run), "IMAGES": "40", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     shown = [o for cell in json.loads(done.read_text())["cells"] for o in cell.get("outputs", [])]
-    assert sum("image/png" in o.get("data", {}) for o in shown) == pictures
+    assert sum("image/png" in o.get("data", {}) for o in shown) == plots
     text = "".join("".join(o.get("text", [])) for o in shown)
     if name == "correlation":
         student, teacher = outputs

@@ -25,7 +25,7 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself_by_the_name_it_was_called_by(name, capsys):
+def test_help_uses_the_name_that_the_command_was_called_by(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
     text = capsys.readouterr().out
@@ -35,7 +35,7 @@ def test_every_command_explains_itself_by_the_name_it_was_called_by(name, capsys
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_a_tool_too(name, tool, capsys):
-    """tools/NAME.py is there for every command, and no other tool."""
+    """tools/NAME.py exists for every command, and tools/ has no other."""
     with pytest.raises(SystemExit) as stopped:
         tool(f"{name.replace('-', '_')}.py", "--help")
     assert stopped.value.code == 0 and "usage: " in capsys.readouterr().out
@@ -43,7 +43,7 @@ def test_every_command_is_a_tool_too(name, tool, capsys):
     assert tools == set(COMMANDS)
 
 
-def test_an_unknown_command_gets_one_line(capsys):
+def test_an_unknown_command_gets_a_one_line_error(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["trian"])
     assert stopped.value.code == 2

@@ -7,7 +7,7 @@ from tests.experiments.hand_made import write_run
 ROWS = [{"test_acc": 10, "train_loss": 3, "loss/loss_kd": 2}, {"test_acc": 20, "train_loss": 2, "loss/loss_kd": 1}]
 
 
-def test_one_run_is_drawn_into_its_folder_and_many_where_they_are_told(tool, tmp_path, capsys):
+def test_one_run_is_drawn_into_its_folder_and_several_into_the_given_file(tool, tmp_path, capsys):
     folders = [write_run(tmp_path / name, ROWS) for name in ("kd,seed0", "dkd,seed0")]
     tool("plot.py", folders[0])
     assert {"curves.png", "curves.svg"} <= {p.name for p in folders[0].iterdir()}
@@ -31,7 +31,7 @@ def test_one_run_is_drawn_into_its_folder_and_many_where_they_are_told(tool, tmp
     ],
 )
 @pytest.mark.parametrize("name", ["plot.py", "report.py"])
-def test_what_is_no_run_gets_one_line(name, tool, tmp_path, capsys, damage, message):
+def test_what_is_no_run_gets_a_one_line_error(name, tool, tmp_path, capsys, damage, message):
     run = write_run(tmp_path / "run", ROWS)
     damage(run)
     with pytest.raises(SystemExit) as stopped:

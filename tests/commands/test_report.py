@@ -1,4 +1,4 @@
-"""tools/report.py: the page as a browser lays it out; what is on it is tested in tests/analysis/test_report.py."""
+"""tools/report.py: the page as a browser lays it out; its content is tested in tests/analysis/test_html_report.py."""
 
 import html
 import json
@@ -15,7 +15,7 @@ from tests.experiments.hand_made import write_run
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update"]  # fmt: skip
-# In a frame of the width that is asked for: a window cannot be made as narrow as a phone.
+# The page in a frame of the given width, because a window cannot be made as narrow as a phone.
 FRAME = """<!DOCTYPE html><body><iframe id="f" style="border:0; width:{width}px; height:900px" srcdoc="{page}"></iframe>
 <pre id="found"></pre><script>
 document.getElementById("f").onload = e => {{
@@ -58,7 +58,7 @@ def pages(tool, tmp_path):
     return {"run": tmp_path / "run.html", "table": tmp_path / "report.html"}
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_cut_and_nothing_overlaps_at_this_width(width, pages, tmp_path):
     for kind, page in pages.items():
@@ -75,7 +75,7 @@ def test_nothing_is_cut_and_nothing_overlaps_at_this_width(width, pages, tmp_pat
         assert scroll <= client and boxes > 50 and measured["out"] == [], kind
 
 
-def test_the_page_goes_where_it_is_told(pages, tmp_path):
+def test_the_page_is_written_to_the_given_file(pages, tmp_path):
     assert (tmp_path / "run.html").read_text().startswith("<!DOCTYPE html>")
     assert "<title>digits: kd," in (tmp_path / "run.html").read_text()
     assert "<title>AAAA" in (tmp_path / "report.html").read_text()

@@ -64,7 +64,7 @@ def rows_of(metrics):
     return metrics.read_text().splitlines()[1:] if metrics.exists() else []
 
 
-def test_an_interrupted_plan_goes_on_with_what_is_missing_and_a_failure_stops_nobody(plan, table, capsys):
+def test_an_interrupted_plan_continues_and_a_failure_stops_no_other_run(plan, table, capsys):
     folder = plan.parent / "plan_few"
     process = subprocess.Popen(
         [sys.executable, "tools/table.py", plan, "--jobs", "2"], cwd=REPOSITORY, stdout=subprocess.DEVNULL,
@@ -75,7 +75,7 @@ def test_an_interrupted_plan_goes_on_with_what_is_missing_and_a_failure_stops_no
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=300)
-    assert process.returncode == 130 and "interrupted; the same command goes on with what is missing" in said
+    assert process.returncode == 130 and "interrupted; the same command continues with the missing runs" in said
 
     assert table(plan, "--jobs", "2", "--only", "student|seed 0") == 1
     said = capsys.readouterr()
@@ -87,7 +87,7 @@ def test_an_interrupted_plan_goes_on_with_what_is_missing_and_a_failure_stops_no
     assert {p.name for p in folder.glob("table.*")} == {"table.md", "table.csv", "table.json", "table.png"}
 
 
-def test_what_is_finished_is_not_run_again_and_the_table_is_of_the_runs(plan, finished, table, capsys):
+def test_finished_runs_are_not_repeated_and_fill_the_table(plan, finished, table, capsys):
     before = {p: p.stat().st_mtime_ns for folder in finished for p in folder.iterdir()}
     assert table(plan, "--only", "student") == 0
     assert {p: p.stat().st_mtime_ns for folder in finished for p in folder.iterdir()} == before
@@ -99,7 +99,7 @@ def test_what_is_finished_is_not_run_again_and_the_table_is_of_the_runs(plan, fi
     assert "seed" not in capsys.readouterr().out, "nothing was run"
 
 
-def test_a_dry_run_lists_the_commands_that_are_missing(plan, finished, table, capsys):
+def test_a_dry_run_lists_the_commands_of_the_missing_runs(plan, finished, table, capsys):
     assert table(plan, "--dry-run") == 0
     assert capsys.readouterr().out.count("configs/digits/kd.yaml") == 2, "the student's are done"
     assert table(plan, "--dry-run", "SOLVER.LR", "0.1") == 0
@@ -110,25 +110,25 @@ def test_a_dry_run_lists_the_commands_that_are_missing(plan, finished, table, ca
 
 BAD = {
     "no plan": (["none.yaml"], "cannot read plan none.yaml"),
-    "nothing chosen": (["PLAN", "--only", "DKD"], "--only 'DKD' is found in no run, such as 'student, seed 0'"),
+    "nothing chosen": (["PLAN", "--only", "DKD"], "--only 'DKD' matches no run; the first run is 'student, seed 0'"),
     "unknown key": (["PLAN", "SOLVER.EPOCH", "1"], "did you mean SOLVER.EPOCHS"),
-    "nothing there": (["PLAN", "--no-run", "SOLVER.LR", "0.7"], "no run of plan few has ended yet"),
+    "no run yet": (["PLAN", "--no-run", "SOLVER.LR", "0.7"], "no run of plan few has ended yet"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_line(case, plan, table, capsys):
+def test_bad_input_gets_a_one_line_error(case, plan, table, capsys):
     arguments, message = BAD[case]
     assert table(*(plan if a == "PLAN" else a for a in arguments)) == 2
     said = capsys.readouterr().err
     assert message in said and said.startswith("error: ") and said.count("\n") == 1
 
 
-def test_a_folder_of_another_configuration_is_told_and_kept(plan, finished, table, capsys):
+def test_a_run_with_another_configuration_is_reported_and_kept(plan, finished, table, capsys):
     config = finished[1] / "config.yaml"
     config.write_text(config.read_text().replace("LR: 0.05", "LR: 0.06"))
     before = {p: p.read_bytes() for p in finished[1].iterdir()}
     assert table(plan, "--only", "student, seed 1", "--no-run") == 2
     assert "holds a run with SOLVER.LR 0.06 where the plan says 0.05" in capsys.readouterr().err
-    assert table(plan, "--only", "student, seed 1") == 2, "told, and not trained over"
+    assert table(plan, "--only", "student, seed 1") == 2, "reported, and not trained over"
     assert {p: p.read_bytes() for p in finished[1].iterdir()} == before

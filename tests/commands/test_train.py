@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
     train = [REPOSITORY / "tools/train.py", "--cfg", config, *QUICK]
     first = run(*train, "SOLVER.EPOCHS", "1", "EXPERIMENT.NAME", "run", cwd=folder)
     assert first.returncode == 0, first.stderr
-    # The number of epochs is part of a run's name; the name itself is not.
+    # The folder is named by the overrides: rename it, as if SOLVER.EPOCHS had been 2 from the start.
     (name,) = (folder / "output/digits").iterdir()
     name.rename(name.with_name(name.name.replace("EPOCHS:1", "EPOCHS:2")))
     second = run(*train, "SOLVER.EPOCHS", "2", "EXPERIMENT.NAME", "run", "--resume", cwd=folder)
@@ -40,16 +40,16 @@ def test_a_run_is_named_by_its_name_and_its_overrides(trained):
     assert name.name == "runDATASET.TRAIN_FRACTION:0.2,SOLVER.LR_DECAY_STAGES:[1],SOLVER.EPOCHS:2"
 
 
-def test_training_and_resuming_give_two_epochs_of_figures(trained):
+def test_training_and_resuming_write_the_metrics_of_two_epochs(trained):
     _, name, first, second = trained
     with (name / "metrics.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
     assert "epoch 1/1: lr 0.05" in first.stdout and "epoch 2/2: lr 0.005" in second.stdout
     assert re.search(r"Best accuracy: [\d.]+, last epoch: [\d.]+", second.stdout)
-    assert first.stderr == "", "bars fall silent when the output is no terminal"
+    assert first.stderr == "", "no progress bars when the output is no terminal"
 
 
-def test_eval_gives_the_accuracy_that_training_logged(trained):
+def test_eval_reports_the_accuracy_that_training_logged(trained):
     folder, name, _, _ = trained
     done = run(REPOSITORY / "tools/eval.py", "-m", "resnet8", "-d", "digits", "-c", name / "student_latest", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -62,14 +62,14 @@ def test_eval_gives_the_accuracy_that_training_logged(trained):
     assert "images/s" in done.stdout and "0.08 M parameters, 12.5 M MACs" in done.stdout
 
 
-def test_the_whole_distillers_best_is_read_by_eval_too(trained):
+def test_eval_reads_the_whole_distillers_best_checkpoint_too(trained):
     folder, name, _, _ = trained
     done = run(REPOSITORY / "tools/eval.py", "-m", "resnet8", "-d", "digits", "-c", name / "best", cwd=folder)
     assert done.returncode == 0 and "top-1" in done.stdout
 
 
 @pytest.mark.parametrize("tool", ["train.py", "eval.py"])
-def test_help_explains_itself_with_two_examples(tool):
+def test_help_shows_two_examples(tool):
     done = run(f"tools/{tool}", "--help")
     assert done.returncode == 0 and done.stdout.count(f"\n    python tools/{tool} ") == 2
 
@@ -82,7 +82,7 @@ BAD_TRAIN = {
     "unknown trainer": (["SOLVER.TRAINER", "bse"], "unknown trainer 'bse'; did you mean base"),
     "unknown data set": (["DATASET.TYPE", "cifar10"], "unknown data set 'cifar10'; did you mean cifar100"),
     "unknown optimizer": (["SOLVER.TYPE", "SGDD"], "'SGDD'"),
-    "unknown device": (["EXPERIMENT.DEVICE", "gpu"], "device 'gpu' is not to be had here"),
+    "unknown device": (["EXPERIMENT.DEVICE", "gpu"], "device 'gpu' is not available"),
     "no data": (["DATASET.TYPE", "imagenet", "DATASET.ROOT", "nowhere"], "nowhere/imagenet"),
     "no teacher": (
         ["DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", "resnet56", "DISTILLER.TEACHER_CKPT", "no/file"],
@@ -115,7 +115,7 @@ def refused(tool, capsys):
 
 
 @pytest.mark.parametrize("case", BAD_TRAIN)
-def test_bad_input_to_train_gets_one_line_and_touches_nothing(case, tmp_path, refused):
+def test_bad_input_to_train_gets_a_one_line_error_and_writes_nothing(case, tmp_path, refused):
     arguments, message = BAD_TRAIN[case]
     output = ["LOG.PREFIX", str(tmp_path / "output")]
     config = [] if "--cfg" in arguments else ["--cfg", str(REPOSITORY / "configs/digits/vanilla.yaml")]
@@ -123,7 +123,7 @@ def test_bad_input_to_train_gets_one_line_and_touches_nothing(case, tmp_path, re
     assert not (tmp_path / "output").exists()
 
 
-def test_bad_input_in_a_real_process_exits_with_2_and_one_line():
+def test_bad_input_in_a_real_process_exits_with_2_and_a_one_line_error():
     done = run("tools/train.py", "--cfg", "configs/digits/vanilla.yaml", "SOLVER.LR", "nan")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: SOLVER.LR must be a number such as 0.05, not 'nan'\n"
@@ -146,7 +146,7 @@ def test_a_finished_run_is_not_trained_over(trained):
     config = REPOSITORY / "configs/digits/vanilla.yaml"
     done = run(REPOSITORY / "tools/train.py", "--cfg", config, *QUICK, "SOLVER.EPOCHS", "2", "EXPERIMENT.NAME", "run",
                cwd=folder)  # fmt: skip
-    assert done.returncode == 2 and "--resume to go on with it" in done.stderr
+    assert done.returncode == 2 and "--resume to continue it" in done.stderr
     assert {p: p.stat().st_mtime_ns for p in name.rglob("*")} == before
 
 
@@ -158,13 +158,13 @@ BAD_EVAL = {
     "batch of none": (["-m", "resnet8", "-d", "digits", "-bs", "0"], "--batch-size must be a whole number >= 1, not 0"),
     "truncated": (["-m", "resnet8", "-d", "digits", "-c", "TRUNCATED"], "is not a readable checkpoint"),
     "another network's": (["-m", "resnet14", "-d", "digits", "-c", "STUDENT"], "30 missing (layer1.1.conv1.weight"),
-    "other classes": (["-m", "resnet8", "-d", "cifar100", "-c", "STUDENT"], "fc.weight (10, 64) for (100, 64)"),
+    "other classes": (["-m", "resnet8", "-d", "cifar100", "-c", "STUDENT"], "fc.weight (10, 64) instead of (100, 64)"),
     "a head that is not": (["-m", "resnet8", "-d", "digits", "-c", "STUDENT", "--head", "x"], "has one head"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_EVAL)
-def test_bad_input_to_eval_gets_one_line(case, trained, tmp_path, refused):
+def test_bad_input_to_eval_gets_a_one_line_error(case, trained, tmp_path, refused):
     arguments, message = BAD_EVAL[case]
     student = trained[1] / "student_best"
     (tmp_path / "truncated").write_bytes(student.read_bytes()[:1000])

@@ -1,4 +1,4 @@
-"""A run made by hand: a config and figures, no training."""
+"""A run written by hand: a config and metrics, without training."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ ENVIRONMENT = {"processor": "a slide rule", "threads": 1, "torch": "0.1", "git_c
 
 
 def write_run(folder, rows, *overrides, config="configs/digits/kd.yaml"):
-    """Write a run's folder; each row a dict of figures, the epoch is added."""
+    """Write a run's folder; each row is a dict of metrics, to which the epoch is added."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(load_cfg(config, overrides).dump())
     rows = [{"epoch": epoch, **row} for epoch, row in enumerate(rows, start=1)]

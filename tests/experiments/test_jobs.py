@@ -25,14 +25,14 @@ def test_a_job_is_done_when_its_last_epoch_is(make_run, tmp_path):
     assert finished_run(job).last == 50
 
 
-def test_a_run_of_another_configuration_is_no_result(make_run, tmp_path):
+def test_a_run_with_another_configuration_is_refused(make_run, tmp_path):
     job = job_of(tmp_path)
     make_run("", [{"test_acc": 1}] * 12, "KD.TEMPERATURE", "9", "LOG.WANDB", "False", folder=job.folder)
     with pytest.raises(UserError, match=r"holds a run with KD.TEMPERATURE 9 where the plan says 4; move it away"):
         finished_run(job)
 
 
-def test_it_goes_on_where_there_is_a_checkpoint(tmp_path):
+def test_a_job_with_a_checkpoint_is_resumed(tmp_path):
     job = job_of(tmp_path)
     command = task(job).command
     assert command[1:6] == ["-m", "mdistiller", "train", "--cfg", str(CONFIG)]
@@ -42,8 +42,8 @@ def test_it_goes_on_where_there_is_a_checkpoint(tmp_path):
     assert task(job).command[6] == "--resume"
 
 
-def test_a_run_that_differs_in_its_machine_alone_is_the_plans(make_run, tmp_path):
-    """Where the data are, which device, whether the teacher's outputs are cached: the same result either way."""
+def test_a_run_that_differs_only_in_machine_settings_counts_as_finished(make_run, tmp_path):
+    """Data folder, device, number of workers and teacher cache do not change the result."""
     job = job_of(tmp_path, DISTILLER__TEACHER_CACHE=tmp_path / "cache", DISTILLER__TEACHER_CACHE_GIB=2)
     elsewhere = ["DATASET.ROOT", "/data", "EXPERIMENT.DEVICE", "cuda:1", "DATASET.NUM_WORKERS", "7"]
     make_run("", [{"test_acc": 1}] * 12, *elsewhere, folder=job.folder)

@@ -1,4 +1,4 @@
-"""Carrying out runs: real processes, told what to do and ended when they must."""
+"""Running jobs in real processes: GPUs, failures, interruption, Ray."""
 
 import signal
 import subprocess
@@ -27,7 +27,7 @@ def python(code, log):
     return Task([sys.executable, "-c", code], ".", {"COLOUR": "red"}, log)
 
 
-def test_what_went_wrong_is_the_last_line_of_this_attempt(tmp_path):
+def test_the_error_is_the_last_output_line_of_this_attempt(tmp_path):
     log = tmp_path / "new" / "train.log"
     assert Processes().run(python("import sys; print('one'); sys.exit('two\\n\\n')", log)) == "two"
     assert Processes().run(python("import os; os._exit(3)", log)) == "exit status 3", "not the last attempt's line"
@@ -45,7 +45,7 @@ def quick(monkeypatch):
     return use
 
 
-def test_devices_are_dealt_out_and_a_failure_stops_nobody(tmp_path, quick, monkeypatch):
+def test_gpus_are_assigned_in_turn_and_a_failure_stops_no_other_job(tmp_path, quick, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     quick("import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.3)")
     jobs = [job_of(tmp_path, name) for name in "abcd"]
@@ -57,7 +57,7 @@ def test_devices_are_dealt_out_and_a_failure_stops_nobody(tmp_path, quick, monke
     assert [error for _, error in run_here(jobs[:2], 1, [])] == ["broken", "broken"]
 
 
-def test_leaving_early_ends_what_is_running(tmp_path, quick):
+def test_an_interrupt_ends_the_running_processes(tmp_path, quick):
     quick("import time; print('up', flush=True); time.sleep(600)")
     jobs = [job_of(tmp_path, name) for name in "abc"]
     log = jobs[0].folder / "train.log"
@@ -67,13 +67,18 @@ def test_leaving_early_ends_what_is_running(tmp_path, quick):
             time.sleep(0.05)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
+    # A shell that starts the tests in the background has them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        list(run_here(jobs, 1, []))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(run_here(jobs, 1, []))
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()  # this line is reached in less than the 600 seconds of a job
     logs = [job.folder / "train.log" for job in jobs[1:]]
-    assert not any(log.exists() and log.read_text() for log in logs), "no other was started"
+    assert not any(log.exists() and log.read_text() for log in logs), "no other job was started"
 
 
 RAY = """
@@ -100,7 +105,7 @@ def test_a_local_ray_runs_the_same_jobs(tmp_path):
     assert (tmp_path / "digits/a/train.log").read_text() == "well\n"
 
 
-def test_no_ray_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_missing_ray_gets_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"--ray needs Ray: pip install -e '.\[ray\]'"):
         next(launch.run_on_ray([job_of(tmp_path)], "auto"))

@@ -1,4 +1,4 @@
-"""Plans: what is read from them, which runs they mean, and what is refused."""
+"""Plans: what is read from them, which runs they define, and what is refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_a_plan_of_ours_names_its_command_and_its_configs_resolve(name):
     assert all(any(mark in text for mark in ("arXiv", "README")) for text in plan.sources.values())
 
 
-def test_published_figures_as_they_were_printed():
+def test_published_values_are_those_of_the_papers():
     same, cross = (read_plan(REPOSITORY / f"plans/cifar100_{style}_style.yaml") for style in ("same", "cross"))
     assert same.methods["KD"].published["resnet56 -> resnet20"] == 70.66
     assert same.methods["DKD"].published["resnet32x4 -> resnet8x4"] == 76.32
@@ -63,7 +63,7 @@ def test_published_figures_as_they_were_printed():
     }  # fmt: skip
 
 
-def test_the_runs_of_a_plan_and_whose_override_wins(plan):
+def test_the_runs_of_a_plan_and_which_override_wins(plan):
     first, second = plan().jobs("a -> b", "KD", ["EXPERIMENT.TAG", "x", "LOG.PREFIX", "there"])
     assert (first.label, second.label) == ("KD, a -> b, seed 0", "KD, a -> b, seed 3")
     cfg = second.cfg
@@ -77,7 +77,7 @@ def test_the_runs_of_a_plan_and_whose_override_wins(plan):
     assert plan().over == ["KD", "student"] and plan().pairs["a -> b"].teacher == 72.34
 
 
-def test_without_pairs_a_number_will_do(plan):
+def test_without_pairs_the_published_value_is_one_number(plan):
     text = "title: T\nseeds: [1]\nmethods: {m: {config: configs/digits/kd.yaml, published: 70.5, source: s}}\n"
     read = plan(text + "sources: {s: x}\n")
     assert read.methods["m"].published == {"": 70.5}
@@ -90,32 +90,32 @@ WRONG = {
     "nothing": ("", "must be a section"),
     "unknown key": (TINY + "sedes: [1]", "unknown key 'sedes'; did you mean seeds"),
     "no seeds": (TINY.replace("seeds: [0, 3]", ""), "seeds is missing"),
-    "seeds that are none": (TINY.replace("[0, 3]", "[0, x]"), r"must be different whole numbers >= 0, not \[0, 'x'\]"),
+    "a seed as text": (TINY.replace("[0, 3]", "[0, x]"), r"must be different whole numbers >= 0, not \[0, 'x'\]"),
     "one seed twice": (TINY.replace("[0, 3]", "[3, 3]"), "seeds must be different"),
     "unknown pair": (TINY.replace("by_pair: {a -> b", "by_pair: {a -> x"), "method 'KD': unknown pair 'a -> x'"),
     "no such config": (TINY.replace("vanilla.yaml", "vanila.yaml"), "no config configs/digits/vanila.yaml"),
     "no source": (TINY.replace("69}, source: s}", "69}}"), r"method 'student': published needs a source, .* \(s\)"),
     "no teacher's source": (TINY.replace("72.34, source: s", "72.34"), "pair 'a -> b': teacher needs a source"),
     "unknown source": (TINY.replace("69}, source: s}", "69}, source: t}"), "unknown source 't'"),
-    "published text": (TINY.replace("69}", "high}"), "published figure of 'a -> b' must be a number, not 'high'"),
+    "published text": (TINY.replace("69}", "high}"), "published value of 'a -> b' must be a number, not 'high'"),
     "wrong type": (TINY.replace("title: Tiny", "title: 5"), "title must be of type str, not 5"),
-    "over nobody": (TINY + "over: [DKD]", "over: unknown method 'DKD'"),
+    "over an unknown method": (TINY + "over: [DKD]", "over: unknown method 'DKD'"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_plan_gets_one_line(case, plan):
+def test_a_wrong_plan_gets_a_one_line_error(case, plan):
     text, message = WRONG[case]
     with pytest.raises(UserError, match=message) as error:
         plan(text)
     assert "tiny.yaml" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_wrong_override_is_told_when_its_run_is_asked_for(plan):
+def test_a_wrong_override_is_refused_when_its_jobs_are_made(plan):
     with pytest.raises(UserError, match=r"unknown config key 'SOLVER.EPOCH'; did you mean SOLVER.EPOCHS"):
         plan(TINY.replace("overrides: {SOLVER.EPOCHS: 5}", "overrides: {SOLVER.EPOCH: 5}")).jobs("a -> b", "KD")
 
 
-def test_no_plan_gets_one_line():
+def test_a_missing_plan_gets_a_one_line_error():
     with pytest.raises(UserError, match=r"cannot read plan none.yaml: No such file"):
         read_plan("none.yaml")

@@ -1,4 +1,4 @@
-"""Reading runs whose files hold more, or less, than is needed."""
+"""Reading runs whose files have additional or missing content."""
 
 import math
 
@@ -8,7 +8,7 @@ from mdistiller.errors import UserError
 from mdistiller.experiments.runs import read_run, read_runs
 
 
-def test_unknown_columns_are_kept_and_missing_figures_are_nan(make_run):
+def test_unknown_columns_are_kept_and_missing_values_are_nan(make_run):
     run = read_run(make_run("a", [{"test_acc": 10, "grad_norm": ""}, {"test_acc": 20, "grad_norm": 3}]))
     assert run.columns == ["epoch", "test_acc", "grad_norm"]
     first, second = run.column("grad_norm")
@@ -16,7 +16,7 @@ def test_unknown_columns_are_kept_and_missing_figures_are_nan(make_run):
     assert all(math.isnan(value) for value in run.column("no such figure"))
 
 
-def test_loss_parts_and_heads_go_by_short_names(make_run):
+def test_loss_terms_and_heads_have_short_names(make_run):
     rows = [{"test_acc": 50, "test_acc_head_grouped": 50, "test_acc_head_single": 45, "loss/loss_kd": 1, "loss/ce": 2}]
     run = read_run(make_run("a", rows))
     assert run.losses == {"kd": "loss/loss_kd", "ce": "loss/ce"}
@@ -37,7 +37,7 @@ def test_a_missing_or_broken_environment_is_no_error(make_run):
     assert read_run(folder).environment == {}
 
 
-def test_a_half_written_line_is_told(make_run):
+def test_a_half_written_line_is_refused(make_run):
     folder = make_run("a", [{"test_acc": 10, "lr": 1}])
     with (folder / "metrics.csv").open("a") as file:
         file.write("2,2")
@@ -45,7 +45,7 @@ def test_a_half_written_line_is_told(make_run):
         read_run(folder)
 
 
-def test_runs_are_called_by_what_tells_them_apart(make_run):
+def test_runs_are_labelled_by_the_parts_of_their_names_that_differ(make_run):
     folders = [str(make_run(name, [{"test_acc": 1}])) for name in ("kd,res56,seed:0", "dkd,res56,seed:0")]
     assert list(read_runs(folders)) == ["kd", "dkd"]
     assert list(read_runs(folders[:1])) == ["kd,res56,seed:0"]

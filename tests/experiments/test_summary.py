@@ -1,4 +1,4 @@
-"""From hand-made runs to the table: every figure against a literal."""
+"""From hand-made runs to the table: every value against a literal."""
 
 import csv
 import json
@@ -63,7 +63,7 @@ def test_means_spreads_gains_and_costs_by_hand(plan):
     assert [len(row.folders) for row in table.rows] == [1, 3, 0, 1, 1]
 
 
-def test_the_markdown_table_says_it_all(plan):
+def test_the_markdown_table_is_complete(plan):
     text = table_markdown(summarise(plan))
     lines = text.splitlines()
     assert lines[0] == "# By hand" and "Nothing was trained." in text
@@ -78,13 +78,13 @@ def test_the_markdown_table_says_it_all(plan):
     assert "5 run(s) on a slide rule, 1 thread(s), torch 0.1, code 0123456789abcd-dirty, 2" in text
 
 
-def test_columns_without_a_figure_are_left_out(plan):
+def test_columns_without_a_value_are_left_out(plan):
     del plan.methods["KD"].published[""]
     columns, _ = table_cells(summarise(plan), "")
     assert "published" not in columns and "over KD" in columns
 
 
-def test_the_csv_holds_the_figures_in_full(plan, tmp_path):
+def test_the_csv_holds_unrounded_values(plan, tmp_path):
     write_csv(summarise(plan), tmp_path / "table.csv")
     with (tmp_path / "table.csv").open(newline="") as file:
         student, kd, dkd, *_ = csv.DictReader(file)
@@ -102,7 +102,7 @@ def test_the_table_is_read_back_as_it_was(plan, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": 1}', '{"rows": []}', '{"rows": [{"x": 1}]}'])
-def test_another_file_is_no_table(tmp_path, content):
+def test_a_file_that_is_no_table_is_refused(tmp_path, content):
     (tmp_path / "table.json").write_text(content)
     with pytest.raises(UserError, match=r"table.json holds no table that tools/table.py wrote"):
         load_table(tmp_path / "table.json")
@@ -110,7 +110,7 @@ def test_another_file_is_no_table(tmp_path, content):
         load_table(tmp_path / "none.json")
 
 
-def test_the_bars_are_the_means_and_the_published_figure_stands_beside(plan):
+def test_bars_show_the_means_and_markers_the_published_values(plan):
     (ax,) = bars_figure(summarise(plan)).axes
     (bars, *_) = (c for c in ax.containers if hasattr(c, "patches"))
     assert [bar.get_width() for bar in bars] == [58, 61.5, 62, 60]
@@ -124,14 +124,14 @@ def test_the_bars_are_the_means_and_the_published_figure_stands_beside(plan):
     assert f"the axis starts at {ax.get_xlim()[0]:g}" in ax.get_xlabel() and "(%)" in ax.get_xlabel()
 
 
-def test_no_run_yet_gets_one_line(tmp_path):
+def test_a_plan_without_a_finished_run_gets_a_one_line_error(tmp_path):
     (tmp_path / "hand.yaml").write_text(PLAN.replace("HERE", str(tmp_path / "empty")))
     with pytest.raises(UserError, match="no run of plan hand has ended yet"):
         summarise(read_plan(tmp_path / "hand.yaml"))
 
 
-def test_every_measured_figure_comes_from_the_runs(plan):
-    """Another figure in metrics.csv is another figure in the table, and nothing else changes it."""
+def test_every_measured_value_comes_from_the_runs(plan):
+    """A changed value in metrics.csv changes that value of the table, and no other."""
     before = json.dumps([row.last for row in summarise(plan).rows])
     file = plan.jobs("", "student")[1].folder / "metrics.csv"
     file.write_text(file.read_text().replace("58", "59.5"))

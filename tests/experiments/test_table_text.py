@@ -1,4 +1,4 @@
-"""Reading runs, tables and curves, against a run made by hand."""
+"""Reading runs, tables and curves, with a run written by hand."""
 
 import pytest
 from PIL import Image
@@ -19,7 +19,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_run_tells_its_last_and_best_epoch(folder):
+def test_a_run_has_a_last_and_a_best_epoch(folder):
     run = read_run(folder)
     assert (run.last, run.best, run.seconds) == (60.5, 61.25, 11.5)
     assert run.column("train_loss") == [2.5, 2.0, 1.5] and run.cfg.DISTILLER.TYPE == "KD"
@@ -34,7 +34,7 @@ def test_its_row_has_the_cost_of_its_student(folder):
     )  # fmt: skip
 
 
-def test_the_table_lines_up(folder):
+def test_the_tables_columns_are_aligned(folder):
     lines = runs_table({"KD": read_run(folder), "the plain one": read_run(folder)}).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     assert [cell.strip() for cell in lines[0].strip("|").split("|")] == list(COLUMNS)
@@ -49,12 +49,12 @@ def test_a_markdown_table_by_hand():
     ]
 
 
-def test_the_curves_are_a_picture_with_a_line_a_run(folder, tmp_path):
+def test_curves_have_a_line_for_each_run(folder, tmp_path):
     runs = {"one": read_run(folder), "two": read_run(folder)}
     draw_curves(runs, tmp_path / "curves.png")
     draw_curves(runs, tmp_path / "curves.svg")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (1500, 630)
+    with Image.open(tmp_path / "curves.png") as plot:
+        assert plot.size == (1500, 630)
     svg = (tmp_path / "curves.svg").read_text()
     for colour in ("#0072b2", "#d55e00"):
         assert svg.count(f"stroke: {colour}") >= 2, "a line in each panel"
@@ -74,7 +74,7 @@ def test_the_curves_are_a_picture_with_a_line_a_run(folder, tmp_path):
         ("config.yaml", None, "cannot read config"),
     ],
 )
-def test_a_folder_that_is_no_run_gets_one_line(folder, name, content, message):
+def test_a_folder_that_is_no_run_gets_a_one_line_error(folder, name, content, message):
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)

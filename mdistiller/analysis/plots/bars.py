@@ -9,15 +9,13 @@ from matplotlib.figure import Figure
 
 from ...experiments.summary import Row, Table
 from ...experiments.table_text import pair_heading
-from .curves import COLOURS
-
-GREY = "#999999"
+from .style import COLOURS, GREY
 
 
 def bars_figure(table: Table) -> Figure:
-    """Top-1 of the last epoch by method, with the standard deviation and the published figure; a panel for each pair.
+    """Top-1 of the last epoch by method, with the standard deviation and the published value; a panel for each pair.
 
-    The axes do not start at zero, and say so. Methods that gains are counted over are grey.
+    The axes do not start at zero; their labels say so. Methods that gains are computed over are grey.
     """
     measured = {pair: [row for row in table.of_pair(pair) if row.last is not None] for pair in table.pairs}
     measured = {pair: rows for pair, rows in measured.items() if rows}
@@ -54,12 +52,12 @@ def bars_figure(table: Table) -> Figure:
 
 
 def _range(rows: list[Row]) -> tuple[float, float]:
-    """From a round number somewhat below the lowest figure to the highest one."""
+    """A whole number somewhat below the lowest value, and the highest value."""
     low = min(min(r.last - (r.last_sd or 0), r.published or 100) for r in rows if r.last is not None)
     high = max(max(r.last + (r.last_sd or 0), r.published or 0) for r in rows if r.last is not None)
     return max(0.0, floor(low - 0.15 * (high - low) - 0.2)), high
 
 
 def draw_bars(table: Table, path: Path) -> None:
-    """Draw the table into the picture `path` (PNG or SVG by its suffix)."""
+    """Write the table's bar chart to `path` (PNG or SVG by its suffix)."""
     bars_figure(table).savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""Curves of accuracy, of every loss part and of the learning rate over the epochs."""
+"""Curves of accuracy, of every loss term and of the learning rate over the epochs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from matplotlib.figure import Figure
 
 from ...console import reason, warn
 from ...experiments.runs import Run, read_run
+from .style import line_style
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; when they are used up, the line's style changes.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", ":", "-.")
-# Up to this many epochs each one gets a mark.
+# Up to this many epochs, each one gets a marker.
 MARKED_EPOCHS = 30
 
 
@@ -28,48 +26,43 @@ class Panel:
     scale: str = "linear"
 
 
-def style(index: int) -> dict[str, Any]:
-    """Colour and dashes of the line number `index`, from 0."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
-
-
 def panels_of_runs(runs: Mapping[str, Run]) -> list[Panel]:
-    """Runs side by side: test accuracy, the whole loss, then each part of it; a line for each run that has it."""
-    whole = {"test top-1 (%)": "test_acc", "training loss, sum of its parts (nats)": "train_loss"}
-    columns = {name: whole | {_loss_label(p): column for p, column in run.losses.items()} for name, run in runs.items()}
+    """Panels that compare runs: test accuracy, total loss, each loss term; a line for each run that has the metric."""
+    totals = {"test top-1 (%)": "test_acc", "training loss, sum of its terms (nats)": "train_loss"}
+    columns = {name: totals | {_loss_label(t): c for t, c in run.losses.items()} for name, run in runs.items()}
     labels = dict.fromkeys(label for of_run in columns.values() for label in of_run)
     panels = [Panel(label) for label in labels]
     for index, (name, run) in enumerate(runs.items()):
         for panel in panels:
             column = columns[name].get(panel.label)
             if column in run.columns:
-                panel.lines[name] = (run, str(column), style(index))
+                panel.lines[name] = (run, str(column), line_style(index))
     return [panel for panel in panels if panel.lines]
 
 
 def panels_of_run(run: Run) -> list[Panel]:
-    """One run: test and training accuracy, the loss with its parts, the learning rate."""
+    """Panels of one run: test and training accuracy, the loss and its terms, the learning rate."""
     heads = {f"test, {head} head" if head else "test": column for head, column in run.heads.items()}
     accuracy = {**heads, "training": "train_acc"}
-    losses = {"all parts": "train_loss", **run.losses}
+    losses = {"all terms": "train_loss", **run.losses}
     panels = []
     for label, columns, scale in (
         ("top-1 accuracy (%)", accuracy, "linear"),
         ("training loss, weighted (ce in nats)", losses, "linear"),
         ("learning rate", {"learning rate": "lr"}, "log"),
     ):
-        lines = {name: (run, c, style(i)) for i, (name, c) in enumerate(columns.items()) if c in run.columns}
+        lines = {name: (run, c, line_style(i)) for i, (name, c) in enumerate(columns.items()) if c in run.columns}
         if lines:
             panels.append(Panel(label, lines, scale))
     return panels
 
 
-def _loss_label(part: str) -> str:
-    return f"loss part {part}, weighted ({'nats' if part == 'ce' else 'no unit'})"
+def _loss_label(term: str) -> str:
+    return f"loss term {term}, weighted ({'nats' if term == 'ce' else 'no unit'})"
 
 
 def curves_figure(runs: Mapping[str, Run]) -> Figure:
-    """Curves of labelled runs; of a single one with its training accuracy and learning rate."""
+    """Curves of labelled runs; for a single run also its training accuracy and learning rate."""
     single = len(runs) == 1
     panels = panels_of_run(next(iter(runs.values()))) if single else panels_of_runs(runs)
     columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
@@ -84,7 +77,7 @@ def curves_figure(runs: Mapping[str, Run]) -> Figure:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if single:  # each panel has lines of its own
+        if single:  # each panel has its own lines
             ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(len(panel.lines), 3), frameon=False)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
@@ -97,20 +90,20 @@ def curves_figure(runs: Mapping[str, Run]) -> Figure:
 
 
 def draw_curves(runs: Mapping[str, Run], path: str | Path) -> None:
-    """Draw labelled runs into the picture `path` (PNG or SVG by its suffix)."""
+    """Write the curves of labelled runs to `path` (PNG or SVG by its suffix)."""
     curves_figure(runs).savefig(path, dpi=150)
 
 
 def draw_run(folder: str | Path) -> Path | None:
-    """Draw a run that has ended into its own `curves.png`; returns the picture's path.
+    """Write a finished run's curves to `curves.png` in its folder; returns the path of the plot.
 
-    Never raises: a picture is no reason to lose a run. What went wrong is told in one line on stderr; returns None.
+    Never raises, because a failed plot must not fail the run: it then prints one warning line and returns None.
     """
     path = Path(folder) / "curves.png"
     try:
         run = read_run(folder)
         draw_curves({run.folder.name: run}, path)
-    except Exception as error:  # whatever a disk or a plotting library comes up with
+    except Exception as error:  # any error of the disk or of the plotting library
         warn(f"no {path} ({reason(error)})")
         return None
     return path

@@ -1,4 +1,4 @@
-"""Pictures of what `inspection` measures; each function returns a matplotlib figure, which no display is needed for."""
+"""Plots of a network's outputs and metrics; each function returns a matplotlib figure and needs no display."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..measures import Calibration
-from .curves import COLOURS
+from .style import COLOURS, GREY, MARKERS, point_style
 
-MARKERS = "osD^v"
 # More classes than this cannot be told apart by colour: the others are grey.
 SHOWN_CLASSES = 10
 
 
 def tsne_figure(points: Mapping[str, np.ndarray], targets: np.ndarray) -> Figure:
-    """t-SNE layouts (N, 2) by the networks' names, side by side, the first ten classes marked."""
+    """Scatter plots of t-SNE layouts (N, 2) by network name, side by side; the first ten classes are coloured."""
     figure = Figure(figsize=(5.2 * len(points), 5.6), layout="constrained")
     panels = figure.subplots(1, len(points), squeeze=False)[0]
     shown = np.unique(targets)[:SHOWN_CLASSES]
@@ -25,8 +24,7 @@ def tsne_figure(points: Mapping[str, np.ndarray], targets: np.ndarray) -> Figure
     for ax, (name, xy) in zip(panels, points.items()):
         ax.scatter(*xy[others].T, s=5, color="#DDDDDD", label="other classes" if others.any() else None)
         for i, c in enumerate(shown):
-            look: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS)]}
-            ax.scatter(*xy[targets == c].T, s=14, label=str(c), **look)
+            ax.scatter(*xy[targets == c].T, s=14, label=str(c), **point_style(i))
         ax.set(title=name, xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, title="class", markerscale=1.5)
@@ -34,7 +32,7 @@ def tsne_figure(points: Mapping[str, np.ndarray], targets: np.ndarray) -> Figure
 
 
 def matrices_figure(matrices: Mapping[str, np.ndarray], xlabel: str, ylabel: str, signed: Sequence[str] = ()) -> Figure:
-    """Matrices by their titles as heat maps side by side; of those in `signed`, zero is white and the ends differ."""
+    """Heat maps of matrices by title, side by side; those in `signed` get a diverging colour map with zero in white."""
     figure = Figure(figsize=(5.4 * len(matrices), 4.8), layout="constrained")
     for ax, (title, matrix) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items()):
         most = float(np.nanmax(np.abs(matrix))) or 1.0
@@ -49,7 +47,7 @@ def matrices_figure(matrices: Mapping[str, np.ndarray], xlabel: str, ylabel: str
 
 
 def cka_figure(cka: np.ndarray, student: str, teacher: str) -> Figure:
-    """CKA of every teacher's stage (row) with every student's (column), the figures written in."""
+    """Heat map of the CKA between each teacher stage (row) and each student stage (column), with the values as text."""
     labels = f"stage of the student {student}", f"stage of the teacher {teacher}"
     figure = matrices_figure({"linear CKA (0 to 1)": cka}, *labels)
     ax = figure.axes[0]
@@ -59,10 +57,10 @@ def cka_figure(cka: np.ndarray, student: str, teacher: str) -> Figure:
 
 
 def reliability_figure(calibrations: Mapping[str, Calibration]) -> Figure:
-    """Accuracy by confidence for each network; on the diagonal it is as sure as it is right."""
+    """Reliability diagram: accuracy by confidence for each network; a calibrated network lies on the diagonal."""
     figure = Figure(figsize=(5.4, 5.4), layout="constrained")
     ax = figure.add_subplot()
-    ax.plot([0, 100], [0, 100], color="#999999", linestyle="--", label="calibrated")
+    ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="calibrated")
     for (name, c), colour, marker in zip(calibrations.items(), COLOURS, MARKERS):
         some = c.count > 0
         label = f"{name}, ECE {c.ece:.1f} %"

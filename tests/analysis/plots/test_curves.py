@@ -1,4 +1,4 @@
-"""Curves: which lines are drawn from which figures."""
+"""Curves: which lines are drawn from which columns."""
 
 import math
 
@@ -22,33 +22,33 @@ def lines(figure):
     }
 
 
-def test_runs_side_by_side_have_a_panel_for_accuracy_the_whole_loss_and_each_part(make_run):
+def test_several_runs_have_a_panel_for_accuracy_total_loss_and_each_loss_term(make_run):
     runs = {"KD": read_run(make_run("kd", KD)), "plain": read_run(make_run("plain", PLAIN))}
     assert lines(curves_figure(runs)) == {
         "test top-1 (%)": {"KD": [10, 20], "plain": [11]},
-        "training loss, sum of its parts (nats)": {"KD": [5, 4], "plain": [2.5]},
-        "loss part ce, weighted (nats)": {"KD": [2, 1.5], "plain": [2.5]},
-        "loss part kd, weighted (no unit)": {"KD": [3, 2.5]},
+        "training loss, sum of its terms (nats)": {"KD": [5, 4], "plain": [2.5]},
+        "loss term ce, weighted (nats)": {"KD": [2, 1.5], "plain": [2.5]},
+        "loss term kd, weighted (no unit)": {"KD": [3, 2.5]},
     }
 
 
-def test_a_single_run_shows_training_beside_test_all_parts_and_the_learning_rate(make_run):
+def test_a_single_run_has_panels_for_accuracy_losses_and_learning_rate(make_run):
     figure = curves_figure({"KD": read_run(make_run("kd", KD))})
     assert lines(figure) == {
         "top-1 accuracy (%)": {"test": [10, 20], "training": [9, 21]},
-        "training loss, weighted (ce in nats)": {"all parts": [5, 4], "ce": [2, 1.5], "kd": [3, 2.5]},
+        "training loss, weighted (ce in nats)": {"all terms": [5, 4], "ce": [2, 1.5], "kd": [3, 2.5]},
         "learning rate": {"learning rate": [0.1, 0.01]},
     }
     assert all(ax.get_xlabel() == "epoch" for ax in figure.axes)
 
 
-def test_every_head_has_a_line_and_what_is_missing_has_none(make_run):
+def test_every_head_has_a_line_and_missing_columns_have_none(make_run):
     rows = [{"test_acc": 5, "test_acc_head_grouped": 5, "test_acc_head_single": 4}]
     drawn = lines(curves_figure({"": read_run(make_run("dcgd", rows))}))
     assert drawn == {"top-1 accuracy (%)": {"test, grouped head": [5], "test, single head": [4]}}
 
 
-def test_an_epoch_without_a_figure_leaves_a_gap(make_run):
+def test_an_epoch_without_a_value_leaves_a_gap(make_run):
     drawn = lines(curves_figure({"": read_run(make_run("a", [{"test_acc": 1, "lr": ""}, {"test_acc": 2, "lr": 0.5}]))}))
     first, second = drawn["learning rate"]["learning rate"]
     assert math.isnan(first) and second == 0.5
@@ -62,15 +62,15 @@ def test_more_runs_than_colours_still_differ(make_run):
     assert figure.legends and not any(ax.get_legend() for ax in figure.axes), "one legend, outside the data"
 
 
-def test_a_runs_end_leaves_a_picture(make_run):
+def test_a_finished_run_gets_a_plot(make_run):
     folder = make_run("kd", KD)
     assert draw_run(folder) == folder / "curves.png"
-    with Image.open(folder / "curves.png") as picture:
-        assert picture.size == (2250, 630)
+    with Image.open(folder / "curves.png") as plot:
+        assert plot.size == (2250, 630)
 
 
 @pytest.mark.parametrize("damage", ["metrics.csv", "config.yaml", "curves.png"])
-def test_a_picture_that_fails_is_one_line_and_no_error(make_run, damage, capsys):
+def test_a_plot_that_fails_is_a_one_line_warning_and_no_error(make_run, damage, capsys):
     folder = make_run("kd", KD)
     (folder / damage).unlink(missing_ok=True)
     if damage == "curves.png":

@@ -1,4 +1,4 @@
-"""Pictures of networks: what is on them."""
+"""Plots of networks: their content."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def test_tsne_marks_ten_classes_and_greys_the_others():
     grey, first, *_ = figure.axes[0].collections
     assert len(grey.get_offsets()) == 4 and first.get_offsets().tolist() == [[0, 1], [24, 25]]
     looks = {(tuple(c.get_facecolor()[0]), len(c.get_paths()[0])) for c in figure.axes[0].collections[1:]}
-    assert len(looks) == 10, "colour and marker together tell the ten apart"
+    assert len(looks) == 10, "colour and marker together distinguish the ten"
 
 
 def test_matrices_keep_their_values_and_signs():
@@ -25,14 +25,14 @@ def test_matrices_keep_their_values_and_signs():
     assert signed.get_clim() == (-2, 2)
 
 
-def test_cka_has_its_figures_written_in():
+def test_cka_has_its_values_written_in():
     figure = cka_figure(np.array([[1.0, 0.25], [0.5, 0.75]]), "small", "large")
     ax = figure.axes[0]
     assert [t.get_text() for t in ax.texts] == ["1.00", "0.25", "0.50", "0.75"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("stage of the student small", "stage of the teacher large")
 
 
-def test_reliability_has_a_line_for_each_network_and_tells_its_ece():
+def test_reliability_has_a_line_for_each_network_with_its_ece():
     logits = np.log(np.array([[0.75, 0.25], [0.75, 0.25]]))
     figure = reliability_figure({"net": calibration(logits, np.array([0, 1]), bins=10)})
     _, line = figure.axes[0].lines
