@@ -13,12 +13,12 @@ def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every BatchNorm2d synchronised over the ranks; names, weights and statistics stay."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    replacements: dict[nn.Module, nn.Module] = {}  # a shared layer stays shared
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.BatchNorm2d:
-                replacements[child] = replacements.get(child) or HostSyncBatchNorm2d.like(child)
-                setattr(parent, name, replacements[child])
+    replacements: dict[nn.Module, nn.Module] = {}  # a layer with several names stays one layer
+    for name, layer in list(module.named_modules(remove_duplicate=False)):
+        if type(layer) is nn.BatchNorm2d:
+            replacements[layer] = replacements.get(layer) or HostSyncBatchNorm2d.like(layer)
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, replacements[layer])
     return module
 
 

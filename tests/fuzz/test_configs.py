@@ -8,8 +8,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from mdistiller.engine.build import experiment_name
 from mdistiller.engine.cfg import CFG, load_cfg, show_cfg
+from mdistiller.engine.run_name import experiment_name
 from mdistiller.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
