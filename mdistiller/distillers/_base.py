@@ -93,7 +93,7 @@ class Distiller(nn.Module):
         self._output_checked = False
 
     def train(self, mode: bool = True) -> Distiller:
-        """Training mode for everything but the teacher."""
+        """Training mode for everything; the teacher stays in eval mode, unless `teacher_in_train_mode` is set."""
         super().train(mode)
         if not self.teacher_in_train_mode:
             self.teacher.eval()

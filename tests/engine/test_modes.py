@@ -279,12 +279,14 @@ def too_low(reached, seeds):
     return {name: accuracy for name, accuracy in reached.items() if accuracy < low}
 
 
+@pytest.mark.slow
 def test_every_mode_of_the_student_reaches_the_accuracy_of_the_default(tmp_path):
     seeds = [trained(tmp_path, "DISTILLER.TYPE NONE", seed)[1] for seed in range(3)]
     reached = {name: trained(tmp_path, f"DISTILLER.TYPE NONE {mode}")[1] for name, mode in MODES.items()}
     assert min(seeds) > 88 and not too_low(reached, seeds), (seeds, reached)
 
 
+@pytest.mark.slow
 def test_every_mode_of_the_teacher_reaches_the_accuracy_of_the_default(tmp_path):
     """Student and teacher are the same network; the second run with the cache never runs the teacher."""
     teacher, own = trained(tmp_path, "DISTILLER.TYPE NONE")
