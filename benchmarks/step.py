@@ -13,10 +13,10 @@ The floor is the time that the multiply-accumulates alone would take (see floor.
 of one step beyond what is held between steps: on the CPU from the allocator's record of this process (without the
 workers of the classic loader), on a GPU from torch's.
 
-Measured with `--methods KD DKD --threads 2 --steps 6 --rounds 5` on two cores of an AMD EPYC (Zen 4, bfloat16 units)
-with torch 2.15, 2026-11-23, nothing else running. Images a second as multiples of the classic path's: resnet56 ->
-resnet20 default 1.48 (KD) and 1.44 (DKD), bf16 2.32 and 2.36; resnet32x4 -> resnet8x4 default 1.47 and 1.30, bf16 2.38
-and 2.05. docs/performance.md has the spread and the other methods. No GPU was available.
+Measured with `--methods KD DKD --threads 2 --steps 6 --rounds 5` on two cores of an AMD EPYC (family 26, bfloat16
+units) with torch 2.14, 2026-11-26. Images a second as multiples of the classic path's: resnet56 -> resnet20 default
+1.42 (KD) and 1.41 (DKD), bf16 2.04 and 2.05; resnet32x4 -> resnet8x4 default 1.35 and 1.39, bf16 2.56 and 2.64.
+docs/performance.md has the spread and the other methods. No GPU was available.
 """
 
 from __future__ import annotations

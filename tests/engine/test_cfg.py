@@ -8,16 +8,6 @@ from mdistiller.errors import UserError
 from tests import _golden
 
 
-@pytest.fixture
-def yaml_file(tmp_path):
-    def write(text):
-        path = tmp_path / "experiment.yaml"
-        path.write_text(text)
-        return path
-
-    return write
-
-
 def differing(expected, ours, above=()):
     """The keys of `expected` whose value in `ours` is missing or different; `ours` may have more keys."""
     for key, value in expected.items():

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
-import torch.nn as nn
 from yacs.config import CfgNode as CN
 
-from mdistiller.engine.cfg import CFG
 from mdistiller.engine.update import DotUpdate, SumUpdate
 from mdistiller.errors import UnknownNameError, UserError
 
-
-def config(**solver: object) -> CN:
-    cfg = CFG.clone()
-    cfg.SOLVER.update({"LR": 0.1, "MOMENTUM": 0.9, "WEIGHT_DECAY": 0.01} | solver)
-    return cfg
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+from ._small import config, network
 
 
 @pytest.mark.parametrize("rule", [SumUpdate, DotUpdate])

@@ -4,18 +4,9 @@ import math
 
 import pytest
 
-from mdistiller.engine.cfg import CFG, load_cfg, override_pairs
+from mdistiller.engine.cfg import CFG, load_cfg
+from mdistiller.engine.overrides import override_pairs
 from mdistiller.errors import UserError
-
-
-@pytest.fixture
-def yaml_file(tmp_path):
-    def write(text):
-        path = tmp_path / "experiment.yaml"
-        path.write_text(text)
-        return path
-
-    return write
 
 
 @pytest.mark.parametrize(

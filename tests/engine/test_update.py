@@ -8,23 +8,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from yacs.config import CfgNode as CN
 
-from mdistiller.engine.cfg import CFG
 from mdistiller.engine.dot import DistillationOrientedTrainer
 from mdistiller.engine.update import DotUpdate, SumUpdate
 from mdistiller.errors import UserError
 
-
-def config(**solver: object) -> CN:
-    cfg = CFG.clone()
-    cfg.SOLVER.update({"LR": 0.1, "MOMENTUM": 0.9, "WEIGHT_DECAY": 0.01} | solver)
-    return cfg
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+from ._small import config, network
 
 
 def losses(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
