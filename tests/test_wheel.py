@@ -29,7 +29,7 @@ def wheel(tmp_path_factory):
     copy, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
     for name in ("mdistiller", "configs", "plans"):
         shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "requirements.txt", "README.md", "LICENSE", "pyproject.toml"):
+    for name in ("setup.py", "requirements.txt", "README.md", "LICENSE", "pyproject.toml", "MANIFEST.in"):
         shutil.copy(REPOSITORY / name, copy)
     pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "-w", out, copy)
     (path,) = out.glob("mdistiller-*.whl")

@@ -99,6 +99,7 @@ nbformat.write(book, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "plots"), [("tsne", 1), ("correlation", 2)])
 def test_a_notebook_runs_and_shows_its_plots(name, plots, run, outputs, tmp_path):
     pytest.importorskip("nbclient", reason="the extra `dev` is not installed")

@@ -158,6 +158,7 @@ def test_an_unsupported_setting_is_refused_with_the_reason(overrides, message, f
         trainer_of(files, overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile builds its kernels with a C++ compiler")
 def test_a_compiled_step_is_the_plain_step(files):
     """After five steps of DKD, whose loss depends on the epoch, one on a short batch: equal up to rounding.

@@ -98,6 +98,7 @@ print(sorted((job.label, error) for job, error in launch.run_on_ray(jobs, "local
 """
 
 
+@pytest.mark.slow
 def test_a_local_ray_runs_the_same_jobs(tmp_path):
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     done = subprocess.run([sys.executable, "-c", RAY, str(tmp_path)], capture_output=True, text=True, timeout=300)

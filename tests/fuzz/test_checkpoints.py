@@ -19,6 +19,8 @@ from mdistiller.engine.files.checksum import seal
 from mdistiller.engine.files.run_folder import load_resumable, newest_whole
 from mdistiller.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 # The same examples every time; none may take long.
 quickly = settings(
     max_examples=1000, derandomize=True, database=None, deadline=timedelta(seconds=20),

@@ -12,6 +12,8 @@ from mdistiller.engine.cfg import CFG, load_cfg, show_cfg
 from mdistiller.engine.run_name import experiment_name
 from mdistiller.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # The same examples every time; none may take long.
 quickly = settings(

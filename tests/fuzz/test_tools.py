@@ -10,6 +10,8 @@ from mdistiller.engine.files.checkpoint import save_checkpoint
 
 from ..reliability.runs import METHODS, REPOSITORY, SETTINGS, Run, Zygote
 
+pytestmark = pytest.mark.slow
+
 NONE = METHODS["KD"] | {"SOLVER.EMA": "0", "SOLVER.EPOCHS": "1", "LOG.SAVE_CHECKPOINT_ITERS": "0"}
 
 

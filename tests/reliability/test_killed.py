@@ -9,6 +9,8 @@ import pytest
 
 from .runs import METHODS, Run, differences, killed_run, timed
 
+pytestmark = pytest.mark.slow
+
 KILLS = 10  # per method; tests/soak.py makes 200
 
 
