@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# The pipes of the requests that are listening.
+_pipes: set[int] = set()
+
+
+def _leave_to_parent() -> None:
+    """In a forked child, such as a loader's worker: its signals are not the parent's, and Ctrl-C is for the parent."""
+    if _pipes:
+        _pipes.clear()
+        with suppress(ValueError):  # not the main thread
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class StopRequest:
-    """Whether the process has been asked to stop: `signal` is 0, or the number of the signal."""
+    """Whether the process has been asked to stop: `signal` is 0, or the number of the first signal.
+
+    Python runs a signal's handler between two operations of the main thread. A backward pass is one operation, of
+    seconds, in which two signals would count as one. So a thread reads the signals, from a pipe that they are written
+    to as they arrive.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -23,17 +45,36 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        before = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
+        wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        _pipes.add(write)
+        reader = threading.Thread(target=self._read, args=(read,), daemon=True)
+        reader.start()
         try:
             yield
         finally:
+            signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            _pipes.discard(write)
+            os.close(write)  # ends the reader
+            reader.join()
+            os.close(read)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+    def _read(self, pipe: int) -> None:
+        while received := os.read(pipe, 1):
+            number = received[0]
+            if number in SIGNALS and self.signal:
+                ctypes.pythonapi.PyOS_setsig(number, None)  # SIG_DFL; signal.signal() is for the main thread alone
+                os.kill(os.getpid(), number)
+            elif number in SIGNALS:
+                self.signal = number
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """A handler of Python's, so that the signal is written to the pipe."""
 
 
 class Stopped(SystemExit):
