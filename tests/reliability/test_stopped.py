@@ -28,6 +28,14 @@ def whole(tmp_path_factory, zygote):
     return run
 
 
+def written_at(path):
+    """When a file was written, in ns; None while it does not exist."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def wait_for(run, file):
     """Wait until the run has written `file`."""
     until = time.monotonic() + 60
@@ -196,10 +204,11 @@ def test_overwriting_a_run_removes_its_old_checkpoints(tmp_path, zygote, whole):
     shutil.copytree(whole.folder, tmp_path / "run")
     run = Run(tmp_path / "run", KD, zygote.launch)
     assert (run.log_path / "epoch_2").exists()
-    before = (run.log_path / "latest").stat().st_mtime_ns
+    before = written_at(run.log_path / "latest")
     process = run.start("--overwrite")
-    while not (latest := run.log_path / "latest").exists() or latest.stat().st_mtime_ns == before:
+    while written_at(run.log_path / "latest") in (None, before):
         assert process.poll() is None
+        time.sleep(0.001)
     process.kill()
     process.wait()
     assert not {path.name for path in run.log_path.iterdir()} & {"best", "epoch_2", "student_2", "student_best"}
