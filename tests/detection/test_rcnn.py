@@ -153,7 +153,7 @@ def test_a_frozen_mobilenet(freeze_at, frozen):
 
 
 def test_an_unknown_map_of_mobilenet_is_refused():
-    with pytest.raises(UserError, match="knows m2, m3, m4, m5, not 'm6'"):
+    with pytest.raises(UserError, match="accepts m2, m3, m4, m5, not 'm6'"):
         build_model(_small.load("DKD/DKD-MV2-R50", "MODEL.MOBILENETV2.OUT_FEATURES", "['m2', 'm6']"))
 
 
