@@ -33,7 +33,7 @@ def start(body):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_is_a_request(number):
-    process = start("time.sleep(1)")
+    process = start("while not stop.signal: time.sleep(0.01)")
     process.send_signal(number)
     assert process.communicate(timeout=30)[0] == f"{int(number)}\n" and process.returncode == 0
 
@@ -52,11 +52,13 @@ def test_the_second_ends_the_process_at_once_though_the_main_thread_is_in_one_op
 def test_a_forked_childs_signals_are_not_the_parents():
     """It ignores SIGINT, which Ctrl-C sends to the whole group, and SIGTERM ends it, as it ends any process."""
     body = """
+    read, write = os.pipe()
     child = os.fork()
     if not child:
+        os.write(write, b"up")
         time.sleep(60)
         os._exit(0)
-    time.sleep(0.2)
+    os.read(read, 2)
     os.kill(child, signal.SIGINT)
     time.sleep(0.2)
     assert os.waitpid(child, os.WNOHANG) == (0, 0), "alive"
