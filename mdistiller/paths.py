@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -12,4 +13,5 @@ SHIPPED = CLONE or PACKAGE
 
 def find_file(name: str | Path) -> Path | None:
     """The file `name`, relative to the current folder, else to `SHIPPED`; None if neither exists."""
-    return next((path for path in (Path(name), SHIPPED / name) if path.is_file()), None)
+    # os.path.isfile is False for a name that no file system takes, where Path.is_file raises an OSError.
+    return next((path for path in (Path(name), SHIPPED / name) if os.path.isfile(path)), None)

@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .ranks import joined
+
 
 def world_size() -> int:
     """Number of processes that share each batch."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if joined() else 1
 
 
 def gather_batch(x: Tensor) -> Tensor:

@@ -79,9 +79,14 @@ class Ranks:
             dist.barrier(group=_host_group())
 
 
+def joined() -> bool:
+    """Whether this process belongs to a process group, as those that torchrun started do."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def current_ranks() -> Ranks:
     """The `Ranks` of this process; outside `joined_ranks`, those of a single process."""
-    if not dist.is_initialized():
+    if not joined():
         return Ranks()
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 

@@ -8,6 +8,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .ranks import joined
+
 
 def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every BatchNorm2d synchronised over the ranks; names, weights and statistics stay."""
@@ -38,7 +40,7 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
         return own.train(other.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and dist.is_initialized()):
+        if not (self.training and joined()):
             return super().forward(x)
         assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
         dims = (0, 2, 3)

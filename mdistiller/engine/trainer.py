@@ -150,11 +150,10 @@ class BaseTrainer:
             self.logger = Logger({})
             if self.ranks.first:
                 stack.enter_context(run_lock(self.log_path))
-                interrupted_at = self.state.interrupted.get("step", 0)
-                if first == 1 and not interrupted_at:
+                if first == 1 and not self.state.interrupted:
                     remove_run(self.log_path)
                 record_run(self.log_path, self.cfg, device=str(self.device), processes=self.ranks.world)
-                done = (first - 1) * len(self.train_loader) + interrupted_at
+                done = (first - 1) * len(self.train_loader) + self.state.interrupted.get("step", 0)
                 self.logger = build_logger(self.log_path, self.name, self.cfg, first, done)
             stack.enter_context(self.stop.listening())
             for epoch in range(first, self.cfg.SOLVER.EPOCHS + 1):

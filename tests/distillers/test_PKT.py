@@ -22,9 +22,9 @@ def test_agrees_with_the_naive_form(batch, width_s, width_t):
         torch.testing.assert_close(ours, exact_pkt(f_s.detach(), f_t, eps), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("distance, rtol", [(1e-1, 1e-4), (1e-2, 1e-4), (1e-3, 1e-3)])
+@pytest.mark.parametrize("distance, rtol", [(1e-1, 1e-4), (1e-2, 1e-4), (1e-3, 1e-3), (1e-4, 1e-2)])
 def test_float32_keeps_its_digits_near_the_teacher(distance, rtol):
-    """Where the textbook's form is 0.01 %, 9 % and 13 % off."""
+    """Where the textbook's form is 0.01 %, 9 % and 13 % off, and then 370 times the value."""
     f_t = normal(64, 64).abs().float()
     f_s = f_t + distance * normal(64, 64, seed=2).float()
     exact = pkt_loss(f_s.double(), f_t.double())
