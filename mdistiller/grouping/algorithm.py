@@ -42,11 +42,23 @@ def similarity(confusion: np.ndarray) -> np.ndarray:
     Returns:
         (S, S) float64 in [0, 2], symmetric, its diagonal zero.
     """
+    return _rounded(_shares(confusion))
+
+
+def _shares(confusion: np.ndarray) -> np.ndarray:
+    """x + x^T of `similarity`, not rounded."""
     errors = confusion.astype(np.float64)
     np.fill_diagonal(errors, 0)
     share = errors / np.maximum(errors.sum(axis=1, keepdims=True), 1)
-    # Rounded to 12 digits, so that shares that are mathematically equal (1/3 + 1/3 and 2/3) tie on every machine.
-    return np.round(share + share.T, 12)
+    return share + share.T
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """To 12 digits, so that values that are mathematically equal (1/3 + 1/3 and 2/3) tie on every machine.
+
+    Round once, at the end: means of rounded values differ in the twelfth digit where the exact means are equal.
+    """
+    return np.round(values, 12)
 
 
 def group_by_confusion(confusion: np.ndarray, num_groups: int) -> list[list[int]]:
@@ -70,12 +82,12 @@ def group_by_confusion(confusion: np.ndarray, num_groups: int) -> list[list[int]
     Cost: O(S^2 log S).
     """
     size = _check(confusion, num_groups)
-    s = similarity(confusion)
-    groups = _seed(s, num_groups)
+    s = _shares(confusion)
+    groups = _seed(_rounded(s), num_groups)
     seeded = {i for group in groups for i in group}
     for i in range(size):
         if i not in seeded:
-            means = [np.round(s[i, group].mean(), 12) for group in groups]
+            means = _rounded(np.array([s[i, group].mean() for group in groups]))
             groups[int(np.argmax(means))].append(i)  # argmax returns the first of equals
     return [sorted(group) for group in groups]
 

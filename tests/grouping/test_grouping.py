@@ -79,6 +79,21 @@ def test_agrees_with_the_exact_oracle(data):
     assert group_by_confusion(np.array(counts), num_groups) == oracle(counts, num_groups)
 
 
+def test_equal_means_tie_though_their_terms_are_no_decimals():
+    """Class 6 has the same exact mean similarity to [1, 2] and to [3, 4], of 9ths and 18ths: the earlier group wins."""
+    counts = [
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 2, 0, 0, 4, 3],
+        [0, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0, 0],
+        [0, 2, 4, 4, 0, 4, 4],
+        [0, 0, 0, 0, 0, 0, 0],
+        [3, 1, 4, 3, 4, 3, 0],
+    ]
+    assert oracle(counts, 3) == [[1, 2, 6], [3, 4], [0, 5]]
+    assert group_by_confusion(np.array(counts), 3) == oracle(counts, 3)
+
+
 def test_similarity_by_hand():
     # Class 0: 4 errors, 3 to class 1; class 1: 2 errors, both to class 2; class 2: none.
     counts = np.array([[90, 3, 1], [0, 98, 2], [0, 0, 100]])
