@@ -30,11 +30,11 @@ from detectron2.utils import comm
 from detection.model.config import load_cfg
 from detection.model.files import check_data, find_weights
 from detection.model.trainer import Trainer
-from detection.model.weights import Checkpointer
+from detection.model.weights import NO_TEACHER, Checkpointer
 
 
 def read_cfg(args: argparse.Namespace) -> CfgNode:
-    """Read the configuration, and check that the GPUs, data and weights that it names exist."""
+    """Read the configuration, and check that it names a teacher's weights, and that GPUs, data and weights exist."""
     cfg = load_cfg(args.config_file, args.opts)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     if cuda and args.num_gpus > torch.cuda.device_count():
@@ -43,6 +43,9 @@ def read_cfg(args: argparse.Namespace) -> CfgNode:
     check_data([*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)])
     cfg.defrost()
     resumes = args.resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()
+    from_scratch = not (cfg.MODEL.WEIGHTS or resumes or args.eval_only)
+    if from_scratch and cfg.MODEL.META_ARCHITECTURE == "RCNNKD" and not cfg.KD.RANDOM_TEACHER:
+        raise UserError(NO_TEACHER)
     cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS if resumes else find_weights(cfg.MODEL.WEIGHTS)
     cfg.freeze()
     return cfg

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, GeneralizedRCNN
+from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, CascadeROIHeads, RROIHeads, StandardROIHeads
+from fvcore.common.registry import Registry
 
 from mdistiller.errors import UserError
+from mdistiller.registry import unknown_name
 
 from .losses import kd_types
 
@@ -27,6 +31,8 @@ def add_distillation_cfg(cfg: CfgNode) -> None:
     cfg.SEED = 0
     cfg.MODEL.MOBILENETV2 = CfgNode({"OUT_FEATURES": ["m2"], "NORM": "FrozenBN"})
     cfg.KD = CfgNode({"TYPE": "DKD", "DKD": {"ALPHA": 1.0, "BETA": 0.25, "T": 1.0}, "REVIEWKD": {"LOSS_WEIGHT": 1.0}})
+    # Whether MODEL.WEIGHTS may be empty, or lack tensors of the teacher, which then keep their random values.
+    cfg.KD.RANDOM_TEACHER = False
     cfg.TEACHER = get_cfg()
     cfg.TEACHER.MODEL.MOBILENETV2 = cfg.MODEL.MOBILENETV2.clone()
     for key in UNUSED:
@@ -37,7 +43,8 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
     """The configuration in `path`, overridden by `opts` (KEY VALUE KEY VALUE ...), checked and frozen.
 
     Raises:
-        UserError: no such file, an unknown key, a value of the wrong type, or what `check_pair` refuses.
+        UserError: no such file, an unknown key, a value of the wrong type, an unknown MODEL.META_ARCHITECTURE, or what
+            `check_pair` refuses for RCNNKD.
     """
     if path and not Path(path).is_file():
         raise UserError(f"no config file at {path}; detection/configs/ holds the published ones")
@@ -51,6 +58,7 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
         raise UserError(f"config {path} {' '.join(opts)}: {error}") from None
     # One model, one device.
     cfg.TEACHER.MODEL.DEVICE = cfg.MODEL.DEVICE
+    _check_registered("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     if cfg.MODEL.META_ARCHITECTURE == "RCNNKD":
         check_pair(cfg)
     cfg.freeze()
@@ -61,10 +69,12 @@ def check_pair(cfg: CfgNode) -> None:
     """Refuse a student and a teacher that cannot be compared.
 
     Raises:
-        UserError: an unknown KD.TYPE; different numbers of classes; a channel order other than BGR and RGB; a value in
-            TEACHER.MODEL.WEIGHTS, which would not be read.
+        UserError: an unknown KD.TYPE; a teacher that is no R-CNN or has a teacher itself; an unknown backbone or box
+            head; ROI heads without what the losses read; different numbers of classes; a channel order other than BGR
+            and RGB; a value in TEACHER.MODEL.WEIGHTS, which would not be read.
     """
     kd_types[cfg.KD.TYPE]
+    _check_architectures(cfg)
     classes_student, classes_teacher = (c.MODEL.ROI_HEADS.NUM_CLASSES for c in (cfg, cfg.TEACHER))
     if classes_student != classes_teacher:
         raise UserError(
@@ -79,3 +89,32 @@ def check_pair(cfg: CfgNode) -> None:
             f"TEACHER.MODEL.WEIGHTS is {cfg.TEACHER.MODEL.WEIGHTS!r}, but MODEL.WEIGHTS names one file for both; "
             "make it with detection/merge_weights.py"
         )
+
+
+def _check_architectures(cfg: CfgNode) -> None:
+    """Refuse a teacher that is not one R-CNN alone, and ROI heads that do not classify each proposal once."""
+    teachers = _names(META_ARCH_REGISTRY, GeneralizedRCNN, META_ARCH_REGISTRY.get("RCNNKD"))
+    teacher = cfg.TEACHER.MODEL.META_ARCHITECTURE
+    if teacher not in teachers:
+        hint = ", also for a teacher that was a student of RCNNKD" if teacher == "RCNNKD" else ""
+        raise UserError(
+            f"TEACHER.MODEL.META_ARCHITECTURE must be {' or '.join(teachers)}{hint}, because the teacher classifies "
+            f"the student's proposals; it is {teacher!r}"
+        )
+    heads = _names(ROI_HEADS_REGISTRY, StandardROIHeads, CascadeROIHeads, RROIHeads)
+    for whose, model in (("MODEL", cfg.MODEL), ("TEACHER.MODEL", cfg.TEACHER.MODEL)):
+        if model.ROI_HEADS.NAME not in heads:
+            raise UserError(f"{whose}.ROI_HEADS.NAME must be {' or '.join(heads)}, it is {model.ROI_HEADS.NAME}")
+        _check_registered(f"{whose}.BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY)
+        _check_registered(f"{whose}.ROI_BOX_HEAD.NAME", model.ROI_BOX_HEAD.NAME, ROI_BOX_HEAD_REGISTRY)
+
+
+def _check_registered(key: str, name: str, registry: Registry) -> None:
+    if name not in registry:
+        raise unknown_name(key, name, [known for known, _ in registry])
+
+
+def _names(registry: Registry, kind: type, *excluded: type) -> list[str]:
+    """The names in `registry` of `kind` and its subclasses, except the `excluded` ones and theirs."""
+    classes = [(name, entry) for name, entry in registry if isinstance(entry, type)]
+    return [name for name, entry in classes if issubclass(entry, kind) and not issubclass(entry, excluded)]

@@ -25,8 +25,9 @@ def find_weights(name: str) -> str:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise UserError(
-            f"no weights at {' or '.join(map(str, places))}: put the published file there, make it with "
-            'detection/merge_weights.py, or train from scratch with MODEL.WEIGHTS ""'
+            f"no weights at {' or '.join(map(str, places))}: put the published file there, or make it "
+            "with detection/merge_weights.py; only a detector without a teacher can start from scratch, with "
+            'MODEL.WEIGHTS ""'
         )
     return str(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -54,11 +55,22 @@ def proposal_logits(heads: StandardROIHeads, maps: Maps, boxes: Sequence[Boxes])
 class DKDLoss(nn.Module):
     """`dkd_loss` between student and teacher logits of the student's sampled proposals; the background is a class.
 
+    Raises:
+        UserError: KD.DKD.T is not above 0 and finite; a classifier whose background logit is not trained.
+
     Reference: Zhao et al. 2022, arXiv 2203.08679, section 4.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
+        if not 0 < cfg.KD.DKD.T < math.inf:
+            raise UserError(f"KD.DKD.T is {cfg.KD.DKD.T}; the temperature must be above 0 and finite")
+        for whose, model in (("MODEL", cfg.MODEL), ("TEACHER.MODEL", cfg.TEACHER.MODEL)):
+            if model.ROI_BOX_HEAD.USE_SIGMOID_CE:
+                raise UserError(
+                    f"{whose}.ROI_BOX_HEAD.USE_SIGMOID_CE is True, which trains no logit for the background, but DKD "
+                    "compares it; set it to False, or KD.TYPE to ReviewKD"
+                )
         self.alpha, self.beta, self.temperature = cfg.KD.DKD.ALPHA, cfg.KD.DKD.BETA, cfg.KD.DKD.T
 
     def forward(self, seen: Seen) -> dict[str, Tensor]:
@@ -88,7 +100,10 @@ class ReviewKDLoss(nn.Module):
         self.levels = sorted(shapes_student, key=lambda name: shapes_student[name].stride)
         if set(shapes_student) != set(shapes_teacher):
             levels = f"the student's {', '.join(shapes_student)}, the teacher's {', '.join(shapes_teacher)}"
-            raise UserError(f"ReviewKD needs pyramids with the same levels: {levels}")
+            raise UserError(
+                f"ReviewKD needs pyramids with the same levels: {levels}; set MODEL.BACKBONE and "
+                "TEACHER.MODEL.BACKBONE to networks that have the same, or KD.TYPE to DKD"
+            )
         in_channels, out_channels = (
             [shapes[name].channels for name in self.levels] for shapes in (shapes_student, shapes_teacher)
         )

@@ -10,11 +10,12 @@ import torch
 import torch.nn as nn
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
-from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from torch import Tensor
 
 from mdistiller.errors import UserError
 
+from .config import check_pair
 from .losses import Maps, Seen, kd_types
 
 
@@ -33,14 +34,16 @@ class RCNNKD(GeneralizedRCNN):
         student: the arguments of `GeneralizedRCNN`.
 
     Raises:
-        UserError: student or teacher has other heads than `StandardROIHeads`.
+        UserError: student or teacher has other heads than `StandardROIHeads`. Built from a configuration, also what
+            `check_pair` and the losses refuse, and a feature that the backbone does not have.
     """
 
     @configurable
     def __init__(self, *, teacher: GeneralizedRCNN, kd_losses: dict[str, nn.Module], **student: Any) -> None:
         super().__init__(**student)
         for whose, heads in (("MODEL", self.roi_heads), ("TEACHER.MODEL", teacher.roi_heads)):
-            if not isinstance(getattr(heads, "box_predictor", None), FastRCNNOutputLayers):  # a cascade has several
+            predictor = getattr(heads, "box_predictor", None)  # a cascade has several
+            if not (isinstance(heads, StandardROIHeads) and isinstance(predictor, FastRCNNOutputLayers)):
                 raise UserError(f"{whose}.ROI_HEADS.NAME must be StandardROIHeads, it is {type(heads).__name__}")
         self.teacher = teacher.requires_grad_(False).eval()
         self.kd_names = list(kd_losses)
@@ -49,8 +52,11 @@ class RCNNKD(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        student = super().from_config(cfg)
-        teacher = build_model(cfg.TEACHER)
+        check_pair(cfg)
+        with known_features("MODEL", cfg.MODEL):
+            student = super().from_config(cfg)
+        with known_features("TEACHER.MODEL", cfg.TEACHER.MODEL):
+            teacher = build_model(cfg.TEACHER)
         shapes = [backbone.output_shape() for backbone in (student["backbone"], teacher.backbone)]
         return {**student, "teacher": teacher, "kd_losses": kd_types[cfg.KD.TYPE](cfg, *shapes)}
 
@@ -87,6 +93,26 @@ class RCNNKD(GeneralizedRCNN):
             batched_inputs = [{"image": x["image"].flip(0)} for x in batched_inputs]
         images: Tensor = self.teacher.preprocess_image(batched_inputs).tensor
         return self.teacher.backbone(images)
+
+
+@contextmanager
+def known_features(whose: str, model: CfgNode) -> Iterator[None]:
+    """Around building `model`, the configuration at the key `whose`: name the feature that its network does not have.
+
+    Raises:
+        UserError: detectron2 raised a KeyError for a feature of one of the IN_FEATURES.
+    """
+    try:
+        yield
+    except KeyError as error:
+        feature = error.args[0]
+        keys = [part for part in ("FPN", "RPN", "ROI_HEADS") if feature in model[part].IN_FEATURES]
+        if not keys:
+            raise
+        names = " and ".join(f"{whose}.{key}.IN_FEATURES" for key in keys)
+        raise UserError(
+            f"{names}: {feature!r} is not a feature of {whose}.BACKBONE.NAME {model.BACKBONE.NAME}"
+        ) from None
 
 
 @contextmanager

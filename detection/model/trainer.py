@@ -57,7 +57,8 @@ class Trainer(DefaultTrainer):
         self._trainer = step_trainer(cfg)(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.checkpointer.whole_teacher = True
+        # The configuration of a detector alone, as `student_cfg` writes it, has no KD.
+        self.checkpointer.whole_teacher = not ("KD" in cfg and cfg.KD.RANDOM_TEACHER)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
@@ -70,7 +71,11 @@ class Trainer(DefaultTrainer):
         return found
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """If `resume`, continue from OUTPUT_DIR's last checkpoint where there is one; else start from MODEL.WEIGHTS."""
+        """If `resume`, continue from OUTPUT_DIR's last checkpoint where there is one; else start from MODEL.WEIGHTS.
+
+        Raises:
+            UserError: the teacher, or a part of it, is in neither, unless KD.RANDOM_TEACHER.
+        """
         super().resume_or_load(resume)
         self.data_loader.batch_sampler.start = self.start_iter
 

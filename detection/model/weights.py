@@ -28,6 +28,11 @@ SAFE = re.compile(
     r"|numpy (ndarray|dtype)|numpy\._?core\.multiarray (_reconstruct|scalar)|numpy\.dtypes \w+DType"
 )
 
+NO_TEACHER = (
+    "MODEL.WEIGHTS is empty, so the teacher would be random: make a file of student and teacher with "
+    "detection/merge_weights.py and name it in MODEL.WEIGHTS, or ask for a random teacher with KD.RANDOM_TEACHER True"
+)
+
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
@@ -93,13 +98,31 @@ class Checkpointer(DetectionCheckpointer):
     """detectron2's checkpointer, reading files with `read_checkpoint`.
 
     Attributes:
-        whole_teacher: refuse weights that lack any tensor of the teacher; detectron2 only warns.
+        whole_teacher: refuse no weights, and weights that lack any tensor of the teacher; detectron2 only warns.
     """
 
     whole_teacher = False
 
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As detectron2's; without a `path` nothing is loaded.
+
+        Raises:
+            UserError: as `read_checkpoint`; with `whole_teacher`, the teacher or a part of it would stay random.
+        """
+        if not path and self.whole_teacher and any(name.startswith("teacher.") for name in self.model.state_dict()):
+            raise UserError(NO_TEACHER)
+        return super().load(path, *args, **kwargs)
+
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        left = super()._load_model(checkpoint)
+        try:
+            left = super()._load_model(checkpoint)
+        except ValueError as error:
+            if not checkpoint.get("matching_heuristics"):
+                raise
+            # Names are matched by their ends: those of a single network fit the student's and the teacher's.
+            raise UserError(
+                f"MODEL.WEIGHTS holds no student and teacher ({error}); detection/merge_weights.py makes such a file"
+            ) from None
         lost = [name for name in left.missing_keys if name.startswith("teacher.")]
         if lost and self.whole_teacher:
             shapes = {name: f" of shape {model}, but {file}" for name, file, model in left.incorrect_shapes}

@@ -16,9 +16,11 @@ from PIL import Image
 from detection import HERE
 from detection.model.config import load_cfg
 
-# Narrower pyramids, heads and teachers, and a short schedule; the method stays that of the config.
+# Narrower pyramids, heads and teachers, and a short schedule; the method stays that of the config. No weights exist for
+# such networks, so the teacher is random.
 NARROW = shlex.split("""
-MODEL.DEVICE cpu MODEL.WEIGHTS "" MODEL.FPN.OUT_CHANNELS 16 TEACHER.MODEL.FPN.OUT_CHANNELS 16
+MODEL.DEVICE cpu MODEL.WEIGHTS "" KD.RANDOM_TEACHER True
+MODEL.FPN.OUT_CHANNELS 16 TEACHER.MODEL.FPN.OUT_CHANNELS 16
 MODEL.ROI_BOX_HEAD.FC_DIM 32 TEACHER.MODEL.ROI_BOX_HEAD.FC_DIM 32
 MODEL.ROI_MASK_HEAD.CONV_DIM 16 MODEL.ROI_MASK_HEAD.NUM_CONV 1
 TEACHER.MODEL.RESNETS.DEPTH 18 TEACHER.MODEL.RESNETS.RES2_OUT_CHANNELS 64

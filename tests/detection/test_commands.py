@@ -68,6 +68,8 @@ def tool(monkeypatch, capsys):
         (["--config-file", CONFIG, "KD.TYPE", "KD"], "error: unknown KD.TYPE 'KD'; did you mean DKD"),
         (["--config-file", CONFIG, "MODEL.ROI_HEADS.NUM_CLASSES", "3"], "error: the student knows 3 classes and the"),
         (["--config-file", CONFIG], "error: no weights at pretrained/r18-r101.pth or "),
+        (["--config-file", CONFIG, "MODEL.WEIGHTS", ""], "error: MODEL.WEIGHTS is empty, so the teacher would be "),
+        (["--config-file", CONFIG, "TEACHER.MODEL.META_ARCHITECTURE", "RetinaNet"], "error: TEACHER.MODEL.META_ARCH"),
         (["--config-file", CONFIG, "DATASETS.TRAIN", "('coco_2017',)"], "error: unknown data set 'coco_2017'; did you"),
         (["--config-file", CONFIG, "DATASETS.TRAIN", "('lost',)"], "error: lost has no /nowhere/lost.json: put COCO's"),
         (["--config-file", CONFIG, "MODEL.DEVICE", "cuda"], "error: --num-gpus 999, but torch sees "),
@@ -95,6 +97,32 @@ def test_resuming_does_not_need_the_initial_weights(datasets, tool, small_cfg, t
     _, error, status = tool("train_net", "--config-file", CONFIG, "--resume", *again)
     assert status == 0, error
     assert torch.load(out / "model_final.pth", weights_only=True)["iteration"] == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--resume"]], ids=["from the start", "resumed without a checkpoint"])
+def test_a_random_teacher_is_refused_before_anything_starts(datasets, tool, tmp_path, arguments):
+    opts = [*_small.NARROW, *_small.ON_SYNTHETIC, "OUTPUT_DIR", tmp_path / "out", "KD.RANDOM_TEACHER", "False"]
+    _, error, status = tool("train_net", "--config-file", CONFIG, *arguments, *opts)
+    assert (status, error.count("\n")) == (2, 1) and not (tmp_path / "out").exists()
+    assert error.startswith("error: MODEL.WEIGHTS is empty, ") and "detection/merge_weights.py" in error
+
+
+def test_missing_weights_are_no_reason_to_distil_from_a_random_teacher(datasets, tool):
+    opts = [*_small.NARROW, *_small.ON_SYNTHETIC, "MODEL.WEIGHTS", "gone.pth"]
+    _, error, status = tool("train_net", "--config-file", CONFIG, *opts)
+    assert status == 2 and "; only a detector without a teacher can start from scratch" in error
+
+
+def test_a_plain_detector_and_an_evaluation_need_no_teacher(datasets, tool, tmp_path, monkeypatch):
+    monkeypatch.setattr("detection.train_net.default_setup", lambda cfg, args: None)
+    opts = [*_small.NARROW, *_small.ON_SYNTHETIC, "KD.RANDOM_TEACHER", "False", "SOLVER.MAX_ITER", "1"]
+    opts += ["TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", tmp_path / "out"]
+    plain = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]
+    _, error, status = tool("train_net", "--config-file", CONFIG, *opts, *plain)
+    assert status == 0, error
+    weights = ["MODEL.WEIGHTS", tmp_path / "out" / "model_final.pth"]  # of a student alone
+    _, error, status = tool("train_net", "--eval-only", "--config-file", CONFIG, *opts, *weights)
+    assert status == 0, error
 
 
 def test_merge_and_export(tool, tmp_path):

@@ -1,5 +1,6 @@
 """The configurations: every published value, the teacher's keys, and what is refused."""
 
+import re
 from ast import literal_eval
 
 import pytest
@@ -59,7 +60,12 @@ def test_every_published_config_is_tried():
 
 def test_method_defaults_and_the_teachers_keys():
     cfg = load_cfg("")
-    assert cfg.KD == {"TYPE": "DKD", "DKD": {"ALPHA": 1.0, "BETA": 0.25, "T": 1.0}, "REVIEWKD": {"LOSS_WEIGHT": 1.0}}
+    assert cfg.KD == {
+        "TYPE": "DKD",
+        "RANDOM_TEACHER": False,
+        "DKD": {"ALPHA": 1.0, "BETA": 0.25, "T": 1.0},
+        "REVIEWKD": {"LOSS_WEIGHT": 1.0},
+    }
     own = {keys for keys, _ in leaves(cfg.TEACHER) if keys[:2] != ("MODEL", "MOBILENETV2")}
     assert own == {keys for keys, _ in leaves(get_cfg())}, "detectron2's keys, whatever its version"
 
@@ -81,6 +87,38 @@ def test_refused(opts, line):
     with pytest.raises(UserError) as error:
         load_cfg(HERE / "configs/DKD/DKD-R18-R101.yaml", opts)
     assert line in str(error.value)
+
+
+TEACHERS = r"^TEACHER\.MODEL\.META_ARCHITECTURE must be GeneralizedRCNN or PanopticFPN"
+
+
+@pytest.mark.parametrize(
+    "opts, line",
+    [
+        (["MODEL.META_ARCHITECTURE", "RCNKD"], "unknown MODEL.META_ARCHITECTURE 'RCNKD'; did you mean RCNNKD"),
+        (["TEACHER.MODEL.META_ARCHITECTURE", "RetinaNet"], TEACHERS + ", because .* it is 'RetinaNet'"),
+        (["TEACHER.MODEL.META_ARCHITECTURE", "ProposalNetwork"], TEACHERS + ", because .* it is 'ProposalNetwork'"),
+        (["TEACHER.MODEL.META_ARCHITECTURE", "FasterRCNN"], TEACHERS + ", because .* it is 'FasterRCNN'"),
+        (["TEACHER.MODEL.META_ARCHITECTURE", "RCNNKD"], TEACHERS + ", also for a teacher that .* it is 'RCNNKD'"),
+        (
+            ["MODEL.ROI_HEADS.NAME", "Res5ROIHeads"],
+            r"^MODEL\.ROI_HEADS.NAME must be StandardROIHeads, it is Res5ROIHeads",
+        ),
+        (
+            ["TEACHER.MODEL.ROI_HEADS.NAME", "Res5ROIHeads"],
+            r"^TEACHER\.MODEL\.ROI_HEADS.NAME must .* it is Res5ROIHeads",
+        ),
+        (["TEACHER.MODEL.ROI_HEADS.NAME", "RROIHeads"], r"^TEACHER\.MODEL\.ROI_HEADS.NAME must .* it is RROIHeads"),
+        (["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"], r"^MODEL\.ROI_HEADS.NAME must .* it is CascadeROIHeads"),
+        (["MODEL.ROI_HEADS.NAME", "StandardROIHead"], r"^MODEL\.ROI_HEADS.NAME must .* it is StandardROIHead$"),
+        (["TEACHER.MODEL.ROI_BOX_HEAD.NAME", ""], "unknown TEACHER.MODEL.ROI_BOX_HEAD.NAME ''; known: FastRCNNConvFC"),
+        (["MODEL.BACKBONE.NAME", "build_resnet18_fpn_backbone"], "unknown MODEL.BACKBONE.NAME .*; did you mean build_"),
+    ],
+)
+def test_networks_without_what_the_losses_read_are_refused(opts, line):
+    with pytest.raises(UserError) as error:
+        load_cfg(HERE / "configs/DKD/DKD-R18-R101.yaml", opts)
+    assert re.search(line, str(error.value)) and "\n" not in str(error.value)
 
 
 def test_no_file_and_a_file_that_would_run_code(tmp_path):

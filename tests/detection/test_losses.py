@@ -124,6 +124,28 @@ def test_dkd_loss_of_no_proposals_is_zero():
     assert loss.item() == 0.0
 
 
+@pytest.mark.parametrize(
+    "opts, line",
+    [
+        (["KD.DKD.T", "0.0"], r"^KD\.DKD\.T is 0\.0; the temperature must be above 0"),
+        (["KD.DKD.T", "-1.0"], r"^KD\.DKD\.T is -1\.0; the temperature must be above 0"),
+        (["KD.DKD.T", "1e999"], r"^KD\.DKD\.T is inf; the temperature must be above 0 and finite"),
+        (
+            ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", "True"],
+            r"^MODEL\.ROI_BOX_HEAD\.USE_SIGMOID_CE is True, which trains no",
+        ),
+        (
+            ["TEACHER.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", "True"],
+            r"^TEACHER\.MODEL\.ROI_BOX_HEAD\.USE_SIGMOID_CE is True",
+        ),
+    ],
+)
+def test_logits_that_dkd_cannot_compare_are_refused(opts, line):
+    with pytest.raises(UserError, match=line):
+        build_model(_small.load("DKD/ReviewDKD-R18-R101", *opts))
+    build_model(_small.load("ReviewKD/ReviewKD-R18-R101", *opts))  # which reads no logits
+
+
 # --- ReviewKD on pyramids --------------------------------------------------------------------------------------------
 
 

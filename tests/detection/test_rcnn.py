@@ -143,6 +143,64 @@ def test_other_heads_are_refused():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "key, value, line",
+    [
+        ("META_ARCHITECTURE", "RetinaNet", r"META_ARCHITECTURE must be GeneralizedRCNN or PanopticFPN, .*'RetinaNet'$"),
+        ("META_ARCHITECTURE", "RCNNKD", r"META_ARCHITECTURE must be GeneralizedRCNN or PanopticFPN, .*'RCNNKD'$"),
+        ("ROI_HEADS.NAME", "Res5ROIHeads", r"ROI_HEADS\.NAME must be StandardROIHeads, it is Res5ROIHeads"),
+    ],
+)
+def test_a_configuration_that_was_not_read_by_load_cfg_is_checked_too(key, value, line):
+    cfg = _small.load("DKD/DKD-R18-R101").clone()
+    cfg.defrost()
+    cfg.TEACHER.MODEL.merge_from_list([key, value])
+    with pytest.raises(UserError, match=r"^TEACHER\.MODEL\." + line):
+        build_model(cfg)
+
+
+def test_heads_of_another_class_are_refused():
+    """A C4 detector has one box predictor, like a StandardROIHeads, but neither a box head nor its pooler."""
+    model = model_of("DKD/DKD-R18-R101")
+    c4 = ("MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", "['p4']")
+    plain = build_model(_small.load("DKD/DKD-R18-R101", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN", *c4))
+    parts = {"backbone": model.backbone, "proposal_generator": model.proposal_generator, "kd_losses": {}}
+    parts |= {"pixel_mean": (0.0, 0.0, 0.0), "pixel_std": (1.0, 1.0, 1.0)}
+    with pytest.raises(UserError, match=r"^TEACHER\.MODEL\.ROI_HEADS\.NAME must be .* it is Res5ROIHeads"):
+        RCNNKD(roi_heads=model.roi_heads, teacher=plain, **parts)
+    with pytest.raises(UserError, match=r"^MODEL\.ROI_HEADS\.NAME must be .* it is Res5ROIHeads"):
+        RCNNKD(roi_heads=plain.roi_heads, teacher=model.teacher, **parts)
+
+
+@pytest.mark.parametrize("whose", ["MODEL", "TEACHER.MODEL"])
+@pytest.mark.parametrize("part, feature", [("ROI_HEADS", "p7"), ("RPN", "p7"), ("FPN", "m5")])
+def test_a_feature_that_the_backbone_lacks_is_named(whose, part, feature):
+    with pytest.raises(UserError) as error:
+        model_of("DKD/DKD-R18-R101", f"{whose}.{part}.IN_FEATURES", f"['{feature}']")
+    network = "build_resnet_fpn_backbone" + ("_kd" if whose == "MODEL" else "")
+    line = f"{whose}.{part}.IN_FEATURES: '{feature}' is not a feature of {whose}.BACKBONE.NAME {network}"
+    assert str(error.value) == line
+
+
+def test_a_teacher_for_panoptic_segmentation():
+    model = model_of("DKD/ReviewDKD-R18-R101", "TEACHER.MODEL.META_ARCHITECTURE", "PanopticFPN")
+    losses = losses_of(model)
+    assert losses.keys() == STUDENT_LOSSES | LOSSES["ReviewDKD"]
+    assert all(loss.isfinite() and loss > 0 for loss in losses.values()), losses
+
+
+def test_a_teacher_with_other_levels():
+    """DKD reads each pyramid through its own heads; ReviewKD compares level by level."""
+    c4 = ("TEACHER.MODEL.BACKBONE.NAME", "build_resnet_backbone", "TEACHER.MODEL.RESNETS.OUT_FEATURES", "['res4']",
+          "TEACHER.MODEL.RPN.IN_FEATURES", "['res4']", "TEACHER.MODEL.ROI_HEADS.IN_FEATURES", "['res4']",
+          "TEACHER.MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]")  # fmt: skip
+    loss = losses_of(model_of("DKD/DKD-R18-R101", *c4))["loss_dkd"]
+    assert loss.isfinite() and loss > 0
+    line = r"levels: the student's p2, p3, p4, p5, p6, the teacher's res4; set MODEL\.BACKBONE and TEACHER"
+    with pytest.raises(UserError, match=line):
+        model_of("ReviewKD/ReviewKD-R18-R101", *c4)
+
+
 @pytest.mark.parametrize("freeze_at, frozen", [(0, 0), (1, 1), (2, 4), (3, 7), (4, 14), (5, 18)])
 def test_a_frozen_mobilenet(freeze_at, frozen):
     opts = ("MODEL.BACKBONE.FREEZE_AT", str(freeze_at), "MODEL.MOBILENETV2.NORM", "BN")

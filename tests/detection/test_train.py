@@ -8,8 +8,11 @@ import torch
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: make detection")
 
+from detectron2.modeling import build_model
+
 from detection.model.config import load_cfg
 from detection.model.data import build_train_loader
+from detection.model.merge import student_part
 from detection.model.trainer import AMPTrainer, CPUAMPTrainer, SimpleTrainer, Trainer, step_trainer
 from mdistiller.errors import UserError
 from tests.detection import _small
@@ -83,6 +86,38 @@ def test_a_resumed_run_equals_the_uninterrupted_one(small_cfg, tmp_path):
     assert not equal(whole["model"], first["model"])
 
 
+def refused_weights(cfg, resume=False):
+    """The line by which the trainer refuses what MODEL.WEIGHTS names."""
+    trainer = Trainer(cfg)
+    with pytest.raises(UserError) as error:
+        trainer.resume_or_load(resume)
+    for hook in trainer._hooks:  # a run that was never started leaves its log open
+        for writer in getattr(hook, "_writers", ()):
+            writer.close()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["from the start", "resumed without a checkpoint"])
+def test_a_random_teacher_is_refused(small_cfg, resume):
+    """By the trainer too, without the command's checks."""
+    line = refused_weights(small_cfg("DKD/DKD-R18-R101", "KD.RANDOM_TEACHER", "False"), resume)
+    assert line.startswith("MODEL.WEIGHTS is empty, ") and "detection/merge_weights.py" in line
+
+
+def test_a_random_teacher_that_was_asked_for(small_cfg, tmp_path):
+    """It may come with weights of the student alone; a resumed run needs no permission, its teacher is saved."""
+    model = build_model(small_cfg("DKD/DKD-R18-R101"))
+    torch.save({"model": student_part(model.state_dict())}, tmp_path / "student.pth")
+    opts = ("SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "MODEL.WEIGHTS", str(tmp_path / "student.pth"))
+    line = refused_weights(small_cfg("DKD/DKD-R18-R101", *opts, "KD.RANDOM_TEACHER", "False"))
+    assert line.startswith("MODEL.WEIGHTS holds no teacher.")
+    trainer, _ = train(small_cfg("DKD/DKD-R18-R101", *opts))
+    again = small_cfg("DKD/DKD-R18-R101", "SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "0", "KD.RANDOM_TEACHER", "False")
+    resumed, _ = train(again, resume=True)
+    assert resumed.start_iter == 1
+    assert equal(dict(resumed.model.teacher.state_dict()), dict(trainer.model.teacher.state_dict()))
+
+
 def test_seeds(small_cfg, tmp_path):
     def weights(seed):
         opts = (*MOVING, "SOLVER.MAX_ITER", "1", "SEED", seed, "OUTPUT_DIR", str(tmp_path / f"run{seed}"))
@@ -133,8 +168,8 @@ def test_pictures_of_proposals(small_cfg, tmp_path):
 
 
 def test_a_plain_detector_trains_too(small_cfg, tmp_path):
-    """For baselines and for your own teachers, any meta-architecture of detectron2 can be trained."""
-    train(small_cfg("DKD/DKD-R18-R101", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
+    """For baselines and for your own teachers, any meta-architecture can be trained, also from scratch."""
+    train(small_cfg("DKD/DKD-R18-R101", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "KD.RANDOM_TEACHER", "False"))
     assert {key for key in logged(tmp_path / "out") if key.startswith("loss_")} == STUDENT
 
 

@@ -218,6 +218,16 @@ def test_training_refuses_weights_without_a_whole_teacher(tmp_path):
     load("s.pth", whole_teacher=False)  # evaluating the student needs no teacher
 
 
+def test_training_refuses_an_imagenet_network_as_the_teacher(tmp_path):
+    """detectron2 matches the names of such files by their ends, and each is a student's and a teacher's."""
+    model = build(R18)
+    backbone = {n: v for n, v in student_part(model.state_dict()).items() if n.startswith(BACKBONE)}
+    with open(tmp_path / "R-18.pkl", "wb") as file:
+        pickle.dump(caffe2_resnet18(backbone), file, protocol=2)
+    with pytest.raises(UserError, match=r"holds no student and teacher .*detection/merge_weights\.py"):
+        Checkpointer(model).load(str(tmp_path / "R-18.pkl"))
+
+
 class Harm:
     def __reduce__(self):
         return os.mkdir, ("harm",)
