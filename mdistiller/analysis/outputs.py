@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch.nn as nn
 from sklearn.manifold import TSNE
 from torch import Tensor
 
+from ..dataset.batch import labelled
 from ..engine.scores import model_heads
 from ..errors import UserError
 
@@ -32,20 +34,20 @@ class Outputs:
     targets: np.ndarray
 
 
-def collect(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], head: str | None = None) -> Outputs:
-    """Run `model`, in eval mode, over the loader's (image, target) batches.
+def collect(model: nn.Module, loader: Iterable[Any], head: str | None = None) -> Outputs:
+    """Run `model`, in eval mode, over a loader's batches, which have an image and a target by name.
 
     Args:
         head: for a network with several heads, the one whose logits are collected; None for the first.
 
     Raises:
-        UserError: the network has no head of that name.
+        UserError: the network has no head of that name, or a batch no image or no target.
     """
     device = next(model.parameters()).device
     heads = model_heads(model, head) if head else None
     logits, pooled, stages, targets = [], [], [], []
     with torch.inference_mode():
-        for image, target, *_ in loader:
+        for image, target in labelled(loader):
             image = image.to(device)
             out, features = model(image)
             logits.append(heads(image)[str(head)].cpu() if heads else out.cpu())

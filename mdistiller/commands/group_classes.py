@@ -14,6 +14,7 @@ import argparse
 import datetime
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ..console import one_line_errors, warn
 from ..dataset import Loader, dataset_info, get_val_loader, stratified_split
+from ..dataset.batch import labelled
 from ..engine.build import load_trained
 from ..errors import UserError
 from ..grouping import (
@@ -136,9 +138,7 @@ def group_classes(
     return "\n".join([*lines, f"wrote {out} and {plot}; train with DCGD.GROUPS {out}"])
 
 
-def _loader(
-    dataset: str, split: str, val_fraction: float, data_root: str, batch_size: int, num_workers: int
-) -> Loader:
+def _loader(dataset: str, split: str, val_fraction: float, data_root: str, batch_size: int, num_workers: int) -> Loader:
     """The images of `split`, in order and not augmented."""
     if split != "heldout":
         return get_val_loader(dataset, data_root, batch_size, num_workers, train=split != "test")
@@ -149,12 +149,12 @@ def _loader(
     return train.select(held_out).loader(batch_size, num_workers, train=False)
 
 
-def _run(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], field: str) -> tuple[Tensor, Tensor]:
+def _run(model: nn.Module, loader: Iterable[Any], field: str) -> tuple[Tensor, Tensor]:
     """The model's logits, or a field of its features, for all images; and the targets. Both on the CPU."""
     device = next(model.parameters()).device
     outputs, targets = [], []
     with torch.inference_mode():
-        for image, target, *_ in loader:
+        for image, target in labelled(loader):
             logits, features = model(image.to(device))
             outputs.append((logits if field == "logits" else features[field]).cpu())
             targets.append(target.cpu())

@@ -8,6 +8,7 @@ from yacs.config import CfgNode as CN
 
 from . import digits  # noqa: F401  (it registers itself)
 from ._base import DatasetInfo, Loader, Split, dataset_dict, get_dataloaders, stratified_split
+from .batch import fields_of, named_batch
 from .cifar100 import get_cifar100_dataloaders
 from .imagenet import get_imagenet_dataloaders, get_imagenet_val_loader
 from .in_memory import ImageArray, InMemoryLoader
@@ -59,6 +60,7 @@ __all__ = [
     "Split",
     "dataset_dict",
     "dataset_info",
+    "fields_of",
     "get_cifar100_dataloaders",
     "get_dataloaders",
     "get_dataset",
@@ -66,5 +68,6 @@ __all__ = [
     "get_imagenet_val_loader",
     "get_tinyimagenet_dataloader",
     "get_val_loader",
+    "named_batch",
     "stratified_split",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..registry import Registry
+from .batch import FIELDS
 
 Batch = tuple[Tensor, ...]
 
@@ -33,22 +35,32 @@ class DatasetInfo:
         image_size: height and width of the images that a network sees, in pixels.
         model_family: which model dictionary serves it: "cifar", "tiny_imagenet" or "imagenet".
         read: (root, train, skip_broken) -> the training or the test split.
+        mean, std: per channel, of values in [0, 1], by which its images are normalised; empty if not stated.
     """
 
     num_classes: int
     image_size: int
     model_family: str
     read: Read
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
 
 
 dataset_dict = Registry("data set")
 
 
-def register(name: str, num_classes: int, image_size: int, model_family: str) -> Callable[[Read], Read]:
+def register(
+    name: str,
+    num_classes: int,
+    image_size: int,
+    model_family: str,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> Callable[[Read], Read]:
     """Decorator: register a data set in `dataset_dict`; the decorated function is its `DatasetInfo.read`."""
 
     def enter(read: Read) -> Read:
-        dataset_dict.register(name)(DatasetInfo(num_classes, image_size, model_family, read))
+        dataset_dict.register(name)(DatasetInfo(num_classes, image_size, model_family, read, mean, std))
         return read
 
     return enter
@@ -72,7 +84,9 @@ class Loader(ABC):
     """Batches of a split, on `device`.
 
     A training loader shuffles, augments and yields (image, target, index). Other loaders go through the images in
-    order, without randomness, and yield (image, target). The last batch may be short.
+    order, without randomness, and yield (image, target). The last batch may be short. In training it is left out where
+    a rank's share of it would be a single image, unless that of a full batch is one too: a BatchNorm behind 1x1 maps
+    cannot train on one image. The order changes with the epoch, and with it the images left out.
 
         image   (B, 3, H, W) float32, normalised
         target  (B,) int64
@@ -84,6 +98,8 @@ class Loader(ABC):
 
     Attributes:
         targets: (N,) int64 labels of all images, on the CPU.
+        class_names: the name of every class, by label; empty if they are unknown.
+        mean, std: per channel, of values in [0, 1], by which the images are normalised; empty if unknown.
         batch_size: B, over all ranks together in training.
         rank, world: this process's rank and the number of processes that share the images; see `shard`.
         variants: how many different images augmentation can make of one image, if they are few; else None.
@@ -91,16 +107,35 @@ class Loader(ABC):
 
     variants: int | None = None
 
-    def __init__(self, targets: Tensor, batch_size: int, train: bool, seed: int) -> None:
+    def __init__(
+        self,
+        targets: Tensor,
+        batch_size: int,
+        train: bool,
+        seed: int,
+        class_names: Sequence[str] = (),
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"the batch size must be at least 1, it is {batch_size}")
         self.targets = targets
+        self.class_names = tuple(class_names)
+        if self.class_names and len(targets) and int(targets.max()) >= len(self.class_names):
+            raise UserError(f"label {int(targets.max())} has no name: there are {len(self.class_names)} class_names")
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.batch_size = batch_size
         self.train = train
         self.seed = seed
         self.epoch = 1
         self.device = torch.device("cpu")
         self.rank, self.world = 0, 1
+        self._check_count()
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The names of a batch's items, in order. A subclass or a caller may set others."""
+        return FIELDS if self.train else FIELDS[:2]
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch; in training every rank has the same number."""
@@ -126,11 +161,12 @@ class Loader(ABC):
         """Yield only the share of process `rank` (from 0) of `world` from now on; returns self.
 
         In training, every batch that one process would yield is cut into `world` slices of equal size, of which rank
-        r yields slice r; what remains of the short last batch is dropped. In validation, rank r yields the whole
-        batches r, r + world, ...: every image comes once, and some ranks may have one batch less, or none.
+        r yields slice r; what remains of the short last batch is dropped (all of it where a slice would be a single
+        image). In validation, rank r yields the whole batches r, r + world, ...: every image comes once, and some ranks
+        may have one batch less, or none.
 
         Raises:
-            UserError: the batch size is not a multiple of `world`, or there are fewer training images than ranks.
+            UserError: the batch size is not a multiple of `world`, or the training images are too few.
         """
         assert 0 <= rank < world, (rank, world)
         if self.train and self.batch_size % world:
@@ -141,7 +177,16 @@ class Loader(ABC):
         if self.train and len(self.targets) < world:
             raise UserError(f"{len(self.targets)} training images are too few for {world} processes; start fewer")
         self.rank, self.world = rank, world
+        self._check_count()
         return self
+
+    def _check_count(self) -> None:
+        """Refuse a training set of which no batch is left."""
+        if self.train and not self._shares(0):
+            raise UserError(
+                f"the training set has {len(self.targets)} image(s), too few for a step on {2 * self.world} (two a "
+                f"process); take more images, start fewer processes, or set SOLVER.BATCH_SIZE {self.world}"
+            )
 
     def _shares(self, batch: int) -> list[slice]:
         """The slice of the epoch's order for each batch of this rank, from number `batch` over all ranks on."""
@@ -150,7 +195,8 @@ class Loader(ABC):
             starts = range(0, count, size)[batch:]
             return [slice(s, s + size) for s in starts if s // size % self.world == self.rank]
         whole = [(s, min(size, count - s) // self.world) for s in range(0, count, size)[batch:]]
-        return [slice(s + self.rank * share, s + (self.rank + 1) * share) for s, share in whole if share]
+        smallest = min(2, size // self.world)
+        return [slice(s + self.rank * share, s + (self.rank + 1) * share) for s, share in whole if share >= smallest]
 
 
 def mix_seed(*key: int) -> int:

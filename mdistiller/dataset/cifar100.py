@@ -25,7 +25,7 @@ STD = (0.2675, 0.2565, 0.2761)
 TIMEOUT = 10.0  # seconds without an answer from the server
 
 
-@register("cifar100", num_classes=100, image_size=32, model_family="cifar")
+@register("cifar100", num_classes=100, image_size=32, model_family="cifar", mean=MEAN, std=STD)
 def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
     """`root`/cifar-100-python, downloaded when it is not there or its checksum is wrong.
 
@@ -36,7 +36,8 @@ def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
     except RuntimeError:
         _download(root)
         data = CIFAR100(root, train)
-    return ImageArray(torch.from_numpy(data.data), torch.tensor(data.targets), MEAN, STD)
+    images, targets = torch.from_numpy(data.data), torch.tensor(data.targets)
+    return ImageArray(images, targets, MEAN, STD, class_names=tuple(data.classes))
 
 
 def _download(root: Path) -> None:

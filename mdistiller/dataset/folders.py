@@ -59,6 +59,7 @@ class ImageFiles:
         val_view: path -> (H, W, 3) uint8, without randomness.
         mean, std: per channel, of values in [0, 1].
         skip_broken: skip the files that cannot be read; see `FolderLoader`.
+        class_names: the name of every class, by label; empty if they are unknown.
     """
 
     paths: np.ndarray
@@ -68,6 +69,7 @@ class ImageFiles:
     mean: Sequence[float]
     std: Sequence[float]
     skip_broken: bool = False
+    class_names: Sequence[str] = ()
 
     @classmethod
     def of(cls, files: Sequence[tuple[str, int]], *args: Any, **kwargs: Any) -> ImageFiles:
@@ -151,7 +153,7 @@ class FolderLoader(Loader):
     """
 
     def __init__(self, data: ImageFiles, batch_size: int, num_workers: int, train: bool, seed: int = 0) -> None:
-        super().__init__(data.targets, batch_size, train, seed)
+        super().__init__(data.targets, batch_size, train, seed, data.class_names, data.mean, data.std)
         if num_workers < 0:
             raise UserError(f"the number of workers must be at least 0, it is {num_workers}")
         self.broken: dict[str, str] = {}

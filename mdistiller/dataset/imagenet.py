@@ -29,14 +29,15 @@ def val_view(path: str) -> Tensor:
     return to_pixels(VAL(read_image(path)))
 
 
-@register("imagenet", num_classes=NUM_CLASSES, image_size=224, model_family="imagenet")
+@register("imagenet", num_classes=NUM_CLASSES, image_size=224, model_family="imagenet", mean=MEAN, std=STD)
 def read(root: Path, train: bool, skip_broken: bool = False) -> ImageFiles:
     """`root`/imagenet/train or val, with a folder <wnid> for each class."""
     folder = root / "imagenet" / ("train" if train else "val")
     if not folder.is_dir():
         raise missing("ImageNet", folder, "put its class folders n01440764, ... there")
-    files = labelled_files(folder, class_folders(folder, NUM_CLASSES))
-    return ImageFiles.of(files, train_view, val_view, MEAN, STD, skip_broken)
+    classes = class_folders(folder, NUM_CLASSES)
+    files = labelled_files(folder, classes)
+    return ImageFiles.of(files, train_view, val_view, MEAN, STD, skip_broken, tuple(classes))
 
 
 # Names from the original code, here and below.

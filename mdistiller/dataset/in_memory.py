@@ -48,6 +48,7 @@ class ImageArray:
         targets: (N,) int64.
         mean, std: per channel, of values in [0, 1].
         augment: applied in training; by default random crops after padding with 4 zeros, and random mirroring.
+        class_names: the name of every class, by label; empty if they are unknown.
     """
 
     images: Tensor
@@ -55,6 +56,7 @@ class ImageArray:
     mean: Sequence[float]
     std: Sequence[float]
     augment: Augment = CROP_AND_FLIP
+    class_names: Sequence[str] = ()
 
     def select(self, keep: Tensor) -> ImageArray:
         """The images with the indices `keep`."""
@@ -72,7 +74,7 @@ class InMemoryLoader(Loader):
     """
 
     def __init__(self, data: ImageArray, batch_size: int, train: bool, seed: int = 0) -> None:
-        super().__init__(data.targets, batch_size, train, seed)
+        super().__init__(data.targets, batch_size, train, seed, data.class_names, data.mean, data.std)
         self.augment = data.augment
         self.variants = data.augment.variants if train else None
         self._recipe = f"{data.mean} {data.std} {data.augment if train else None}"

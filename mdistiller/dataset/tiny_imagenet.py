@@ -21,7 +21,7 @@ STD = (0.2302, 0.2265, 0.2262)
 AUGMENT = RotateFlip(degrees=20, size=SIZE)
 
 
-@register("tiny_imagenet", num_classes=NUM_CLASSES, image_size=SIZE, model_family="tiny_imagenet")
+@register("tiny_imagenet", num_classes=NUM_CLASSES, image_size=SIZE, model_family="tiny_imagenet", mean=MEAN, std=STD)
 def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
     """`root`/tiny-imagenet-200: `train`/<wnid>/..., and `val` with val_annotations.txt or also with <wnid>/...
 
@@ -36,7 +36,7 @@ def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
     files = labelled_files(folder, classes) if in_class_folders else annotated_files(folder, classes)
     paths, labels = zip(*files)
     images, intact = read_decoded(paths, SIZE, folder.with_suffix(".npz"), skip_broken)
-    return ImageArray(images, torch.tensor(labels)[intact], MEAN, STD, AUGMENT)
+    return ImageArray(images, torch.tensor(labels)[intact], MEAN, STD, AUGMENT, tuple(classes))
 
 
 def _classes(home: Path, folder: Path) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,13 +25,18 @@ def data_parallel(module: nn.Module, frozen: Iterable[str]) -> nn.Module:
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **own_buffers)
 
 
+def is_data_parallel(module: nn.Module) -> TypeGuard[DistributedDataParallel]:
+    """Whether `data_parallel` made the module."""
+    return isinstance(module, DistributedDataParallel)
+
+
 @contextmanager
 def averaging(module: nn.Module, now: bool) -> Iterator[None]:
     """Within this context, backward averages the gradients over the ranks or, if not `now`, only adds them up locally.
 
     For a module without DistributedDataParallel this changes nothing.
     """
-    if isinstance(module, DistributedDataParallel) and not now:
+    if is_data_parallel(module) and not now:
         with module.no_sync():
             yield
     else:

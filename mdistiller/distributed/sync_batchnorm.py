@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -11,17 +14,41 @@ from torch.autograd.function import once_differentiable
 from .ranks import joined
 
 
-def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` with every BatchNorm2d synchronised over the ranks; names, weights and statistics stay."""
+def synchronize_batchnorm(module: nn.Module, device: torch.device, skip: Iterable[str] = ()) -> nn.Module:
+    """`module` with every BatchNorm2d synchronised over the ranks; names, weights and statistics stay.
+
+    On CUDA, every BatchNorm of another dimension as well.
+
+    Args:
+        skip: names of submodules that keep their layers: frozen networks, which evaluate. A layer that such a network
+            shares with a trained one stays as it is in both, because it is in one mode, which is the frozen network's.
+
+    Raises:
+        AttributeError: `module` has no submodule of a name in `skip`.
+    """
+    kept = {layer for name in skip for layer in module.get_submodule(name).modules()}
+    layers = [layer for layer in module.modules() if layer not in kept]
+    # A layer with several names stays one layer.
+    replacements = {layer: _synchronized(layer, device) for layer in layers if _is_local(layer, device)}
+    for parent in layers:
+        for name, layer in list(parent._modules.items()):
+            if layer in replacements:
+                setattr(parent, name, replacements[layer])
+    return replacements.get(module, module)
+
+
+def _is_local(layer: nn.Module, device: torch.device) -> bool:
+    """Whether it is a BatchNorm that can be synchronised on `device`, and is not yet."""
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    replacements: dict[nn.Module, nn.Module] = {}  # a layer with several names stays one layer
-    for name, layer in list(module.named_modules(remove_duplicate=False)):
-        if type(layer) is nn.BatchNorm2d:
-            replacements[layer] = replacements.get(layer) or HostSyncBatchNorm2d.like(layer)
-            parent, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(parent), attribute, replacements[layer])
-    return module
+        return isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
+    return type(layer) is nn.BatchNorm2d
+
+
+def _synchronized(layer: Any, device: torch.device) -> nn.Module:
+    """A layer with the tensors of `layer`."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+    return HostSyncBatchNorm2d.like(layer)
 
 
 class HostSyncBatchNorm2d(nn.BatchNorm2d):
@@ -42,7 +69,8 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and joined()):
             return super().forward(x)
-        assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
+        dtype = x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))  # sums in half precision would lose the small terms
         dims = (0, 2, 3)
         sums = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])
         sums = _SumOverRanks.apply(sums)
@@ -53,18 +81,19 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
         variance = _SumOverRanks.apply(centred.square().sum(dims)) / count
         self._track(mean.detach(), variance.detach() * count / (count - 1))
         scale = (variance + self.eps).rsqrt()
-        if self.affine:
+        if self.weight is not None:
             scale = scale * self.weight
         y = centred * scale[:, None, None]
-        return y + self.bias[:, None, None] if self.affine else y
+        return (y if self.bias is None else y + self.bias[:, None, None]).to(dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, unbiased_variance: Tensor) -> None:
-        assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return  # track_running_stats=False
         self.num_batches_tracked.add_(1)
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(unbiased_variance, momentum)
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_(unbiased_variance.to(self.running_var), momentum)
 
 
 class _SumOverRanks(torch.autograd.Function):

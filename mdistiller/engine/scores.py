@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dataset.batch import labelled
 from ..distillers import Distiller
 from ..distributed.ranks import Ranks
 from ..errors import UserError
@@ -64,23 +65,22 @@ def model_heads(model: nn.Module, head: str | None = None) -> Heads:
     return lambda image: {head: heads(image)[head]}
 
 
-def evaluate(
-    loader: Iterable[tuple[Tensor, ...]], heads: Heads, device: torch.device, ranks: Ranks | None = None
-) -> dict[str, Score]:
+def evaluate(loader: Iterable[Any], heads: Heads, device: torch.device, ranks: Ranks | None = None) -> dict[str, Score]:
     """Score every head on a data set.
 
     Args:
-        loader: batches that begin with (image, target).
+        loader: batches with an image and a target, by name; see `fields_of`.
         heads: maps an image batch on `device` to logits (B, C) by head name.
         ranks: the processes that share the data set; each gets the scores of the whole data set.
 
     Raises:
+        UserError: a batch has no image or no target.
         ValueError: the loader is empty.
     """
     totals: dict[str, Tensor] = {}
     count = 0
     with torch.inference_mode():
-        for image, target, *_ in loader:
+        for image, target in labelled(loader):
             image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
             count += len(target)
             for name, logits in heads(image).items():
@@ -101,14 +101,14 @@ def _score(shares: list[list[float]], count: int) -> Score:
     return Score(100 * top1, 100 * top5, loss)
 
 
-def evaluate_distiller(loader: Iterable[tuple[Tensor, ...]], distiller: Distiller) -> dict[str, Score]:
+def evaluate_distiller(loader: Iterable[Any], distiller: Distiller) -> dict[str, Score]:
     """Score every head of a distiller; leaves it in eval mode."""
     distiller.eval()
     device = next(distiller.parameters()).device
     return evaluate(loader, distiller.forward_heads, device)
 
 
-def validate(val_loader: Iterable[tuple[Tensor, ...]], distiller: nn.Module) -> tuple[float, float, float]:
+def validate(val_loader: Iterable[Any], distiller: nn.Module) -> tuple[float, float, float]:
     """(top-1 in percent, top-5 in percent, cross-entropy) of a distiller's first head."""
     plain: Any = getattr(distiller, "module", distiller)
     score = next(iter(evaluate_distiller(val_loader, plain).values()))

@@ -14,12 +14,13 @@ A branch is another last stage on the same trunk, with its own classifier:
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar
 
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from .copies import copy_without_hooks
 
 Maps = list[Tensor]
 
@@ -27,7 +28,7 @@ Maps = list[Tensor]
 def init_weights(module: nn.Module) -> None:
     """Draw a convolution's weights from N(0, 2 / (k * k * out_channels)); BatchNorm and biases start as the identity.
 
-    Linear layers keep PyTorch's own initialisation. Use: `net.apply(init_weights)`.
+    BatchNorm's statistics start anew. Linear layers keep PyTorch's own initialisation. Use: `net.apply(init_weights)`.
 
     Reference: He et al. 2015, arXiv 1502.01852, section 2.2.
     """
@@ -35,9 +36,8 @@ def init_weights(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
+    elif isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        module.reset_parameters()
 
 
 def global_pool(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class StagedNet(nn.Module):
         """A last stage with the same layers and names, and freshly initialised weights."""
         branch = nn.Module()
         for name in self.last_stage:
-            branch.add_module(name, copy.deepcopy(getattr(self, name)))
+            branch.add_module(name, copy_without_hooks(getattr(self, name)))
         return branch.apply(self.init_weights)
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:

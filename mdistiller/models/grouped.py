@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.func import functional_call
 
 from ..errors import UserError
 from ..grouping import check_groups, published_groups
 from ..registry import unknown_name
 from ._staged import Maps, StagedNet
 from .cifar.resnet import NARROW, ResNet
+from .copies import has_hooks
 
 BRANCH_MODES = ("auto", "loop", "together")
 
@@ -36,6 +35,8 @@ class GroupedStudent(nn.Module):
         groups: the classes of each group; a head's outputs follow their order.
         branch_mode: compute the branches one after the other ("loop") or as one wide network ("together"); "auto" is
             together on a GPU, where it starts half as many kernels, and a loop on the CPU, where it saves nothing.
+            Branches that cannot be one network are always a loop: if they differ in a layer, a setting or a training
+            mode, if they have hooks, or if a layer of theirs is neither a convolution nor works on each channel.
 
     Raises:
         UserError: `base` has no last stage to split off, the groups are not a partition of its classes, or there
@@ -58,12 +59,10 @@ class GroupedStudent(nn.Module):
         self.base = base
         self.branches = nn.ModuleList([base.new_last_stage() for _ in groups])
         self.heads = nn.ModuleList([nn.Linear(classifier.in_features, len(group)) for group in groups])
-        self.heads.apply(base.init_weights)
+        self.heads.apply(_init_head)
         # Class c is in column `column[c]` of the heads' concatenated outputs.
         self.column: Tensor
         self.register_buffer("column", torch.tensor([c for g in groups for c in g]).argsort(), persistent=False)
-        # In a tuple, so that the wide branch, which has no weights of its own, is not registered as a submodule.
-        self._wide = (_widen(_Pooled(self.branches[0], base.forward_last), len(self.groups)),)
 
     def set_branch_mode(self, mode: str) -> None:
         """Choose how the branches are computed; see the class.
@@ -94,7 +93,8 @@ class GroupedStudent(nn.Module):
         return {"grouped": grouped, "single": single, "mean": (grouped + single) / 2}
 
     def _together(self, x: Tensor) -> bool:
-        return self.branch_mode == "together" or (self.branch_mode == "auto" and x.is_cuda)
+        chosen = self.branch_mode == "together" or (self.branch_mode == "auto" and x.is_cuda)
+        return chosen and _can_widen(self.branches)
 
     def _pooled_in_a_loop(self, x: Tensor) -> Sequence[Tensor]:
         """Each branch's pooled feature (B, D)."""
@@ -102,14 +102,9 @@ class GroupedStudent(nn.Module):
 
     def _pooled_together(self, x: Tensor) -> Sequence[Tensor]:
         """The same from one network G times as wide, whose weights are the branches' weights concatenated."""
-        (wide,) = self._wide
-        wide.train(self.training)
-        weights = _side_by_side([dict(branch.named_parameters()) for branch in self.branches])
-        statistics = _side_by_side([dict(branch.named_buffers()) for branch in self.branches])
-        state = {f"branch.{name}": tensor for name, tensor in (weights | statistics).items()}
-        pooled = functional_call(wide, state, (x.repeat(1, len(self.branches), 1, 1),))
-        if self.training:  # BatchNorm has updated the copies
-            _write_back(statistics, [dict(branch.named_buffers()) for branch in self.branches])
+        wide = _side_by_side(list(self.branches))
+        pooled = self.base.forward_last(wide, x.repeat(1, len(self.branches), 1, 1))[2]
+        _write_back(wide, self.branches)
         return pooled.chunk(len(self.branches), dim=1)
 
     # What distillers call on every network is passed on to the plain network.
@@ -126,41 +121,99 @@ class GroupedStudent(nn.Module):
         return self.base.get_stage_channels()
 
 
-class _Pooled(nn.Module):
-    """A branch as a module with a forward: trunk's map -> pooled feature."""
-
-    def __init__(self, branch: nn.Module, forward_last: Callable[..., Any]) -> None:
-        super().__init__()
-        self.branch = branch
-        self.forward_last = forward_last
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_last(self.branch, x)[2]
+def _init_head(module: nn.Module) -> None:
+    """Draw a head's weights from N(0, 0.001^2), as the published code does; its bias starts at 0. For `apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.001)
+        nn.init.zeros_(module.bias)
 
 
-def _widen(module: nn.Module, count: int) -> nn.Module:
-    """A copy of `module`, without weights, that runs `count` such modules at once, side by side in the channels.
+# Layers that compute each channel by itself, so that G of them side by side are the same layer, G times as wide.
+_CHANNELWISE = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.Sequential)
 
-    Only convolutions need a change: the other layers of a last stage work on each channel separately.
+
+def _can_widen(branches: nn.ModuleList) -> bool:
+    """Whether one wide network computes what the branches compute; asked at every step, as layers may be replaced.
+
+    A layer that contains others must mix channels by these alone, as the blocks of all families do.
     """
-    wide = copy.deepcopy(module).to("meta")
-    for m in wide.modules():
-        if isinstance(m, nn.Conv2d):
-            m.groups *= count
+    named = [list(branch.named_modules(remove_duplicate=False)) for branch in branches]
+    if has_hooks(branches) or not all(_can_be_wide(layer) for _, layer in named[0]):
+        return False
+    outlines = [_outline(layers) for layers in named]
+    layers = [layer for branch in named for _, layer in branch]
+    return outlines.count(outlines[0]) == len(outlines) and len(set(layers)) == len(layers)  # no layer has two places
+
+
+def _can_be_wide(layer: nn.Module) -> bool:
+    if not {"forward", "_compiled_call_impl"}.isdisjoint(vars(layer)):
+        return False  # it runs something else than the forward of its class
+    if next(layer.children(), None) is not None:
+        return not layer._parameters and not layer._buffers
+    if getattr(layer, "momentum", 0) is None:
+        return False  # BatchNorm averages by its own count of batches, which may differ between branches
+    return type(layer) is nn.Conv2d or isinstance(layer, _CHANNELWISE)
+
+
+def _outline(layers: list[tuple[str, nn.Module]]) -> list[Any]:
+    """What must be equal for layers to be side by side: names, types, settings, modes and the tensors' shapes."""
+    return [
+        (
+            name,
+            type(layer),
+            {key: value for key, value in vars(layer).items() if key[0] != "_" and _is_setting(value)},
+            [None if t is None else t.shape for t in (*layer._parameters.values(), *layer._buffers.values())],
+        )
+        for name, layer in layers
+    ]
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _side_by_side(layers: Sequence[nn.Module]) -> nn.Module:
+    """One module that runs `layers` at once, side by side in the channels; `_can_widen` says whether that is possible.
+
+    It is made anew for every step, in a fraction of a millisecond, so that its layers are those that the branches have
+    then: SyncBatchNorm takes BatchNorm's place after the student is built.
+    """
+    first = layers[0]
+    wide: Any = type(first).__new__(type(first))
+    vars(wide).update(vars(first))  # a shallow copy, with tensors and inner layers of its own:
+    wide._parameters = _concatenated([layer._parameters for layer in layers])
+    wide._buffers = _concatenated([layer._buffers for layer in layers])
+    wide._modules = {
+        name: None if child is None else _side_by_side([getattr(layer, name) for layer in layers])
+        for name, child in first._modules.items()
+    }
+    if isinstance(first, nn.Conv2d):
+        wide.groups = first.groups * len(layers)
     return wide
 
 
-def _side_by_side(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _concatenated(states: Sequence[dict[str, Any]]) -> dict[str, Tensor | None]:
     """The tensors of each name, concatenated; of a scalar (BatchNorm's count of batches), a copy of the first."""
-    first = states[0]
-    return {name: torch.cat([s[name] for s in states]) if first[name].ndim else first[name].clone() for name in first}
+    merged: dict[str, Tensor | None] = {}
+    for name, first in states[0].items():
+        if first is not None:
+            first = torch.cat([state[name] for state in states]) if first.ndim else first.clone()
+        merged[name] = first
+    return merged
 
 
-def _write_back(merged: dict[str, Tensor], states: Sequence[dict[str, Tensor]]) -> None:
-    """Copy what `_side_by_side` concatenated back to where it came from."""
-    for name, tensor in merged.items():
-        chunks = tensor.chunk(len(states)) if tensor.ndim else [tensor] * len(states)
-        torch._foreach_copy_([s[name] for s in states], list(chunks))  # one kernel for all branches
+@torch.no_grad()
+def _write_back(wide: nn.Module, branches: nn.ModuleList) -> None:
+    """Copy the BatchNorm statistics of `wide`, which its forward has updated, back to where they came from."""
+    for merged, *layers in zip(wide.modules(), *[branch.modules() for branch in branches]):
+        for name, tensor in merged.named_buffers(recurse=False) if merged.training else ():
+            own = [getattr(layer, name) for layer in layers]
+            if tensor.ndim:
+                torch._foreach_copy_(own, list(tensor.chunk(len(own))))  # one kernel for all branches
+            else:
+                torch._foreach_add_(own, 1)  # the branches may have seen different numbers of batches
 
 
 class LinearStemResNet(ResNet):

@@ -34,7 +34,7 @@ def make_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndar
         pixels[name] = np.random.RandomState(count).randint(0, 256, (count, 3072)).astype(np.uint8)
         content = {"data": pixels[name], "fine_labels": [i % 100 for i in range(count)]}
         (folder / name).write_bytes(pickle.dumps(content))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {99 - i}" for i in range(100)]}))
     sums = {name: md5((folder / name).read_bytes()).hexdigest() for name in ("train", "test", "meta")}
     monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
@@ -136,9 +136,7 @@ def test_an_archive_writes_nothing_outside(
     assert not (tmp_path / "outside").exists() and not Path("/tmp/mdistiller-outside").exists()
 
 
-def test_an_archive_leads_nowhere_through_a_link(
-    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_archive_leads_nowhere_through_a_link(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link in place of the folder, then files below it: the files are written, the link is not made."""
     make_cifar(tmp_path / "made", monkeypatch)
     (tmp_path / "elsewhere").mkdir()

@@ -54,21 +54,98 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize(("world", "batch_size"), [(2, 8), (4, 8), (3, 6)])
-def test_training_ranks_together_yield_the_whole_batch(make: Make, world: int, batch_size: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "batch_size", "sizes"),
+    [
+        (2, 8, [8, 8, 4]),  # 21 images are 8, 8 and 5, of which two ranks take 2 each
+        (4, 8, [8, 8]),  # four ranks would take 1 each of 5
+        (3, 6, [6, 6, 6]),  # three ranks 1 each of 3
+        (3, 15, [15, 6]),
+        (2, 2, [2] * 10),  # full batches give 1 each
+        (3, 3, [3] * 7),
+    ],
+)
+def test_training_ranks_together_yield_the_whole_batch(
+    make: Make, world: int, batch_size: int, sizes: list[int]
+) -> None:
     whole = list(make(batch_size, True))
     ranks = [list(make(batch_size, True).shard(r, world)) for r in range(world)]
-    # 21 images: at 8 the batches are 8, 8, 5 (cut to 4), at 6 they are 6, 6, 6, 3.
-    sizes = {8: [8, 8, 4], 6: [6, 6, 6, 3]}[batch_size]
     assert all([len(target) for _, target, _ in rank] == [s // world for s in sizes] for rank in ranks)
     for step, size in enumerate(sizes):
         assert same(joined([rank[step] for rank in ranks]), [field[:size] for field in whole[step]])
 
 
 def test_a_last_batch_smaller_than_the_ranks_is_dropped(make: Make) -> None:
-    assert len(make(20, True)) == 2  # 20 and 1
-    loader = make(20, True).shard(1, 2)
+    loader = make(20, True).shard(1, 2)  # 20 and 1
     assert len(loader) == len(list(loader)) == 1
+
+
+@pytest.mark.parametrize(("world", "batch_size", "steps"), [(1, 20, 1), (1, 10, 2), (1, 5, 4), (2, 6, 3), (8, 16, 1)])
+def test_a_share_of_a_single_image_is_left_out_in_training(make: Make, world: int, batch_size: int, steps: int) -> None:
+    """BatchNorm cannot train on one image. Of 21, full batches leave 1, or 3 for two ranks, 5 for eight."""
+    loader = make(batch_size, True).shard(world - 1, world)
+    every = list(loader)
+    assert len(loader) == len(every) == steps and all(len(target) == batch_size // world for _, target, _ in every)
+    for start in range(steps + 2):  # also behind the end, where a run of an older version may have stopped
+        rest = list(loader.iter_from(start))
+        assert len(rest) == max(0, steps - start)
+        assert all(same(list(a), list(b)) for a, b in zip(rest, every[start:]))
+
+
+def test_another_image_is_left_out_in_another_epoch(make: Make) -> None:
+    loader, left_out = make(20, True), []
+    for epoch in range(1, 9):
+        loader.set_epoch(epoch)
+        left_out += set(range(COUNT)) - {i for *_, index in loader for i in index.tolist()}
+    assert len(left_out) == 8 and len(set(left_out)) > 3
+
+
+def test_validation_keeps_a_single_image(make: Make) -> None:
+    assert [len(target) for _, target in make(20, False)] == [20, 1]
+
+
+def test_a_batch_size_of_one_image_a_process_stays(make: Make) -> None:
+    assert [len(target) for _, target, _ in make(1, True)] == [1] * COUNT
+    assert [len(target) for _, target, _ in make(4, True).shard(3, 4)] == [1] * 5
+
+
+def test_every_number_of_images_and_ranks() -> None:
+    """Against the shares counted one image at a time."""
+    for count in range(1, 30):
+        data = ImageArray(torch.zeros(count, 1, 1, 3, dtype=torch.uint8), torch.zeros(count).long(), [0] * 3, [1] * 3)
+        for world in (w for w in (1, 2, 3, 4) if w <= count):
+            for batch_size in range(world, 13, world):
+                wanted, left = [], count
+                while left:
+                    batch = min(left, batch_size)
+                    left -= batch
+                    rank_images = 0
+                    while batch >= world:
+                        batch -= world
+                        rank_images += 1
+                    if rank_images > 1 or (rank_images == 1 and batch_size == world):
+                        wanted.append(rank_images)
+                if not wanted:
+                    with pytest.raises(UserError, match=f"the training set has {count} image"):
+                        data.loader(batch_size, 0, train=True).shard(0, world)
+                    continue
+                for rank in range(world):
+                    loader = data.loader(batch_size, 0, train=True).shard(rank, world)
+                    assert [len(target) for _, target, _ in loader] == wanted and len(loader) == len(wanted)
+
+
+def test_a_training_set_too_small_for_any_step_is_refused() -> None:
+    def data(count: int) -> ImageArray:
+        return ImageArray(torch.zeros(count, 8, 8, 3, dtype=torch.uint8), torch.arange(count), [0] * 3, [1] * 3)
+
+    message = r"training set has 1 image\(s\), too few for a step on 2 \(two a process\); .* SOLVER.BATCH_SIZE 1$"
+    with pytest.raises(UserError, match=message):
+        data(1).loader(64, 0, train=True)
+    message = r"training set has 5 image\(s\), too few for a step on 6 \(two a process\); .* SOLVER.BATCH_SIZE 3$"
+    with pytest.raises(UserError, match=message):
+        data(5).loader(6, 0, train=True).shard(1, 3)
+    assert len(data(1).loader(1, 0, train=True)) == len(data(5).loader(3, 0, train=True).shard(1, 3)) == 1
+    assert len(data(1).loader(64, 0, train=False)) == 1
 
 
 def test_validation_ranks_see_every_image_once(make: Make) -> None:

@@ -58,6 +58,9 @@ class MobileNetV1(nn.Module):
     Reference: Howard et al. 2017, arXiv 1704.04861.
     """
 
+    # `feats` begins with the first stage, as in the original; distillers that pair stages ask.
+    stem_in_feats = False
+
     def __init__(self, pretrained: bool = False, num_classes: int = 1000) -> None:
         if pretrained:
             raise UserError(

@@ -1,0 +1,79 @@
+"""What a batch holds, by name. A loader names the items of its tuples in `fields`, or yields dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError
+
+# The items of a loader without `fields`: what the original's loaders yield.
+FIELDS = ("image", "target", "index")
+
+
+def fields_of(loader: Any) -> tuple[str, ...]:
+    """The names of the items of a loader's batches, in order: its attribute `fields`, or else `FIELDS`.
+
+    Raises:
+        UserError: `fields` is not a tuple or list of different names.
+    """
+    fields = getattr(loader, "fields", FIELDS)
+    names = tuple(fields) if isinstance(fields, (tuple, list)) else ()
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise UserError(f"a loader's `fields` must be a tuple of different names, such as {FIELDS}, not {fields!r}")
+    return names
+
+
+def named_batch(batch: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    """A loader's batch by name.
+
+    Args:
+        batch: a mapping, which has the names already; or a tuple or list of the items `fields`, of which the last may
+            be absent: validation loaders often yield the first two alone.
+        fields: see `fields_of`.
+
+    Raises:
+        UserError: it has more items than `fields`, or is no tuple, list or mapping.
+    """
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if not isinstance(batch, (tuple, list)):
+        raise UserError(
+            f"a batch is a {type(batch).__name__}; a loader must yield tuples ({', '.join(fields)}) or dictionaries"
+        )
+    if len(batch) > len(fields):
+        raise UserError(
+            f"a batch has {len(batch)} items, but its loader names {len(fields)} ({', '.join(fields)}); set the "
+            "loader's `fields` to the names of all its items"
+        )
+    return dict(zip(fields, batch))
+
+
+def check_fields(batch: Mapping[str, Any], needed: Iterable[str]) -> None:
+    """Refuse a batch without the items `needed`.
+
+    Raises:
+        UserError: naming them, and the items that it has.
+    """
+    absent = [repr(name) for name in needed if name not in batch]
+    if absent:
+        has = ", ".join(map(repr, batch)) or "nothing"
+        raise UserError(
+            f"a batch has no {' and no '.join(absent)}, but {has}; set the loader's `fields` to the names of its "
+            "items, or yield a dictionary with these"
+        )
+
+
+def labelled(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(image, target) of each batch of a loader.
+
+    Raises:
+        UserError: a batch has no such items; see `named_batch` and `check_fields`.
+    """
+    fields = fields_of(loader)
+    for batch in loader:
+        named = named_batch(batch, fields)
+        check_fields(named, FIELDS[:2])
+        yield named["image"], named["target"]
