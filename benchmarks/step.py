@@ -49,7 +49,7 @@ from yacs.config import CfgNode as CN
 
 from mdistiller.dataset import ImageArray, dataset_dict
 from mdistiller.dataset.cifar100 import MEAN, STD
-from mdistiller.distillers import distiller_dict
+from mdistiller.distillers import RunFacts, distiller_dict
 from mdistiller.engine.build import build_distiller, build_trainer
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.meters import Meters
@@ -169,7 +169,7 @@ def classic(cfg: CN, workers: int) -> Runner:
 def classic_trainer(cfg: CN, num_data: int) -> ClassicTrainer:
     """From the same seed as `ours`, so with the same weights."""
     seed_everything(cfg.EXPERIMENT.SEED)
-    distiller = build_distiller(cfg, num_data, dataset_dict[cfg.DATASET.TYPE].num_classes)
+    distiller = build_distiller(cfg, replace(RunFacts.of(cfg), num_data=num_data))
     solver = cfg.SOLVER
     device = pick_device(cfg.EXPERIMENT.DEVICE)
     return ClassicTrainer(distiller, solver.LR, solver.MOMENTUM, solver.WEIGHT_DECAY, device)

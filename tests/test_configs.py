@@ -1,12 +1,13 @@
 """Every config under configs/: it says how it is run, resolves, builds, and takes a step on tiny data."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mdistiller.dataset import ImageArray, dataset_info
-from mdistiller.distillers import distiller_dict
+from mdistiller.distillers import RunFacts, distiller_dict
 from mdistiller.engine.build import model_dict
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.meters import Meters
@@ -42,8 +43,7 @@ def test_a_config_builds_and_takes_a_step(path, monkeypatch):
     student = build_model(models, cfg.DISTILLER.STUDENT, info.num_classes)
     method = distiller_dict[cfg.DISTILLER.TYPE]
     teacher = build_model(models, cfg.DISTILLER.TEACHER, info.num_classes) if method.needs_teacher else None
-    facts = {"num_data": 2}
-    distiller = method(student, teacher, cfg, **{fact: facts[fact] for fact in method.needs_run})
+    distiller = method.from_run(student, teacher, cfg, replace(RunFacts.of(cfg), num_data=2))
     trainer = trainer_dict[cfg.SOLVER.TRAINER]("none", distiller, *loaders(info), cfg)
     before = {name: p.detach().clone() for name, p in distiller.named_parameters() if p.requires_grad}
     trainer.distiller.train()

@@ -8,7 +8,7 @@ import pytest
 import mdistiller
 
 PACKAGE = Path(mdistiller.__file__).parent
-GROUND = {"errors", "registry", "paths", "console"}
+GROUND = {"errors", "registry", "paths", "console", "ranges"}
 MODELS = {"models", "grouping", *GROUND}
 ENGINE = {"engine", "engine.files", "engine.logs", "engine.runtime", "engine.teacher"}
 BELOW_ENGINE = {"distillers", "dataset", "distributed", *MODELS}
@@ -18,11 +18,12 @@ ALLOWED = {
     "registry": {"errors"},
     "paths": set(),
     "console": set(),
+    "ranges": set(),
     "distributed": GROUND,
     "grouping": GROUND,
     "models": MODELS,
     "dataset": GROUND,
-    "distillers": {"distributed", *MODELS},
+    "distillers": {"dataset", "distributed", *MODELS},
     "engine.files": GROUND,
     "engine.runtime": {"engine.files", "", *GROUND},
     "engine.logs": {"engine.files", *GROUND},

@@ -23,15 +23,21 @@ def command_parser(description: str | None, prog: str | None, **options: Any) ->
     return argparse.ArgumentParser(prog=prog, description=description, formatter_class=formatter, **options)
 
 
-def trained_network_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """Add the arguments of a command that runs a trained network on a data set; `batch_size` is the default."""
-    parser.add_argument("-m", "--model", required=True, help="the network's name, such as resnet20")
+def trained_network_arguments(parser: argparse.ArgumentParser, batch_size: int, of_run: bool = False) -> None:
+    """Add the arguments of a command that runs a trained network on a data set; `batch_size` is the default.
+
+    Args:
+        of_run: without -m, the config.yaml beside the checkpoint names network and data set.
+    """
+    from_config = "; without it, config.yaml next to the checkpoint says how the run deploys it" if of_run else ""
+    parser.add_argument("-m", "--model", required=not of_run, help=f"the network's name, such as resnet20{from_config}")
     parser.add_argument(
         "-c", "--ckpt", default="pretrain", help="its checkpoint; `pretrain` (default): the published one"
     )
     parser.add_argument(
-        "-d", "--dataset", default="cifar100", help="cifar100 (default), tiny_imagenet, imagenet or digits"
-    )
+        "-d", "--dataset", default=None if of_run else "cifar100",
+        help="cifar100 (default), tiny_imagenet, imagenet or digits",
+    )  # fmt: skip
     parser.add_argument(
         "-bs", "--batch-size", type=int, default=batch_size, help=f"images in a batch (default: {batch_size})"
     )

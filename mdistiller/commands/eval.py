@@ -2,6 +2,8 @@
 
     mdistiller eval -m resnet32x4                                    # the published teacher, on CIFAR-100
     mdistiller eval -m resnet8 -d digits -c output/digits/kd,wrn_16_2,resnet8/student_best
+
+Without -m, config.yaml next to the checkpoint says which network the run deploys, and on which data set.
 """
 
 from __future__ import annotations
@@ -9,19 +11,24 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from pathlib import Path
+
+import torch.nn as nn
 
 from ..console import one_line_errors
 from ..dataset import dataset_info, get_val_loader
-from ..engine.build import load_trained
-from ..engine.scores import evaluate, model_heads
+from ..engine.build import load_deployed, load_trained
+from ..engine.scores import Heads, evaluate, model_heads
+from ..errors import UserError
 from ..models.cost import network_cost
+from ..registry import unknown_name
 from ._arguments import check_batch_size, command_parser, trained_network_arguments
 
 
 def evaluate_checkpoint(
-    model: str,
+    model: str | None,
     ckpt: str,
-    dataset: str,
+    dataset: str | None,
     batch_size: int,
     head: str | None = None,
     groups: str = "",
@@ -32,7 +39,9 @@ def evaluate_checkpoint(
     """Score a trained network on a data set's validation images.
 
     Args:
+        model: its name; None for what the run deploys, by the config.yaml beside `ckpt`.
         ckpt: its checkpoint, or "pretrain" for the published one.
+        dataset: cifar100 by default or, without `model`, that of the run.
         groups: for a plain network that DCGD trained with groups, DCGD.GROUPS of its run.
 
     Returns:
@@ -42,9 +51,14 @@ def evaluate_checkpoint(
         UserError: an unknown name, missing data, a checkpoint that does not fit, a batch size below 1.
     """
     check_batch_size(batch_size)
-    net = load_trained(dataset, model, ckpt, groups, device)
-    heads = model_heads(net, head)
-    where = next(net.parameters()).device
+    networks: dict[str, nn.Module]
+    if model is None:
+        networks, heads, dataset = _deployed(ckpt, head, dataset, groups, device)
+    else:
+        dataset = dataset or "cifar100"
+        net = load_trained(dataset, model, ckpt, groups, device)
+        networks, heads = {model: net}, model_heads(net, head)
+    where = next(next(iter(networks.values())).parameters()).device
     loader = get_val_loader(dataset, data_root, batch_size, num_workers).to(where)
     started = time.perf_counter()
     scores = evaluate(loader, heads, where)
@@ -56,13 +70,36 @@ def evaluate_checkpoint(
     ]
     lines.append(f"{images} images in {seconds:.1f} s, {images / seconds:.0f} images/s on {where}")
     size = dataset_info[dataset].image_size
-    lines.append(f"{model}: {network_cost(net, size)} at {size}x{size}")
+    lines += [f"{name}: {network_cost(net, size)} at {size}x{size}" for name, net in networks.items()]
     return "\n".join(lines)
+
+
+def _deployed(
+    ckpt: str, head: str | None, dataset: str | None, groups: str, device: str
+) -> tuple[dict[str, nn.Module], Heads, str]:
+    """What the run of a checkpoint deploys, by name; the logits of its heads (or of `head`); its data set."""
+    if ckpt == "pretrain":
+        raise UserError(
+            "name the network, such as -m resnet20, or a run's checkpoint, such as -c output/.../student_best"
+        )
+    if groups:
+        raise UserError("--groups goes with -m; without -m, the run's config.yaml says the groups")
+    distiller, cfg = load_deployed(Path(ckpt), device)
+    if dataset not in (None, cfg.DATASET.TYPE):
+        raise UserError(f"{ckpt} was trained on {cfg.DATASET.TYPE}, not on {dataset}; leave out -d, or name -m")
+    names = list(distiller.deployments())
+    if head is None:
+        return distiller.deployments(), distiller.forward_heads, cfg.DATASET.TYPE
+    if len(names) == 1:
+        raise UserError(f"{ckpt} has one head; leave out --head {head}")
+    if head not in names:
+        raise unknown_name("head", head, names)
+    return distiller.deployments(), lambda image: {head: distiller.forward_heads(image)[head]}, cfg.DATASET.TYPE
 
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
-    trained_network_arguments(parser, batch_size=64)
+    trained_network_arguments(parser, batch_size=64, of_run=True)
     parser.add_argument("--head", help="for a network with several heads: the one to score (default: all)")
     parser.add_argument(
         "--groups", default="", help="for a plain network that DCGD trained with groups: DCGD.GROUPS of its run"

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..ranges import NOT_NEGATIVE, POSITIVE
 from ._base import FeatureDistiller, Features, register
-from ._feature_maps import align, get_stage_shapes, pair_stages, require_paired_maps
+from ._feature_maps import MapPairs, align, probe_pair
 from ._precision import full_precision
+from .facts import image_size_of
 
 
 @full_precision
@@ -23,6 +25,11 @@ def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:
         loss = mean_(B, HW)[ (a_s - a_t)^2 ],   a = A / |A|_2 over HW,   A = mean_C |f|^p
 
     An all-zero map has a = 0. The gradient is 0 wherever f is 0.
+
+    This is the loss of the authors' released code (p = 2 there), not that of their equation 2. For each image,
+    equation 2 adds beta / 2 times the norm |a_s - a_t|, with A summed over the channels. Here the norm is squared and
+    divided by the number of positions HW; the weight, LOSS.FEAT_WEIGHT, is not halved. Whether A is a sum or a mean
+    makes no difference, as a constant factor cancels in a.
 
     Args:
         f_s: the student's (B, C_s, H_s, W_s).
@@ -37,7 +44,8 @@ def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:
 
     Cost: of the maps' size, only the maps themselves are kept for the backward pass.
 
-    Reference: Zagoruyko and Komodakis 2017, arXiv 1612.03928, equation 2.
+    Reference: Zagoruyko and Komodakis 2017, arXiv 1612.03928, section 3.1; `at_loss` in their code,
+    https://github.com/szagoruyko/attention-transfer.
     """
     if p <= 0:
         raise ValueError(f"AT's exponent must be positive, it is {p}")
@@ -71,19 +79,30 @@ def at_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], p: float) -> Tensor:
     return torch.stack([single_stage_at_loss(f_s, f_t, p) for f_s, f_t in zip(g_s, g_t)]).sum()
 
 
-@register("AT", CN({"P": 2, "LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1000.0})}))
+@register(
+    "AT",
+    CN({"P": 2, "LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1000.0})}),
+    ranges={"P": POSITIVE, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.FEAT_WEIGHT": NOT_NEGATIVE},
+)
 class AT(FeatureDistiller):
-    """Cross-entropy with the labels and `at_loss` over the stages after the stem.
+    """Cross-entropy with the labels and `at_loss` over the pairs of stages, see `MapPairs`.
+
+    Args:
+        image_size: of the run.
 
     Raises:
-        ValueError: the networks differ in their number of stages, or have vectors instead of maps.
+        ValueError: a network has vectors instead of maps.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+    needs_run = ("image_size",)
+    teacher_outputs = ("feats",)
+    compares_maps = True
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.AT)
         self.p = cfg.AT.P
-        require_paired_maps(*get_stage_shapes(student, teacher), "AT")
+        features = probe_pair(student, teacher, image_size or image_size_of(cfg))
+        self.pairs = MapPairs(student, teacher, features, cfg, "AT")
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
-        g_s, g_t = zip(*pair_stages(feature_student["feats"], feature_teacher["feats"]))
-        return at_loss(g_s, g_t, self.p)
+        return at_loss(*self.pairs(feature_student, feature_teacher), self.p)

@@ -16,9 +16,12 @@ from yacs.config import CfgNode as CN
 from ..distributed.gather import gather_batch, mean_over_ranks
 from ..errors import UserError
 from ..models.cost import count_parameters
+from ..models.parameters import Group
+from ..ranges import NOT_NEGATIVE, POSITIVE, interval, whole
 from ._base import Distiller, Features, Losses, register
 from ._feature_maps import probe_pair
 from ._precision import full_precision
+from .facts import image_size_of
 
 _EPS = 1e-7
 # Elements of the largest temporary tensor: 16 MiB in float32, about what a processor's cache holds.
@@ -142,7 +145,7 @@ class ContrastMemory(nn.Module):
         bound = math.sqrt(3 / dim)  # rows of about unit length
         self.register_buffer("memory_v1", torch.empty(num_data, dim).uniform_(-bound, bound))
         self.register_buffer("memory_v2", torch.empty(num_data, dim).uniform_(-bound, bound))
-        self._z_known = False
+        self._z_known = False  # not read from `params` at every step: the host would wait for the device
 
     params: Tensor
     memory_v1: Tensor
@@ -160,6 +163,8 @@ class ContrastMemory(nn.Module):
             contrastive_index: (B, K + 1) int64, rows of the banks, the positive first.
         """
         if not self._z_known:
+            # Read once more in the second step, as the NaN policy may have undone the first one.
+            self._z_known = bool((self.params[2:4] > 0).all())
             self._set_z(v_student, v_teacher, contrastive_index)
         _, temperature, z_student, z_teacher, _ = self.params.unbind()
         loss_student = nce_loss(v_student, self.memory_v2, contrastive_index, temperature, z_student)
@@ -178,8 +183,6 @@ class ContrastMemory(nn.Module):
                 chunks = _scores(embed, bank, contrastive_index)
                 total = torch.stack([scores.div_(self.params[1]).exp_().sum() for scores, _ in chunks]).sum()
                 self.params[place] = mean_over_ranks(total / contrastive_index.numel()) * len(bank)
-        # Checked once, not at every step: reading `params` would make the host wait for the device.
-        self._z_known = True
 
     @torch.no_grad()
     def _update(self, bank: Tensor, embed: Tensor, index: Tensor) -> None:
@@ -204,6 +207,14 @@ class ContrastMemory(nn.Module):
             "NCE": CN({"K": 16384, "MOMENTUM": 0.5, "TEMPERATURE": 0.07}),
         }
     ),
+    ranges={
+        **{f"FEAT.{key}": whole(1) for key in ("DIM", "STUDENT_DIM", "TEACHER_DIM")},
+        "LOSS.CE_WEIGHT": NOT_NEGATIVE,
+        "LOSS.FEAT_WEIGHT": NOT_NEGATIVE,
+        "NCE.K": whole(1),
+        "NCE.MOMENTUM": interval(0, 1, "[)"),
+        "NCE.TEMPERATURE": POSITIVE,
+    },
 )
 class CRD(Distiller):
     """Cross-entropy with the labels and the contrastive loss between the two networks' `pooled_feat`.
@@ -213,32 +224,34 @@ class CRD(Distiller):
 
     Args:
         num_data: N, size of the training set.
+        image_size: of the run.
 
     Raises:
-        UserError: a width that contradicts the network; K, temperature or momentum out of range.
+        UserError: a width that contradicts the network.
 
     Cost: two banks of N x DIM floats on the device (51 MB for 50,000 images, 1.3 GB for ImageNet).
 
     Reference: Tian et al. 2020, arXiv 1910.10699.
     """
 
-    needs_run = ("num_data",)
-    needs_batch = ("contrastive_index",)
+    needs_run = ("num_data", "image_size")
+    needs_batch = ("index", "contrastive_index")
     teacher_outputs = ("pooled_feat",)
     compares_images = True  # a micro-batch would update the bank before the next one is compared with it
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, num_data: int) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, cfg: CN, num_data: int, image_size: int | None = None
+    ) -> None:
         super().__init__(student, teacher)
         feat, nce = cfg.CRD.FEAT, cfg.CRD.NCE
-        _check_nce(nce)
         self.ce_loss_weight = cfg.CRD.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.CRD.LOSS.FEAT_WEIGHT
-        feature_student, feature_teacher = probe_pair(student, teacher)
+        feature_student, feature_teacher = probe_pair(student, teacher, image_size or image_size_of(cfg))
         self.embed_s = Embed(_width("STUDENT", feature_student, feat.STUDENT_DIM), feat.DIM)
         self.embed_t = Embed(_width("TEACHER", feature_teacher, feat.TEACHER_DIM), feat.DIM)
         self.contrast = ContrastMemory(feat.DIM, num_data, nce.K, nce.TEMPERATURE, nce.MOMENTUM)
 
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
+    def get_learnable_parameters(self) -> list[nn.Parameter | Group]:
         return [*super().get_learnable_parameters(), *self.embed_s.parameters(), *self.embed_t.parameters()]
 
     def get_extra_parameters(self) -> int:
@@ -270,13 +283,3 @@ def _width(network: str, features: Features, configured: int) -> int:
             "leave the key out, the width is taken from the network"
         )
     return own
-
-
-def _check_nce(nce: CN) -> None:
-    for key, expected, holds in (
-        ("K", "a whole number >= 1", isinstance(nce.K, int) and nce.K >= 1),
-        ("TEMPERATURE", "positive and finite", 0 < nce.TEMPERATURE < math.inf),
-        ("MOMENTUM", "in [0, 1)", 0 <= nce.MOMENTUM < 1),
-    ):
-        if not holds:
-            raise UserError(f"CRD.NCE.{key} must be {expected}, not {nce[key]!r}")

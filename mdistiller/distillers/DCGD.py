@@ -13,9 +13,14 @@ from yacs.config import CfgNode as CN
 
 from ..errors import UserError
 from ..grouping import load_groups
+from ..models.eval_mode import eval_mode
 from ..models.grouped import GroupedStudent
+from ..models.parameters import Group
+from ..ranges import NOT_NEGATIVE, POSITIVE
 from ..registry import unknown_name
-from ._base import Distiller, Features, Losses, distiller_dict, register
+from ._base import Distiller, Losses, distiller_dict, register
+from ._declared import declared
+from .facts import RunFacts
 from .KD import kd_loss
 
 DEFAULTS = CN(
@@ -36,18 +41,23 @@ DEFAULTS = CN(
 )
 
 
-@register("DCGD", DEFAULTS)
+# The names, BASE, EVAL_HEAD and BRANCHES, are checked where they are looked up, with the names that resemble them.
+RANGES = {"TEMPERATURE": POSITIVE, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.KD_WEIGHT": NOT_NEGATIVE}
+
+
+@register("DCGD", DEFAULTS, ranges=RANGES)
 class DCGD(Distiller):
-    """A base method on the plain network and, for the grouped student's branches on the same trunk, the loss
+    """A base method on the plain network and, for the grouped student's branches on the same trunk, the losses
 
-        loss_multi_kd = KD_WEIGHT * kd_loss(z, z_teacher, TEMPERATURE) + CE_WEIGHT * CE(z, y)
+        loss_multi_kd = KD_WEIGHT * kd_loss(z, z_teacher, TEMPERATURE),   loss_multi_ce = CE_WEIGHT * CE(z, y)
 
-    where z (B, C) are the grouped logits in class order. Trunk and teacher run once per step. The training accuracy
-    is the plain head's.
+    where z (B, C) are the grouped logits in class order. Trunk and teacher run once per step; under a base method whose
+    teacher is in training mode (OFD), the branches learn from the teacher in eval mode. The training accuracy is the
+    plain head's.
 
     Args:
         student: a `GroupedStudent`, or a plain network, which is grouped by `cfg.DCGD.GROUPS`.
-        num_data: the size of the training set, for a base method that needs it.
+        facts: of the run, for a base method that needs some; None: it is built by hand like DCGD.
 
     Raises:
         UserError: a plain student has no groups or no last stage to split off, a grouped student's groups differ from
@@ -55,11 +65,10 @@ class DCGD(Distiller):
     """
 
     student: GroupedStudent
-    needs_run = ("num_data",)
     # The base method, if the subclass fixes it; None: `cfg.DCGD.BASE`.
     base: ClassVar[str | None] = None
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, num_data: int | None = None) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, facts: RunFacts | None = None) -> None:
         grouped = group_student(student, cfg)
         super().__init__(grouped, teacher)
         if cfg.DCGD.EVAL_HEAD not in grouped.head_names:
@@ -69,23 +78,64 @@ class DCGD(Distiller):
         self.ce_loss_weight = cfg.DCGD.LOSS.CE_WEIGHT
         self.kd_loss_weight = cfg.DCGD.LOSS.KD_WEIGHT
 
-        method = distiller_dict[self.base or cfg.DCGD.BASE]
+        method = self.base_method(cfg)
+        if facts is None:
+            self.method: Distiller = method(grouped.base, teacher, cfg)  # type: ignore[call-arg]
+        else:
+            self.method = method.from_run(grouped.base, teacher, cfg, facts)
+        self._take_over(self.method)
+
+    def _take_over(self, method: Distiller) -> None:
+        """Share the networks with the base method, and make its needs those of DCGD."""
+        method.borrow_networks()  # so that each network is in the state dict once
+        # The base method and the branches share one forward pass of the teacher.
+        self._teacher_once = _Once(self.teacher)
+        method.run_frozen_by("teacher", self._teacher_once)
+        for attribute in ("needs_batch", "teacher_in_train_mode", "compares_images", "compares_maps"):
+            setattr(self, attribute, getattr(method, attribute))
+        self.untrained = tuple(f"method.{name}" for name in method.untrained)
+        outputs = method.frozen["teacher"]
+        self.teacher_outputs = None if outputs is None else tuple(dict.fromkeys(("logits", *outputs)))
+        others = {f"method.{name}": own for name, own in method.frozen.items() if name != "teacher"}
+        self.frozen = {"teacher": self.teacher_outputs, **others}
+        # In a tuple, as it has no weights of its own.
+        self._mean_head = (_MeanHead(self.student),)
+
+    @classmethod
+    def base_method(cls, cfg: CN) -> type[Distiller]:
+        """The class of the base method.
+
+        Raises:
+            UserError: there is none of that name, or it is DCGD itself.
+        """
+        method = distiller_dict[cls.base or cfg.DCGD.BASE]
         if issubclass(method, DCGD):
             raise UserError(f"DCGD.BASE {cfg.DCGD.BASE} is DCGD itself; name the plain head's method, such as KD")
-        self.method: Distiller = method.from_run(grouped.base, teacher, cfg, {"num_data": num_data})
-        self.method.borrow_networks()  # so that each network is in the state dict once
-        # The base method and the branches share one forward pass of the teacher.
-        self._teacher_once = _Once(teacher)
-        self.method.run_teacher_by(self._teacher_once)
-        for attribute in ("needs_batch", "teacher_in_train_mode", "compares_images"):
-            setattr(self, attribute, getattr(self.method, attribute))
-        self.teacher_outputs = ("logits", *self.method.teacher_outputs)
+        return method
 
-    def run_teacher_by(self, runner: Callable[[Tensor], Any]) -> None:
-        self._teacher_once.function = runner
+    @classmethod
+    def from_run(cls, student: nn.Module, teacher: nn.Module | None, cfg: CN, facts: RunFacts) -> Distiller:
+        """Pass the facts on to the base method."""
+        return cls(student, teacher, cfg, facts)  # type: ignore[arg-type]
 
-    def teacher_forward(self, image: Tensor) -> tuple[Tensor, Features]:
-        return self.method.teacher_forward(image)
+    @classmethod
+    def facts_needed(cls, cfg: CN) -> set[str]:
+        """Those of the base method."""
+        return cls.base_method(cfg).facts_needed(cfg)
+
+    def run_frozen_by(self, name: str, runner: Callable[[Tensor], Any] | None) -> None:
+        own, _, of_method = name.partition("method.")
+        if own:
+            self._teacher_once.function = runner or self.teacher
+        else:
+            self.method.run_frozen_by(of_method, runner)
+
+    def _branches_teacher(self, image: Tensor) -> Tensor:
+        """The teacher's logits (B, C) in eval mode; the base method's, if its teacher is in eval mode."""
+        if not self.teacher_in_train_mode:
+            return declared(self._teacher_once(image), ("logits",), "DCGD's teacher")[0]
+        with eval_mode(self.teacher):
+            return self.teacher(image)[0]
 
     @classmethod
     def config_sections(cls, cfg: CN) -> set[str]:
@@ -93,7 +143,7 @@ class DCGD(Distiller):
         base = distiller_dict[cls.base or cfg.DCGD.BASE]
         return {"DCGD"} if issubclass(base, DCGD) else {"DCGD", *base.config_sections(cfg)}
 
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
+    def get_learnable_parameters(self) -> list[nn.Parameter | Group]:
         """The base method's, which include the plain network's, and the branches'."""
         branches = [*self.student.branches.parameters(), *self.student.heads.parameters()]
         return [*self.method.get_learnable_parameters(), *branches]
@@ -105,20 +155,16 @@ class DCGD(Distiller):
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         with _outputs(self.student.base, image) as of_student, self._teacher_once:
             logits_single, losses = self.method.forward_train(image, target, **kwargs)
-            logits_teacher, _ = self.teacher_forward(image)
+            logits_teacher = self._branches_teacher(image)
         # The base method may not have run the student on this image.
         _, features = of_student[0] if of_student else self.student.base(image)
         logits_grouped = self.student.forward_grouped(features)
         loss_kd = kd_loss(logits_grouped, logits_teacher.detach(), self.temperature)
-        loss_ce = F.cross_entropy(logits_grouped, target)
         return logits_single, {
             **losses,
-            "loss_multi_kd": self.kd_loss_weight * loss_kd + self.ce_loss_weight * loss_ce,
+            "loss_multi_kd": self.kd_loss_weight * loss_kd,
+            "loss_multi_ce": self.ce_loss_weight * F.cross_entropy(logits_grouped, target),
         }
-
-    def forward_test(self, image: Tensor) -> Tensor:
-        """The logits (B, C) of the head that DCGD.EVAL_HEAD names."""
-        return self.student.forward_heads(image)[self.eval_head]
 
     def forward_heads(self, image: Tensor) -> dict[str, Tensor]:
         """First the head that DCGD.EVAL_HEAD names, then the grouped and the single one."""
@@ -126,8 +172,24 @@ class DCGD(Distiller):
         return {name: heads[name] for name in dict.fromkeys((self.eval_head, "grouped", "single"))}
 
     def deployments(self) -> dict[str, nn.Module]:
-        """The whole grouped student, and the plain network alone."""
-        return {"grouped": self.student, "single": self.student.base}
+        """First the head that DCGD.EVAL_HEAD names; "grouped" is the whole student, "single" the plain network."""
+        networks = {"grouped": self.student, "single": self.student.base, "mean": self._mean_head[0]}
+        return {name: networks[name] for name in dict.fromkeys((self.eval_head, "grouped", "single"))}
+
+    def network_to_save(self, name: str) -> nn.Module:
+        """The whole student: tools/eval.py scores each of its heads, tools/export_head.py writes the plain one."""
+        return self.student
+
+
+class _MeanHead(nn.Module):
+    """The mean of the grouped and the plain logits: image -> (B, C)."""
+
+    def __init__(self, student: GroupedStudent) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.student.forward_heads(image)["mean"]
 
 
 @register("DCGD_CE")

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ._base import Distiller, Losses, register
-from ._logits import check_logits
+from ..ranges import NOT_NEGATIVE, POSITIVE, whole
+from ._base import Distiller, Losses, register, warm_up
+from ._logits import check_logits, kl_divergence
 from ._precision import full_precision
 
 
@@ -26,6 +27,9 @@ def dkd_loss(
 
     Both terms are computed from log-probabilities: value and gradient are finite for logits any distance apart.
     Of two classes only one is not the target: q = (1,) for both networks, and the second term is exactly 0.
+
+    A class that is masked out by a teacher logit of -inf contributes 0 to both terms. If all but the target are masked
+    out, the image's second term is 0. Where only the student's logit is -inf, the loss is infinite.
 
     Args:
         logits_student: (B, C), C >= 2, before softmax.
@@ -48,21 +52,30 @@ def dkd_loss(
         raise ValueError(f"DKD needs two classes or more, the logits have {logits_student.shape[1]}")
     binary_student, others_student = _log_probabilities(logits_student / temperature, target)
     binary_teacher, others_teacher = _log_probabilities(logits_teacher / temperature, target)
-    tckd = F.kl_div(binary_student, binary_teacher, reduction="batchmean", log_target=True)
-    nckd = F.kl_div(others_student, others_teacher, reduction="batchmean", log_target=True)
+    tckd = kl_divergence(binary_student, binary_teacher)
+    nckd = kl_divergence(others_student, others_teacher)
     return (alpha * tckd + beta * nckd) * temperature**2
 
 
 def _log_probabilities(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """log b (B, 2) and log q (B, C - 1) of `dkd_loss`."""
+    """log b (B, 2) and log q (B, C - 1) of `dkd_loss`. Where all classes but the target are -inf, so is log q."""
     target = target.unsqueeze(1)
     others = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
     others = logits.gather(1, others + (others >= target))  # the target's column left out
-    log_odds = logits.gather(1, target) - others.logsumexp(dim=1, keepdim=True)  # of the target
-    return F.logsigmoid(torch.cat([log_odds, -log_odds], dim=1)), F.log_softmax(others, dim=1)
+    # A row of -inf is filled with zeros meanwhile: its log_softmax is NaN, and so are both functions' gradients.
+    empty = (others == -torch.inf).all(dim=1, keepdim=True)
+    others = others.masked_fill(empty, 0)
+    log_sum = others.logsumexp(dim=1, keepdim=True).masked_fill(empty, -torch.inf)
+    log_odds = logits.gather(1, target) - log_sum  # of the target
+    log_q = F.log_softmax(others, dim=1).masked_fill(empty, -torch.inf)
+    return F.logsigmoid(torch.cat([log_odds, -log_odds], dim=1)), log_q
 
 
-@register("DKD", CN({"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0, "WARMUP": 20}))
+@register(
+    "DKD",
+    CN({"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0, "WARMUP": 20}),
+    ranges={"CE_WEIGHT": NOT_NEGATIVE, "ALPHA": NOT_NEGATIVE, "BETA": NOT_NEGATIVE, "T": POSITIVE, "WARMUP": whole(0)},
+)
 class DKD(Distiller):
     """Cross-entropy with the labels and `dkd_loss` with the teacher.
 
@@ -82,9 +95,8 @@ class DKD(Distiller):
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits_student, _ = self.student(image)
         logits_teacher, _ = self.teacher_forward(image)
-        scale = min(kwargs["epoch"] / self.warmup, 1.0) if self.warmup > 0 else 1.0
         loss_dkd = dkd_loss(logits_student, logits_teacher, target, self.alpha, self.beta, self.temperature)
         return logits_student, {
             "loss_ce": self.ce_loss_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": scale * loss_dkd,
+            "loss_kd": warm_up(kwargs["epoch"], self.warmup) * loss_dkd,
         }

@@ -10,8 +10,10 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..models.cost import count_parameters
+from ..models.parameters import Group
+from ..ranges import NOT_NEGATIVE, WHOLE, list_of, whole
 from ._base import FeatureDistiller, Features, Losses, register
-from ._feature_maps import ConvReg, get_feat_shapes, require_maps
+from ._feature_maps import ConvReg, configured_pairs, input_size, probe_pair, require_maps
 
 DEFAULTS = CN(
     {
@@ -23,46 +25,76 @@ DEFAULTS = CN(
 )
 
 
-@register("FITNET", DEFAULTS)
+RANGES = {
+    "HINT_LAYER": WHOLE,  # a negative one counts from the deepest map
+    "INPUT_SIZE": list_of(whole(1), 0, 2),
+    "INIT_EPOCHS": whole(0),
+    "LOSS.CE_WEIGHT": NOT_NEGATIVE,
+    "LOSS.FEAT_WEIGHT": NOT_NEGATIVE,
+}
+
+
+@register("FITNET", DEFAULTS, ranges=RANGES)
 class FitNet(FeatureDistiller):
     """Cross-entropy with the labels and the squared error between hint and guided layer.
 
         loss_kd = FEAT_WEIGHT * mean[ (regressor(feats_s[HINT_LAYER]) - feats_t[HINT_LAYER])^2 ]
 
+    A pair in DISTILLER.PAIRS, [[guided layer, hint layer]], replaces HINT_LAYER.
+
     During the first INIT_EPOCHS epochs the cross-entropy has weight 0: the paper's first stage, in which the hint
     alone trains the student up to the guided layer. `loss_ce` is then 0, and the layers above the guided one get zero
     gradients, but the optimizer's weight decay still changes them. The default, 0, skips this stage, like the original.
 
+    Args:
+        image_size: of the run; without it FITNET.INPUT_SIZE counts, [] for the data set's.
+
     Raises:
-        ValueError: HINT_LAYER is not the index of a feature map in both networks, or no regressor fits their shapes.
+        ValueError: HINT_LAYER is not the index of a feature map in both networks, DISTILLER.PAIRS names several pairs,
+            no regressor fits the shapes, or INPUT_SIZE contradicts the run.
 
     Reference: Romero et al. 2015, arXiv 1412.6550, section 2.2.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+    needs_run = ("image_size",)
+    teacher_outputs = ("feats",)
+    compares_maps = True
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.FITNET)
-        self.hint_layer = cfg.FITNET.HINT_LAYER
         self.init_epochs = cfg.FITNET.INIT_EPOCHS
-        shapes_s, shapes_t = get_feat_shapes(student, teacher, cfg.FITNET.INPUT_SIZE)
-        count = min(len(shapes_s), len(shapes_t))
-        if not -count <= self.hint_layer < count:
-            raise ValueError(f"FITNET.HINT_LAYER is {self.hint_layer}, the networks have feature maps 0 to {count - 1}")
-        hint = shapes_s[self.hint_layer], shapes_t[self.hint_layer]
+        size = input_size(cfg.FITNET.INPUT_SIZE, image_size, cfg, "FITNET.INPUT_SIZE")
+        maps_s, maps_t = (features["feats"] for features in probe_pair(student, teacher, size))
+        self.guided, self.hint = _layers(cfg, len(maps_s), len(maps_t))
+        hint = maps_s[self.guided].shape, maps_t[self.hint].shape
         require_maps([hint], "FITNET")
         self.conv_reg = ConvReg(*hint)
 
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
+    def get_learnable_parameters(self) -> list[nn.Parameter | Group]:
         return super().get_learnable_parameters() + list(self.conv_reg.parameters())
 
     def get_extra_parameters(self) -> int:
         return count_parameters(self.conv_reg)
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
-        guided = self.conv_reg(feature_student["feats"][self.hint_layer])
-        return F.mse_loss(guided, feature_teacher["feats"][self.hint_layer])
+        guided = self.conv_reg(feature_student["feats"][self.guided])
+        return F.mse_loss(guided, feature_teacher["feats"][self.hint])
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits_student, losses = super().forward_train(image, target, **kwargs)
         if kwargs.get("epoch", 1) <= self.init_epochs:
             losses["loss_ce"] = 0 * losses["loss_ce"]
         return logits_student, losses
+
+
+def _layers(cfg: CN, count_s: int, count_t: int) -> tuple[int, int]:
+    """The indices of the guided and of the hint layer among the networks' maps."""
+    pairs = configured_pairs(cfg, count_s, count_t)
+    if len(pairs) > 1:
+        raise ValueError(f"FITNET compares one pair of maps, DISTILLER.PAIRS names {len(pairs)}: {cfg.DISTILLER.PAIRS}")
+    if pairs:
+        return pairs[0]
+    layer, count = cfg.FITNET.HINT_LAYER, min(count_s, count_t)
+    if not -count <= layer < count:
+        raise ValueError(f"FITNET.HINT_LAYER is {layer}, the networks have feature maps 0 to {count - 1}")
+    return layer, layer

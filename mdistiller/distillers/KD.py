@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..ranges import NOT_NEGATIVE, POSITIVE
 from ._base import Distiller, Losses, register
-from ._logits import check_logits
+from ._logits import check_logits, kl_divergence
 from ._precision import full_precision
 
 
@@ -19,6 +20,9 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
     """KL divergence from the teacher's softened prediction to the student's.
 
         loss = T^2 * mean_B[ sum_C p_t * (log p_t - log p_s) ],   p = softmax(z / T)
+
+    A class that is masked out by a teacher logit of -inf contributes 0. Where only the student's logit is -inf, the
+    loss is infinite.
 
     Args:
         logits_student: (B, C), before softmax.
@@ -36,10 +40,14 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
     check_logits(logits_student, logits_teacher, temperature)
     log_student = F.log_softmax(logits_student / temperature, dim=1)
     log_teacher = F.log_softmax(logits_teacher / temperature, dim=1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    return kl_divergence(log_student, log_teacher) * temperature**2
 
 
-@register("KD", CN({"TEMPERATURE": 4, "LOSS": CN({"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9})}))
+@register(
+    "KD",
+    CN({"TEMPERATURE": 4, "LOSS": CN({"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9})}),
+    ranges={"TEMPERATURE": POSITIVE, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.KD_WEIGHT": NOT_NEGATIVE},
+)
 class KD(Distiller):
     """Cross-entropy with the labels and `kd_loss` with the teacher."""
 

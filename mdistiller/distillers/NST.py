@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..ranges import NOT_NEGATIVE
 from ._base import FeatureDistiller, Features, register
-from ._feature_maps import align, get_stage_shapes, pair_stages, require_paired_maps
+from ._feature_maps import MapPairs, align, probe_pair
 from ._precision import full_precision
+from .facts import image_size_of
 
 EPS = 1e-12  # lower bound of a channel's norm
 
@@ -70,18 +72,29 @@ def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
     return torch.stack([single_stage_nst_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t)]).sum()
 
 
-@register("NST", CN({"LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 50.0})}))
+@register(
+    "NST",
+    CN({"LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 50.0})}),
+    ranges={"LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.FEAT_WEIGHT": NOT_NEGATIVE},
+)
 class NST(FeatureDistiller):
-    """Cross-entropy with the labels and `nst_loss` over the stages after the stem.
+    """Cross-entropy with the labels and `nst_loss` over the pairs of stages, see `MapPairs`.
+
+    Args:
+        image_size: of the run.
 
     Raises:
-        ValueError: the networks differ in their number of stages, or have vectors instead of maps.
+        ValueError: a network has vectors instead of maps.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+    needs_run = ("image_size",)
+    teacher_outputs = ("feats",)
+    compares_maps = True
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.NST)
-        require_paired_maps(*get_stage_shapes(student, teacher), "NST")
+        features = probe_pair(student, teacher, image_size or image_size_of(cfg))
+        self.pairs = MapPairs(student, teacher, features, cfg, "NST")
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
-        g_s, g_t = zip(*pair_stages(feature_student["feats"], feature_teacher["feats"]))
-        return nst_loss(g_s, g_t)
+        return nst_loss(*self.pairs(feature_student, feature_teacher))

@@ -15,8 +15,12 @@ from torch.func import functional_call
 from yacs.config import CfgNode as CN
 
 from ..models.cost import count_parameters
+from ..models.parameters import Group
+from ..ranges import NOT_NEGATIVE, ODD
 from ._base import FeatureDistiller, Features, register
+from ._feature_maps import MapPairs, probe_pair
 from ._precision import full_precision
+from .facts import image_size_of
 
 
 @full_precision
@@ -110,33 +114,36 @@ def _connector(s_channels: int, t_channels: int, kernel_size: int) -> nn.Sequent
 DEFAULTS = CN({"CONNECTOR": CN({"KERNEL_SIZE": 1}), "LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.001})})
 
 
-@register("OFD", DEFAULTS)
+RANGES = {"CONNECTOR.KERNEL_SIZE": ODD, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.FEAT_WEIGHT": NOT_NEGATIVE}
+
+
+@register("OFD", DEFAULTS, ranges=RANGES)
 class OFD(FeatureDistiller):
     """Cross-entropy with the labels and `feat_loss` over the last stages, each with half the weight of the next.
 
-    The stages after the stem are paired from the deepest up, as many as both networks have and as the teacher returns
-    BatchNorms for. The teacher's maps are average-pooled to the student's size.
+    The stages are paired by `MapPairs`, as many as the teacher returns BatchNorms for. The teacher's maps are
+    average-pooled to the student's size.
+
+    Args:
+        image_size: of the run.
 
     Raises:
-        ValueError: the teacher's BatchNorms differ in channels from its stages, or there is no stage to pair.
+        ValueError: the teacher has no BatchNorms before the ReLU, or they differ in channels from its stages, or there
+            is no stage to pair.
     """
 
+    needs_run = ("image_size",)
+    compares_maps = True
     # As in the paper's code: the targets are normalised by the statistics of the batch.
     teacher_in_train_mode = True
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.OFD)
-        channels_s, channels_t = student.get_stage_channels()[1:], teacher.get_stage_channels()[1:]  # type: ignore[operator]
-        bns = teacher.get_bn_before_relu()  # type: ignore[operator]
-        count = min(len(channels_s), len(channels_t), len(bns))
-        self.stages = slice(-count, None)
-        channels_t, bns = channels_t[self.stages], bns[self.stages]
-        if not count or [len(bn.weight) for bn in bns] != list(channels_t):
-            raise ValueError(
-                f"OFD cannot pair the stages: {list(channels_s)} channels in the student, {list(channels_t)} in the "
-                f"teacher, but the teacher's BatchNorms before the ReLU have {[len(bn.weight) for bn in bns]}"
-            )
-        self.connectors = ConnectorConvBN(channels_s[self.stages], channels_t, cfg.OFD.CONNECTOR.KERNEL_SIZE)
+        features = probe_pair(student, teacher, image_size or image_size_of(cfg))
+        self.pairs = MapPairs(student, teacher, features, cfg, "OFD", ("preact_feats", "preact_feats"))
+        bns = _paired_batchnorms(teacher, self.pairs)
+        channels_s, channels_t = ([shape[1] for shape in shapes] for shapes in zip(*self.pairs.shapes))
+        self.connectors = ConnectorConvBN(channels_s, channels_t, cfg.OFD.CONNECTOR.KERNEL_SIZE)
         for i, bn in enumerate(bns):
             # Buffers, so that they move with the module; not saved, as they are computed from the teacher.
             self.register_buffer(f"margin{i}", feature_margin(bn), persistent=False)
@@ -152,17 +159,40 @@ class OFD(FeatureDistiller):
         with torch.no_grad():
             return functional_call(self.teacher, buffers, (image,))
 
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
+    def get_learnable_parameters(self) -> list[nn.Parameter | Group]:
         return super().get_learnable_parameters() + list(self.connectors.parameters())
 
     def get_extra_parameters(self) -> int:
         return count_parameters(self.connectors)
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
-        g_s = self.connectors(feature_student["preact_feats"][self.stages])
+        maps_s, maps_t = self.pairs(feature_student, feature_teacher)
+        g_s = self.connectors(maps_s)
         loss = g_s[0].new_zeros(())
-        for f_s, f_t, margin in zip(g_s, feature_teacher["preact_feats"][self.stages], self.margins):
+        for f_s, f_t, margin in zip(g_s, maps_t, self.margins):
             if f_t.shape[-2:] != f_s.shape[-2:]:
                 f_t = F.adaptive_avg_pool2d(f_t, f_s.shape[-2:])
             loss = loss / 2 + feat_loss(f_s, f_t, margin)
         return loss
+
+
+def _paired_batchnorms(teacher: nn.Module, pairs: MapPairs) -> list[nn.BatchNorm2d]:
+    """The BatchNorm before the ReLU of each pair's map of the teacher; keeps the pairs that have one.
+
+    Raises:
+        ValueError: see `OFD`.
+    """
+    name = type(teacher).__name__
+    if not hasattr(teacher, "get_bn_before_relu"):
+        raise ValueError(f"OFD needs a teacher with get_bn_before_relu(), its stages' last BatchNorms; {name} has none")
+    bns: list[nn.BatchNorm2d] = teacher.get_bn_before_relu()  # type: ignore[operator]
+    pairs.keep_deepest(len(bns), "OFD", f"{name} returns {len(bns)} BatchNorms before the ReLU")
+    paired = [bns[j - pairs.counts[1]] for _, j in pairs.indices]  # the last BatchNorm belongs to the last map
+    widths = [len(bn.weight) for bn in paired]
+    channels_s, channels_t = ([shape[1] for shape in shapes] for shapes in zip(*pairs.shapes))
+    if widths != channels_t:
+        raise ValueError(
+            f"OFD cannot pair the stages: {channels_s} channels in the student, {channels_t} in the teacher, but the "
+            f"teacher's BatchNorms before the ReLU have {widths}"
+        )
+    return paired

@@ -9,6 +9,7 @@ from torch.linalg import vector_norm
 from yacs.config import CfgNode as CN
 
 from ..distributed.gather import gather_batch
+from ..ranges import NOT_NEGATIVE
 from ._base import FeatureDistiller, Features, register
 from ._precision import full_precision
 
@@ -62,7 +63,11 @@ def _direction(f: Tensor, length: Tensor) -> Tensor:
     return constant + (f - constant * (constant * f).sum(dim=1, keepdim=True)) / safe
 
 
-@register("PKT", CN({"LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 30000.0})}))
+@register(
+    "PKT",
+    CN({"LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 30000.0})}),
+    ranges={"LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.FEAT_WEIGHT": NOT_NEGATIVE},
+)
 class PKT(FeatureDistiller):
     """Cross-entropy with the labels and `pkt_loss` between the pooled features."""
 

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from yacs.config import CfgNode as CN
 
 from ..distributed.gather import gather_batch
+from ..ranges import NOT_NEGATIVE, POSITIVE
 from ._base import FeatureDistiller, Features, register
 from ._precision import full_precision
 
@@ -178,7 +179,16 @@ DEFAULTS = CN(
 )
 
 
-@register("RKD", DEFAULTS)
+RANGES = {
+    "DISTANCE_WEIGHT": NOT_NEGATIVE,
+    "ANGLE_WEIGHT": NOT_NEGATIVE,
+    "LOSS.CE_WEIGHT": NOT_NEGATIVE,
+    "LOSS.FEAT_WEIGHT": NOT_NEGATIVE,
+    "PDIST.EPSILON": POSITIVE,
+}
+
+
+@register("RKD", DEFAULTS, ranges=RANGES)
 class RKD(FeatureDistiller):
     """Cross-entropy with the labels and `rkd_loss` between the pooled features, which may differ in width."""
 

@@ -12,9 +12,12 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..models.cost import count_parameters
-from ._base import Distiller, Features, Losses, register
-from ._feature_maps import probe_pair
+from ..models.parameters import Group
+from ..ranges import NOT_NEGATIVE, list_of, whole
+from ._base import Distiller, Features, Losses, register, warm_up
+from ._feature_maps import MapPairs, probe_pair
 from ._precision import full_precision
+from .facts import image_size_of
 
 Size = int | Sequence[int]
 
@@ -172,38 +175,51 @@ DEFAULTS = CN(
 )
 
 
-@register("REVIEWKD", DEFAULTS)
+RANGES = {
+    "CE_WEIGHT": NOT_NEGATIVE,
+    "REVIEWKD_WEIGHT": NOT_NEGATIVE,
+    "WARMUP_EPOCHS": whole(0),
+    "MAX_MID_CHANNEL": whole(1),
+    **{key: list_of(whole(1)) for key in ("SHAPES", "OUT_SHAPES", "IN_CHANNELS", "OUT_CHANNELS")},
+}
+
+
+@register("REVIEWKD", DEFAULTS, ranges=RANGES)
 class ReviewKD(Distiller):
     """Cross-entropy with the labels and `hcl_loss` between the reviewed student and the teacher's pre-activations.
 
-    The levels are the teacher's stages after the stem and its pooled feature, and the same number of the student's last
-    levels. The student's maps are those before the ReLU if STU_PREACT is set. The loss weight grows linearly to
-    REVIEWKD_WEIGHT over WARMUP_EPOCHS.
+    The levels are the pairs of stages, see `MapPairs`, and the pooled features. The teacher's maps are those before the
+    ReLU, and so are the student's if STU_PREACT is set. The loss weight grows linearly to REVIEWKD_WEIGHT over
+    WARMUP_EPOCHS.
 
     Numbers of channels and sizes are read from the networks and their maps. SHAPES, OUT_SHAPES (deep to shallow),
     IN_CHANNELS and OUT_CHANNELS (shallow to deep) need not be set: `[]`, or the value in `DEFAULTS`, which is
     resnet32x4's, is ignored. Any other value must agree with the networks.
 
+    Args:
+        image_size: of the run.
+
     Raises:
-        ValueError: IN_CHANNELS or OUT_CHANNELS contradict the networks, or the student has too few stages; in the first
-            step, SHAPES or OUT_SHAPES contradict the maps, whose size depends on the images.
+        ValueError: one of the four contradicts the networks, or a network has tokens or vectors instead of maps. Built
+            by hand without `image_size`, contradicting sizes are refused in the first step.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+    needs_run = ("image_size",)
+    teacher_outputs = ("preact_feats", "pooled_feat")
+    compares_maps = True
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher)
         self.cfg = cfg.REVIEWKD.clone()
-        feature_student, feature_teacher = probe_pair(student, teacher)
-        self.levels = len(feature_teacher["preact_feats"])
-        maps_s, maps_t = self._student_maps(feature_student), self._teacher_maps(feature_teacher)
-        if len(maps_s) < self.levels:
-            shapes = [", ".join(str(tuple(m.shape)) for m in maps) for maps in (maps_s, maps_t)]
-            raise ValueError(
-                "ReviewKD needs a student with at least as many levels as the teacher; "
-                f"student: {shapes[0]}; teacher: {shapes[1]}"
-            )
+        features = probe_pair(student, teacher, image_size or image_size_of(cfg))
+        kinds = ("preact_feats" if self.cfg.STU_PREACT else "feats"), "preact_feats"
+        self.pairs = MapPairs(student, teacher, features, cfg, "ReviewKD", kinds)
+        maps_s, maps_t = self._levels(*features)
         in_channels, out_channels = ([m.shape[1] for m in maps] for maps in (maps_s, maps_t))
         self._agree("IN_CHANNELS", in_channels)
         self._agree("OUT_CHANNELS", out_channels)
+        if image_size is not None:  # else the maps' sizes are known in the first step
+            self._check_sizes(maps_s, maps_t)
         self.abfs = build_abfs(in_channels, out_channels, self.cfg.MAX_MID_CHANNEL)
 
     def _agree(self, key: str, found: list[Any]) -> None:
@@ -212,13 +228,17 @@ class ReviewKD(Distiller):
         if given and given not in (found, DEFAULTS[key]):
             raise ValueError(f"REVIEWKD.{key} is {given} but the networks have {found}; leave it out, or set it to []")
 
-    def _student_maps(self, features: Features) -> list[Tensor]:
-        return _with_pooled(features["preact_feats" if self.cfg.STU_PREACT else "feats"], features)[-self.levels :]
+    def _check_sizes(self, maps_s: Sequence[Tensor], maps_t: Sequence[Tensor]) -> None:
+        self._agree("SHAPES", _sizes(maps_s)[::-1])
+        self._agree("OUT_SHAPES", _sizes(maps_t)[::-1])
 
-    def _teacher_maps(self, features: Features) -> list[Tensor]:
-        return _with_pooled(features["preact_feats"][1:], features)
+    def _levels(self, features_s: Features, features_t: Features) -> tuple[list[Tensor], list[Tensor]]:
+        """The student's and the teacher's maps, shallow to deep, and last the pooled features (B, C, 1, 1)."""
+        maps_s, maps_t = self.pairs(features_s, features_t)
+        pooled_s, pooled_t = (f["pooled_feat"].flatten(1)[..., None, None] for f in (features_s, features_t))
+        return [*maps_s, pooled_s], [*maps_t, pooled_t]
 
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
+    def get_learnable_parameters(self) -> list[nn.Parameter | Group]:
         return super().get_learnable_parameters() + list(self.abfs.parameters())
 
     def get_extra_parameters(self) -> int:
@@ -227,20 +247,14 @@ class ReviewKD(Distiller):
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits_student, feature_student = self.student(image)
         _, feature_teacher = self.teacher_forward(image)
-        maps_s, maps_t = self._student_maps(feature_student), self._teacher_maps(feature_teacher)
-        self._agree("SHAPES", _sizes(maps_s)[::-1])
-        self._agree("OUT_SHAPES", _sizes(maps_t)[::-1])
+        maps_s, maps_t = self._levels(feature_student, feature_teacher)
+        self._check_sizes(maps_s, maps_t)
         results = review(self.abfs, maps_s, [m.shape[-2:] for m in maps_t])
-        warmup = min(kwargs["epoch"] / self.cfg.WARMUP_EPOCHS, 1.0) if self.cfg.WARMUP_EPOCHS else 1.0
+        weight = self.cfg.REVIEWKD_WEIGHT * warm_up(kwargs["epoch"], self.cfg.WARMUP_EPOCHS)
         return logits_student, {
             "loss_ce": self.cfg.CE_WEIGHT * F.cross_entropy(logits_student, target),
-            "loss_kd": self.cfg.REVIEWKD_WEIGHT * warmup * hcl_loss(results, maps_t),
+            "loss_kd": weight * hcl_loss(results, maps_t),
         }
-
-
-def _with_pooled(maps: Sequence[Tensor], features: Features) -> list[Tensor]:
-    """`maps` and, as a map of one pixel, the pooled feature (B, C)."""
-    return [*maps, features["pooled_feat"][..., None, None]]
 
 
 def _sizes(maps: Sequence[Tensor]) -> list[Any]:

@@ -11,9 +11,11 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..distributed.gather import gather_batch
+from ..ranges import NOT_NEGATIVE
 from ._base import FeatureDistiller, Features, register
-from ._feature_maps import align
+from ._feature_maps import MapPairs, align, probe_pair
 from ._precision import full_precision
+from .facts import image_size_of
 
 
 @full_precision
@@ -53,18 +55,33 @@ def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
     return torch.stack([similarity_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t)]).sum()
 
 
-@register("SP", CN({"LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 3000.0})}))
+@register(
+    "SP",
+    CN({"LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 3000.0})}),
+    ranges={"LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.FEAT_WEIGHT": NOT_NEGATIVE},
+)
 class SP(FeatureDistiller):
-    """Cross-entropy with the labels and `sp_loss` on the last feature maps.
+    """Cross-entropy with the labels and `sp_loss` on the last feature maps, or on the pairs in DISTILLER.PAIRS.
 
     Of two maps of different size the larger is average-pooled to the smaller, as in AT, NST and VID.
+
+    Args:
+        image_size: of the run.
     """
 
+    needs_run = ("image_size",)
+    teacher_outputs = ("feats",)
     compares_images = True
+    compares_maps = True
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.SP)
+        features = probe_pair(student, teacher, image_size or image_size_of(cfg))
+        self.pairs = MapPairs(student, teacher, features, cfg, "SP")
+        if not self.pairs.configured:
+            self.pairs.keep_deepest(1, "SP", "it compares the last ones")
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
-        f_s, f_t = align(feature_student["feats"][-1], feature_teacher["feats"][-1])
-        return sp_loss([gather_batch(f_s)], [gather_batch(f_t)])
+        pairs = [align(f_s, f_t) for f_s, f_t in zip(*self.pairs(feature_student, feature_teacher))]
+        g_s, g_t = zip(*((gather_batch(f_s), gather_batch(f_t)) for f_s, f_t in pairs))
+        return sp_loss(g_s, g_t)

@@ -12,8 +12,10 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..models.cost import count_parameters
+from ..models.parameters import Group
+from ..ranges import NOT_NEGATIVE, POSITIVE, list_of, whole
 from ._base import FeatureDistiller, Features, register
-from ._feature_maps import align, get_feat_shapes, pair_stages, require_paired_maps
+from ._feature_maps import MapPairs, align, input_size, probe_pair
 from ._precision import full_precision
 
 
@@ -67,18 +69,35 @@ DEFAULTS = CN(
 )
 
 
-@register("VID", DEFAULTS)
+RANGES = {
+    "EPS": POSITIVE,
+    "INIT_PRED_VAR": POSITIVE,
+    "INPUT_SIZE": list_of(whole(1), 0, 2),
+    "LOSS.CE_WEIGHT": NOT_NEGATIVE,
+    "LOSS.FEAT_WEIGHT": NOT_NEGATIVE,
+}
+
+
+@register("VID", DEFAULTS, ranges=RANGES)
 class VID(FeatureDistiller):
-    """Cross-entropy with the labels and the sum of `vid_loss` over the stages after the stem.
+    """Cross-entropy with the labels and the sum of `vid_loss` over the pairs of stages, see `MapPairs`.
 
     `log_scales` are trained and saved like the `regressors`. The original did neither: so `get_extra_parameters()`
     does not count them, as the original's does not, and loading a state dict without them leaves them unchanged.
 
+    Args:
+        image_size: of the run; without it VID.INPUT_SIZE counts, [] for the data set's.
+
     Raises:
-        ValueError: the networks differ in their number of stages, or INIT_PRED_VAR does not exceed EPS > 0.
+        ValueError: a network has vectors instead of maps, INPUT_SIZE contradicts the run, or INIT_PRED_VAR does not
+            exceed EPS > 0.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
+    needs_run = ("image_size",)
+    teacher_outputs = ("feats",)
+    compares_maps = True
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.VID)
         self.eps = cfg.VID.EPS
         surplus = cfg.VID.INIT_PRED_VAR - self.eps
@@ -86,25 +105,24 @@ class VID(FeatureDistiller):
             raise ValueError(f"VID needs INIT_PRED_VAR > EPS > 0, they are {cfg.VID.INIT_PRED_VAR} and {self.eps}")
         # The inverse of the softplus, log(exp(x) - 1), in a form that does not overflow.
         start = surplus + math.log(-math.expm1(-surplus))
-        shapes_s, shapes_t = get_feat_shapes(student, teacher, cfg.VID.INPUT_SIZE)
-        require_paired_maps(shapes_s, shapes_t, "VID")
-        pairs = pair_stages(shapes_s, shapes_t)
-        self.regressors = nn.ModuleList(_regressor(s[1], t[1]) for s, t in pairs)
-        self.log_scales = nn.ParameterList(nn.Parameter(torch.full((t[1],), start)) for _, t in pairs)
+        size = input_size(cfg.VID.INPUT_SIZE, image_size, cfg, "VID.INPUT_SIZE")
+        self.pairs = MapPairs(student, teacher, probe_pair(student, teacher, size), cfg, "VID")
+        self.regressors = nn.ModuleList(_regressor(s[1], t[1]) for s, t in self.pairs.shapes)
+        self.log_scales = nn.ParameterList(nn.Parameter(torch.full((t[1],), start)) for _, t in self.pairs.shapes)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for i, log_scale in enumerate(self.log_scales):
             state_dict.setdefault(f"{prefix}log_scales.{i}", log_scale.detach())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
+    def get_learnable_parameters(self) -> list[nn.Parameter | Group]:
         return [*super().get_learnable_parameters(), *self.regressors.parameters(), *self.log_scales]
 
     def get_extra_parameters(self) -> int:
         return count_parameters(self.regressors)
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
-        pairs = pair_stages(feature_student["feats"], feature_teacher["feats"])
+        pairs = zip(*self.pairs(feature_student, feature_teacher))
         losses = [
             vid_loss(regressor, log_scale, f_s, f_t, self.eps)
             for regressor, log_scale, (f_s, f_t) in zip(self.regressors, self.log_scales, pairs)

@@ -4,11 +4,12 @@ A new method is one file in this folder. Either decorate its class with `@regist
 or add it to `distiller_dict` at the end of this file and its hyper-parameters to `engine/cfg.py`.
 """
 
-from ._base import Distiller, Vanilla, declare_defaults, distiller_dict, method_defaults, register
+from ._base import Distiller, Vanilla, declare_defaults, distiller_dict, method_defaults, method_ranges, register
 from .AT import AT
 from .CRD import CRD
 from .DCGD import DCGD, DCGD_CE, DCGD_DKD, DCGD_KD
 from .DKD import DKD
+from .facts import RunFacts
 from .FitNet import FitNet
 from .KD import KD
 from .KDSVD import KDSVD
@@ -39,10 +40,12 @@ __all__ = [
     "Distiller",
     "FitNet",
     "ReviewKD",
+    "RunFacts",
     "Vanilla",
     "declare_defaults",
     "distiller_dict",
     "method_defaults",
+    "method_ranges",
     "register",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..models.parameters import Group
+from ..ranges import Range
 from ..registry import Registry
+from ._declared import declared
+from .facts import RunFacts
 
 Features = dict[str, Any]
 Losses = dict[str, Tensor]
@@ -19,88 +23,148 @@ Losses = dict[str, Tensor]
 distiller_dict = Registry("distiller")
 # Each method's default hyper-parameters by their section of the config tree; `engine/cfg.py` reads it.
 method_defaults: dict[str, CN] = {}
+# Their ranges: section -> dotted key below it -> the allowed values; `engine/cfg.py` refuses all others.
+method_ranges: dict[str, dict[str, Range]] = {}
 
 
-def register(name: str, defaults: CN | None = None, section: str | None = None) -> Callable[[type], type]:
+def register(
+    name: str, defaults: CN | None = None, section: str | None = None, ranges: Mapping[str, Range] | None = None
+) -> Callable[[type], type]:
     """Class decorator: add a method to `distiller_dict` and its hyper-parameters to the config tree.
 
     Args:
         name: the method's name in `DISTILLER.TYPE`.
         defaults: its hyper-parameters; None when another file declares them.
         section: their section of the config tree; `name` by default.
+        ranges: their allowed values by dotted key below the section: {"TEMPERATURE": POSITIVE, ...}.
 
     Raises:
-        ValueError: the name or the section is taken.
+        ValueError: the name or the section is taken, or see `declare_defaults`.
     """
 
     def enter(cls: type) -> type:
         if defaults is not None:
-            declare_defaults(section or name, defaults)
+            declare_defaults(section or name, defaults, ranges)
+        elif ranges:
+            raise ValueError(f"{name!r} has ranges but no defaults; give them to declare_defaults, with the defaults")
         cls.config_section = section or name  # type: ignore[attr-defined]
         return distiller_dict.register(name)(cls)
 
     return enter
 
 
-def declare_defaults(section: str, defaults: CN) -> None:
-    """Put `defaults` into the config tree under `section`; for hyper-parameters that several methods share."""
+def declare_defaults(section: str, defaults: CN, ranges: Mapping[str, Range] | None = None) -> None:
+    """Put `defaults` into the config tree under `section`; for hyper-parameters that several methods share.
+
+    Args:
+        ranges: see `register`.
+
+    Raises:
+        ValueError: the section is taken, a range has no default, or a default is outside its range.
+    """
     if section in method_defaults:
         raise ValueError(f"config section {section!r} is declared already")
+    for key, allowed in (ranges or {}).items():
+        value: Any = defaults
+        for part in key.split("."):
+            value = value.get(part, {}) if isinstance(value, CN) else {}
+        if isinstance(value, dict):
+            raise ValueError(f"{section} has a range for {key!r}, but no such hyper-parameter")
+        if not allowed.holds(value):
+            raise ValueError(f"the default of {section}.{key} must be {allowed.words}, not {value!r}")
     method_defaults[section] = defaults
+    method_ranges[section] = dict(ranges or {})
+
+
+def warm_up(epoch: int, epochs: int) -> float:
+    """The factor in (0, 1] of a loss weight that grows linearly over the first `epochs` epochs; 1 for `epochs` 0."""
+    return min(epoch / epochs, 1.0) if epochs > 0 else 1.0
 
 
 class Distiller(nn.Module):
-    """A student, a frozen teacher and the loss between them.
+    """A student, frozen networks (the teacher) and the loss between them; docs/methods.md is the guide.
 
     A subclass defines `forward_train(image, target, **kwargs)`, which returns the student's logits (B, C) and a
-    dict of named scalar losses; the trainer minimises their sum. `kwargs` holds `index` (B,) int64, each image's
-    index in the training set, `epoch` (int, from 1), and the fields that `needs_batch` names.
+    dict of named scalar losses; the trainer minimises their sum. `kwargs` holds `epoch` (int, from 1) and the other
+    fields of the batch: `index` (B,) int64, each image's index in the training set, and those that `needs_batch` names.
 
     A method with additional layers adds their parameters to `get_learnable_parameters()` and their number to
-    `get_extra_parameters()`.
+    `get_extra_parameters()`. `contract.check_distiller` checks a method when its trainer is built.
     """
 
     # The section of the config tree that holds its hyper-parameters; `register` sets it.
     config_section: ClassVar[str] = ""
-    # Facts of the run that the constructor also needs, as keyword arguments after (student, teacher, cfg): "num_data".
+    # Facts of the run that the constructor needs as keyword arguments after (student, teacher, cfg); see `RunFacts`.
     needs_run: ClassVar[tuple[str, ...]] = ()
-    # Fields of the batch that it needs in addition to image, target and index, such as "contrastive_index".
+    # Fields of the batch that it needs in addition to image and target, such as "index" or "contrastive_index".
     needs_batch: ClassVar[tuple[str, ...]] = ()
     # False for Vanilla: no teacher is built and no teacher checkpoint is needed.
     needs_teacher: ClassVar[bool] = True
-    # OFD keeps its teacher in training mode, as its paper's code does; every other method's teacher is in eval mode.
+    # OFD keeps its teacher in training mode, as its paper's code does; every other frozen network is in eval mode.
     teacher_in_train_mode: ClassVar[bool] = False
-    # The teacher's outputs that the method reads. Not inherited, as a subclass may read more than its parent class.
-    # If they are "logits" and "pooled_feat" at most, the teacher keeps no feature maps, and the outputs may come from
-    # DISTILLER.TEACHER_CACHE.
-    teacher_outputs: tuple[str, ...] = ("feature maps",)
+    # What the method reads of the teacher: "logits" and names of features ("feats", "preact_feats", "pooled_feat").
+    # Then a faster copy of the teacher runs, which returns just that. None: the teacher itself runs. Not inherited, as
+    # a subclass may read more than its parent class, in other ways.
+    teacher_outputs: tuple[str, ...] | None = None
     # The loss compares the images of a batch with each other, so SOLVER.ACCUMULATE cannot split it into micro-batches.
     compares_images: ClassVar[bool] = False
+    # It compares the feature maps that DISTILLER.PAIRS names.
+    compares_maps: ClassVar[bool] = False
+    # Names of parameters, or of modules, that require gradients but are not to be trained.
+    untrained: tuple[str, ...] = ()
+
+    student: nn.Module
+    teacher: nn.Module
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "teacher_outputs" not in cls.__dict__:
-            cls.teacher_outputs = Distiller.teacher_outputs
+            cls.teacher_outputs = None
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
-        self.student = student
-        self.teacher = teacher
-        self.teacher.requires_grad_(False)
-        # In a tuple, so that a runner that is a module becomes no submodule and is not saved in checkpoints.
-        self._runner: tuple[Callable[[Tensor], Any]] | None = None
+        # Frozen network -> what the method reads of it; see `add_frozen`.
+        self.frozen: dict[str, tuple[str, ...] | None] = {}
+        # Frozen network -> what is called instead of it. In a dict, so that a runner that is a module becomes no
+        # submodule and is not saved in checkpoints.
+        self._runners: dict[str, Callable[[Tensor], Any]] = {}
         self._compiled: Callable[..., Any] | None = None
         self._output_checked = False
+        self.student = student
+        self.add_frozen("teacher", teacher, self.teacher_outputs)
+
+    def add_frozen(self, name: str, network: nn.Module, outputs: Sequence[str] | None = None) -> None:
+        """Add a network that is not trained by gradients: an assistant, or a moving average of the student.
+
+        It becomes the submodule `name`, without gradients, in eval mode, and outside of what ranks average and
+        SOLVER.SYNC_BN converts. `frozen_forward(name, image)` runs it.
+
+        Args:
+            network: image (B, 3, H, W) -> (logits (B, C), features by name).
+            outputs: what the method reads of it, as in `teacher_outputs`; None if it may read anything, or if the
+                network changes during training.
+        """
+        self.add_module(name, network.requires_grad_(False))
+        self.frozen[name] = None if outputs is None else tuple(outputs)
 
     def train(self, mode: bool = True) -> Distiller:
-        """Training mode for everything; the teacher stays in eval mode, unless `teacher_in_train_mode` is set."""
+        """Training mode for everything but the frozen networks, see `evaluated`."""
         super().train(mode)
-        if not self.teacher_in_train_mode:
-            self.teacher.eval()
+        for name in self.evaluated:
+            self.get_submodule(name).eval()
         return self
 
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer updates: the student's parameters and those of the method's layers."""
+    @property
+    def evaluated(self) -> list[str]:
+        """The frozen networks that are always in eval mode: all, but for OFD's teacher (`teacher_in_train_mode`)."""
+        return [name for name in self.frozen if not (name == "teacher" and self.teacher_in_train_mode)]
+
+    def get_learnable_parameters(self) -> list[nn.Parameter | Group]:
+        """What the optimizer updates: the student's parameters and those of the method's layers.
+
+        Parameters, and groups as torch.optim takes them: {"params": [...], "weight_decay": 0.0}. A group's own "lr"
+        follows the schedule in proportion to SOLVER.LR.
+        """
         return list(self.student.parameters())
 
     def get_extra_parameters(self) -> int:
@@ -108,9 +172,14 @@ class Distiller(nn.Module):
         return 0
 
     @classmethod
-    def from_run(cls, student: nn.Module, teacher: nn.Module | None, cfg: CN, facts: Mapping[str, Any]) -> Distiller:
-        """Build the method for a run, with those of the run's `facts` that `needs_run` names."""
-        return cls(student, teacher, cfg, **{name: facts[name] for name in cls.needs_run})  # type: ignore[call-arg, arg-type]
+    def from_run(cls, student: nn.Module, teacher: nn.Module | None, cfg: CN, facts: RunFacts) -> Distiller:
+        """Build the method for a run, with those of the run's facts that `needs_run` names."""
+        return cls(student, teacher, cfg, **facts.named(cls.needs_run, cls.__name__))  # type: ignore[call-arg, arg-type]
+
+    @classmethod
+    def facts_needed(cls, cfg: CN) -> set[str]:
+        """Names of the run's facts that `from_run` reads."""
+        return set(cls.needs_run)
 
     @classmethod
     def config_sections(cls, cfg: CN) -> set[str]:
@@ -128,30 +197,64 @@ class Distiller(nn.Module):
         """Run `forward_train` through torch.compile from now on; `options` are those of torch.compile."""
         self._compiled = torch.compile(self.forward_train, **options)
 
-    def run_teacher_by(self, runner: Callable[[Tensor], Any]) -> None:
-        """Call `runner` instead of the teacher: a faster implementation of the same function."""
-        self._runner = (runner,)
+    def run_frozen_by(self, name: str, runner: Callable[[Tensor], Any] | None) -> None:
+        """Call `runner`, a faster implementation of the same function, instead of a frozen network; None: no longer."""
+        if runner is None:
+            self._runners.pop(name, None)
+        else:
+            self._runners[name] = runner
+
+    def frozen_forward(self, name: str, image: Tensor) -> tuple[Tensor, Features]:
+        """The logits (B, C) and the features of a frozen network for `image` (B, 3, H, W), without gradients.
+
+        Raises:
+            UndeclaredOutputError: on reading an output that the network has but `add_frozen` did not declare.
+        """
+        run = self._runners.get(name) or getattr(self, name)
+        with torch.no_grad():
+            output = run(image)
+        outputs = self.frozen[name]
+        return output if outputs is None else declared(output, outputs, f"{type(self).__name__}'s {name}")
 
     def teacher_forward(self, image: Tensor) -> tuple[Tensor, Features]:
-        """The teacher's logits (B, C) and features for `image` (B, 3, H, W), without gradients."""
-        with torch.no_grad():
-            return (self._runner[0] if self._runner else self.teacher)(image)
+        """`frozen_forward` of the teacher."""
+        return self.frozen_forward("teacher", image)
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         """One training step's logits and losses; see the class."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward_train(image, target, **kwargs)")
 
+    def deployments(self) -> dict[str, nn.Module]:
+        """The networks that can be deployed after training, by name; the main one first.
+
+        They are what is scored, saved as `student_*`, averaged by SOLVER.EMA and counted in cost. Each returns the
+        logits (B, C), or (logits, features), for `image`, and is the same object at every call. A method that deploys
+        another network than the student alone, say with a projector and the teacher's classifier, returns it here.
+        """
+        return {"student": self.student}
+
+    def network_to_save(self, name: str) -> nn.Module:
+        """The network whose weights the files of the deployment `name` hold: by default, the deployment itself."""
+        return self.deployments()[name]
+
+    def main_network(self) -> nn.Module:
+        """The network whose weights `student_best` holds."""
+        return self.network_to_save(next(iter(self.deployments())))
+
     def forward_test(self, image: Tensor) -> Tensor:
-        """The logits (B, C) that validation scores."""
-        return self.student(image)[0]
+        """The logits (B, C) that validation scores: the main deployment's."""
+        return logits_of(next(iter(self.deployments().values()))(image))
 
     def forward_heads(self, image: Tensor) -> dict[str, Tensor]:
-        """Every head's logits (B, C) by name. Validation and the choice of the best checkpoint use the first head."""
-        return {"": self.forward_test(image)}
+        """Every head's logits (B, C) by name: those of the deployments, or under "" if there is one.
 
-    def deployments(self) -> dict[str, nn.Module]:
-        """The modules that can be deployed after training, by name. Each accepts an image; used to count their cost."""
-        return {"student": self.student}
+        Validation and the choice of the best checkpoint use the first head. A method may override this to compute
+        several deployments at once, or to add heads.
+        """
+        networks = self.deployments()
+        if len(networks) == 1:
+            return {"": self.forward_test(image)}
+        return {name: logits_of(network(image)) for name, network in networks.items()}
 
     def forward(self, **kwargs: Any) -> Any:
         """`forward_train` in training mode, else `forward_test` of `image`."""
@@ -162,6 +265,11 @@ class Distiller(nn.Module):
             _check_output(type(self).__name__, output, kwargs["target"])
             self._output_checked = True
         return output
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a network's output: (logits, features), or the logits alone."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _check_output(name: str, output: Any, target: Tensor) -> None:

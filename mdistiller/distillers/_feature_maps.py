@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from yacs.config import CfgNode as CN
 
+from ..console import one_line
 from ..models.eval_mode import eval_mode
 from ._base import Features
-
-T = TypeVar("T")
+from .facts import image_size_of
 
 
 def probe(model: nn.Module, input_size: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
@@ -26,6 +27,27 @@ def probe(model: nn.Module, input_size: Sequence[int]) -> tuple[Tensor, dict[str
         return model(like.new_zeros(1, 3, *input_size))
 
 
+def probe_pair(student: nn.Module, teacher: nn.Module, image_size: int | Sequence[int]) -> tuple[Features, Features]:
+    """Features of both networks for one zero image of `image_size`: one number for a square, or (height, width).
+
+    Raises:
+        ValueError: a network cannot take such an image, or returns no features.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    return _probed(student, size, "student"), _probed(teacher, size, "teacher")
+
+
+def _probed(model: nn.Module, size: Sequence[int], role: str) -> Features:
+    name = f"the {role} {type(model).__name__}"
+    try:
+        output = probe(model, size)
+    except RuntimeError as error:
+        raise ValueError(f"{name} cannot take an image of {size[0]}x{size[1]}: {one_line(error)}") from error
+    if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping)):
+        raise ValueError(f"{name} must return (logits, features by name), it returns {type(output).__name__}")
+    return dict(output[1])
+
+
 def get_feat_shapes(
     student: nn.Module, teacher: nn.Module, input_size: Sequence[int]
 ) -> tuple[list[torch.Size], list[torch.Size]]:
@@ -34,74 +56,158 @@ def get_feat_shapes(
     Args:
         input_size: (height, width) of the images.
     """
-    return tuple([f.shape for f in probe(m, input_size)[1]["feats"]] for m in (student, teacher))  # type: ignore[return-value]
+    return tuple([f.shape for f in features["feats"]] for features in probe_pair(student, teacher, input_size))  # type: ignore[return-value]
 
 
-def probe_pair(student: nn.Module, teacher: nn.Module) -> tuple[Features, Features]:
-    """Features of both networks for one zero image of the smallest usual size that both accept: 32, 64 or 224."""
-    for size in (32, 64):
-        try:
-            return probe(student, (size, size))[1], probe(teacher, (size, size))[1]
-        except RuntimeError:  # an ImageNet network may downsample a 32x32 image to nothing
-            continue
-    return probe(student, (224, 224))[1], probe(teacher, (224, 224))[1]
+def input_size(configured: Sequence[int], image_size: int | None, cfg: CN, key: str) -> int | tuple[int, int]:
+    """The size of the images to probe with: the run's `image_size` or, without a run, the configured one.
 
+    Args:
+        configured: the value of `key`: (height, width), or empty for the data set's. The original's default is ignored.
+        image_size: of the run; None for a method that is built by hand.
 
-def get_stage_shapes(student: nn.Module, teacher: nn.Module) -> tuple[list[torch.Size], list[torch.Size]]:
-    """`get_feat_shapes` for a method whose config names no image size, by `probe_pair`."""
-    return tuple([f.shape for f in features["feats"]] for features in probe_pair(student, teacher))  # type: ignore[return-value]
-
-
-def pair_stages(feats_s: Sequence[T], feats_t: Sequence[T]) -> list[tuple[T, T]]:
-    """(student's, teacher's) entry for each stage after the stem, shallow to deep.
-
-    `feats[0]` is the stem's map. A network that lists none (ImageNet's MobileNetV1) has one entry less than its
-    partner; its stages are then paired from the deepest up.
+    Raises:
+        ValueError: `configured` is no size, or contradicts the run.
     """
-    stages = max(len(feats_s), len(feats_t)) - 1
-    return list(zip(feats_s[-stages:], feats_t[-stages:]))
+    if configured and (len(configured) != 2 or not all(isinstance(x, int) and x > 0 for x in configured)):
+        raise ValueError(f"{key} must be [] or [height, width], not {list(configured)}")
+    if image_size is None:
+        return tuple(configured) if configured else image_size_of(cfg)  # type: ignore[return-value]
+    if configured and list(configured) not in (_ORIGINAL_SIZE, [image_size, image_size]):
+        raise ValueError(f"{key} is {list(configured)}, but the images are {image_size}x{image_size}; set it to []")
+    return image_size
 
 
-def require_maps(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], method: str, same_size: bool = False
-) -> None:
-    """Refuse (student's, teacher's) shapes that are not both (B, C, H, W), with equal (H, W) if `same_size`.
+_ORIGINAL_SIZE = [32, 32]
+
+
+def pair_stages(count_s: int, count_t: int, first_t: int = 1) -> list[tuple[int, int]]:
+    """The (student's, teacher's) indices of the maps that belong together, from shallow to deep.
+
+    Each stage of the teacher is paired with the student's map at the same place, counted from the deepest. A student
+    with fewer stages lends its stem's map too.
+
+    Args:
+        count_s, count_t: number of maps of each network.
+        first_t: index of the teacher's first stage: 1 after the stem's map, 0 for a network that lists no stem.
+    """
+    pairs = min(count_s, count_t - first_t)
+    return [(count_s - i, count_t - i) for i in range(pairs, 0, -1)]
+
+
+class MapPairs:
+    """Which of the student's feature maps a method compares with which of the teacher's: one rule for every method.
+
+    The teacher's stages after the stem are paired from the deepest up (`pair_stages`), or as DISTILLER.PAIRS says:
+    [[student's index, teacher's index], ...], from shallow to deep.
+
+    Args:
+        student, teacher: a teacher that lists no stem's map says so by `stem_in_feats = False`.
+        features: their features for one image, from `probe_pair`.
+        cfg: the whole tree.
+        method: for the messages.
+        kinds: which of the student's and of the teacher's features are paired: "feats" or "preact_feats".
+        least: number of pairs that the method needs.
+
+    Attributes:
+        counts: number of maps of the student and of the teacher.
+        configured: the pairs of DISTILLER.PAIRS; empty where it names none.
+        indices: (student's, teacher's) index of each pair.
+        shapes: (student's, teacher's) shape (1, C, H, W) of each pair.
+
+    Raises:
+        ValueError: too few pairs, no such map, pairs that do not go deeper, or features that are not maps.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        features: tuple[Features, Features],
+        cfg: CN,
+        method: str,
+        kinds: tuple[str, str] = ("feats", "feats"),
+        least: int = 1,
+    ) -> None:
+        self.kinds = kinds
+        maps_s, maps_t = self._lists(features, (student, teacher), method)
+        self.counts = len(maps_s), len(maps_t)
+        self.configured = configured_pairs(cfg, *self.counts)
+        self.indices = self.configured or pair_stages(*self.counts, int(getattr(teacher, "stem_in_feats", True)))
+        self.shapes = [(maps_s[i].shape, maps_t[j].shape) for i, j in self.indices]
+        require_maps(self.shapes, method)
+        if len(self.indices) < least:
+            raise ValueError(
+                f"{method} needs {least} or more pairs of feature maps; of the student's {self.counts[0]} maps and the "
+                f"teacher's {self.counts[1]}, {len(self.indices)} can be paired (DISTILLER.PAIRS names others)"
+            )
+
+    def keep_deepest(self, count: int, method: str, why: str) -> None:
+        """Keep the pairs of the teacher's `count` deepest maps.
+
+        Raises:
+            ValueError: DISTILLER.PAIRS names another one, or none is left; the message says `why`.
+        """
+        kept = [(pair, shapes) for pair, shapes in zip(self.indices, self.shapes) if pair[1] >= self.counts[1] - count]
+        if not kept or (self.configured and len(kept) < len(self.indices)):
+            raise ValueError(f"{method} cannot compare the pairs {self.indices} of feature maps: {why}")
+        self.indices, self.shapes = map(list, zip(*kept))
+
+    def _lists(
+        self, features: tuple[Features, Features], networks: tuple[nn.Module, nn.Module], method: str
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        for kind, own, network in zip(self.kinds, features, networks):
+            if not isinstance(own.get(kind), (list, tuple)):
+                raise ValueError(f"{method} compares feature maps, but {type(network).__name__} returns no {kind!r}")
+        return features[0][self.kinds[0]], features[1][self.kinds[1]]
+
+    def __call__(self, features_s: Features, features_t: Features) -> tuple[list[Tensor], list[Tensor]]:
+        """The student's maps and the teacher's, one of each for every pair, from shallow to deep."""
+        maps_s, maps_t = features_s[self.kinds[0]], features_t[self.kinds[1]]
+        return [maps_s[i] for i, _ in self.indices], [maps_t[j] for _, j in self.indices]
+
+
+def configured_pairs(cfg: CN, count_s: int, count_t: int) -> list[tuple[int, int]]:
+    """DISTILLER.PAIRS as pairs of indices; empty where it names none.
+
+    Args:
+        cfg: the whole tree; a tree without the section DISTILLER names none.
+        count_s, count_t: number of maps of each network; a negative index counts from the deepest.
+
+    Raises:
+        ValueError: not a list of pairs of whole numbers, no such map, or pairs that do not go deeper.
+    """
+    given = cfg.get("DISTILLER", {}).get("PAIRS", [])
+    pairs: list[tuple[int, int]] = []
+    for pair in given:
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(i) is int for i in pair)):
+            raise ValueError(
+                f"DISTILLER.PAIRS must list [student's map, teacher's map], such as [[1, 1], [2, 3]], not {given}"
+            )
+        for i, count, role in zip(pair, (count_s, count_t), ("student", "teacher")):
+            if not -count <= i < count:
+                raise ValueError(
+                    f"DISTILLER.PAIRS {given} names map {i} of the {role}, which has maps 0 to {count - 1}"
+                )
+        i, j = pair[0] % count_s, pair[1] % count_t
+        if pairs and not (pairs[-1][0] <= i and pairs[-1][1] <= j and pairs[-1] != (i, j)):
+            raise ValueError(f"DISTILLER.PAIRS {given} must go from shallow to deep in both networks")
+        pairs.append((i, j))
+    return pairs
+
+
+def require_maps(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], method: str) -> None:
+    """Refuse (student's, teacher's) shapes that are not both (B, C, H, W).
 
     Raises:
         ValueError: names the method and both shapes.
     """
     for shape_s, shape_t in pairs:
-        shapes = f"the student's {tuple(shape_s)}, the teacher's {tuple(shape_t)}"
         if len(shape_s) != 4 or len(shape_t) != 4:
-            raise ValueError(f"{method} compares feature maps (B, C, H, W), these are not both maps: {shapes}")
-        if same_size and shape_s[2:] != shape_t[2:]:
-            raise ValueError(f"{method} needs maps of the same height and width: {shapes}")
-
-
-def require_paired_maps(
-    shapes_s: Sequence[Sequence[int]], shapes_t: Sequence[Sequence[int]], method: str, same_size: bool = False
-) -> None:
-    """Refuse networks whose feature maps cannot be compared stage by stage, as `pair_stages` pairs them.
-
-    Args:
-        shapes_s: of every entry of the student's `feats`, the stem included.
-        shapes_t: the teacher's.
-        method: for the message.
-        same_size: the maps of a pair must have the same height and width; for a method that does not `align` them.
-
-    Raises:
-        ValueError: different numbers of stages, or see `require_maps`; names the method and both networks' shapes.
-    """
-    pairs = pair_stages(shapes_s, shapes_t)
-    # One entry less means a missing stem only if all stages have the same sizes as the other network's.
-    stemless = abs(len(shapes_s) - len(shapes_t)) == 1 and all(s[2:] == t[2:] for s, t in pairs)
-    if len(shapes_s) != len(shapes_t) and not stemless:
-        listed = [", ".join(str(tuple(s)) for s in shapes) for shapes in (shapes_s, shapes_t)]
-        raise ValueError(
-            f"{method} pairs the networks stage by stage, but they differ in their number of stages; "
-            f"student: {listed[0]}; teacher: {listed[1]}"
-        )
-    require_maps(pairs, method, same_size)
+            raise ValueError(
+                f"{method} compares feature maps (B, C, H, W), these are not both maps: the student's "
+                f"{tuple(shape_s)}, the teacher's {tuple(shape_t)}"
+            )
 
 
 class ConvReg(nn.Module):
@@ -144,9 +250,10 @@ class ConvReg(nn.Module):
 
 
 def align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Average-pool the larger of two maps (B, C, H, W) to the height and width of the smaller."""
-    if a.shape[-2] > b.shape[-2]:
-        return F.adaptive_avg_pool2d(a, b.shape[-2:]), b  # type: ignore[arg-type]
-    if a.shape[-2] < b.shape[-2]:
-        return a, F.adaptive_avg_pool2d(b, a.shape[-2:])  # type: ignore[arg-type]
-    return a, b
+    """Average-pool two maps (B, C, H, W) to the smaller height and the smaller width of the two."""
+    size = min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1])
+    return _pooled_to(a, size), _pooled_to(b, size)
+
+
+def _pooled_to(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch.nn as nn
 from yacs.config import CfgNode as CN
 
 from ..dataset import dataset_info, get_dataset
-from ..distillers import Distiller, distiller_dict
+from ..distillers import Distiller, RunFacts, distiller_dict
+from ..distillers.contract import check_scores
 from ..distributed.ranks import current_ranks
+from ..errors import UserError
 from ..grouping import load_groups
 from ..models import build_model, cifar_model_dict, imagenet_model_dict, teacher_checkpoint, tiny_imagenet_model_dict
 from ..models.cost import network_cost
 from ..models.grouped import GroupedStudent
 from ..registry import Registry
-from .files.checkpoint import load_model_weights
+from .cfg import load_cfg
+from .files.checkpoint import DEPLOYED, distiller_state, is_of_run, load_checkpoint, load_state, model_state
 from .run_name import experiment_name
 from .runtime.device import pick_device
 from .runtime.seeds import seed_everything
@@ -46,8 +52,30 @@ def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "", 
     model = build_model(models, name, num_classes)
     if groups:
         model = GroupedStudent(model, load_groups(groups))
-    load_model_weights(model, teacher_checkpoint(path or entry[1], name))
+    file = teacher_checkpoint(path or entry[1], name)
+    content = load_checkpoint(file)
+    state = model_state(content, file)
+    try:
+        load_state(model, state, file)
+    except UserError as error:
+        hint = _held_instead(content, state)
+        if not hint or isinstance(model, GroupedStudent):
+            raise
+        raise UserError(f"{error}; it holds {hint}") from None
     return model
+
+
+def _held_instead(content: Any, state: Mapping[str, Any]) -> str:
+    """What a checkpoint holds that is not the plain network of its run, and what to do with it; else nothing."""
+    by_run = "leave out -m, so that tools/eval.py reads the run's config.yaml"
+    if any(key.startswith("branches.") for key in state):
+        return (
+            f"a student that DCGD grouped: add --groups with DCGD.GROUPS of its run, or {by_run}, or take its plain "
+            "head from tools/export_head.py"
+        )
+    if isinstance(content, Mapping) and DEPLOYED in content:
+        return f"the {content[DEPLOYED]} that its run deploys: {by_run}"
+    return ""
 
 
 def load_trained(dataset: str, model: str, ckpt: str = "pretrain", groups: str = "", device: str = "auto") -> nn.Module:
@@ -66,19 +94,60 @@ def load_trained(dataset: str, model: str, ckpt: str = "pretrain", groups: str =
     return build_pretrained(dataset, model, dataset_info[dataset].num_classes, path, groups).to(where).eval()
 
 
-def build_distiller(cfg: CN, num_data: int, num_classes: int) -> Distiller:
+def build_distiller(cfg: CN, facts: RunFacts, trained: bool = True) -> Distiller:
     """The distiller of the method `DISTILLER.TYPE`, with its student and teacher.
 
     Args:
-        num_data: size of the training set.
+        trained: give the teacher its trained weights; without them, no file is read.
     """
     method = distiller_dict[cfg.DISTILLER.TYPE]
     # The student is built first, so that with the same seed it starts from the same weights under every method.
-    student = build_model(model_dict(cfg.DATASET.TYPE), cfg.DISTILLER.STUDENT, num_classes)
+    models, classes = model_dict(cfg.DATASET.TYPE), facts.num_classes
+    student = build_model(models, cfg.DISTILLER.STUDENT, classes)
     teacher = None
-    if method.needs_teacher:
-        teacher = build_pretrained(cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, num_classes, cfg.DISTILLER.TEACHER_CKPT)
-    return method.from_run(student, teacher, cfg, {"num_data": num_data})
+    if method.needs_teacher and trained:
+        teacher = build_pretrained(cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, classes, cfg.DISTILLER.TEACHER_CKPT)
+    elif method.needs_teacher:
+        teacher = build_model(models, cfg.DISTILLER.TEACHER, classes)
+    return method.from_run(student, teacher, cfg, facts)
+
+
+def untrained_distiller(cfg: CN) -> Distiller:
+    """The distiller of a run for what does not depend on its data: its networks, their names and their cost."""
+    return build_distiller(cfg, replace(RunFacts.of(cfg), num_data=1), trained=False)
+
+
+def load_deployed(ckpt: Path, device: str = "auto") -> tuple[Distiller, CN]:
+    """The method of a run whose main network has the weights of one of the run's checkpoints, in eval mode.
+
+    Args:
+        ckpt: `student_best`, `best`, ...; config.yaml lies beside it.
+
+    Returns:
+        The distiller, which scores as it did in the run, and the run's configuration.
+
+    Raises:
+        UserError: no config.yaml, or a checkpoint of another network.
+    """
+    source = ckpt.parent / "config.yaml"
+    if not source.is_file():
+        raise UserError(f"no config.yaml next to {ckpt} says which network it holds; name it, such as -m resnet20")
+    cfg = load_cfg(source)
+    distiller = untrained_distiller(cfg)
+    network, content = distiller.main_network(), load_checkpoint(ckpt)
+    if is_of_run(content):
+        state, own = distiller_state(content, ckpt), _names_within(distiller, network)
+        load_state(network, {name: state[key] for name, key in own.items() if key in state}, ckpt)
+    else:
+        load_state(network, model_state(content, ckpt), ckpt)
+    return distiller.to(pick_device(device)).eval(), cfg
+
+
+def _names_within(distiller: Distiller, network: nn.Module) -> dict[str, str]:
+    """The name that each entry of the network's state has in the distiller's."""
+    names = {id(tensor): key for key, tensor in distiller.state_dict(keep_vars=True).items()}
+    own = network.state_dict(keep_vars=True)
+    return {name: names[id(tensor)] for name, tensor in own.items() if id(tensor) in names}
 
 
 def deployment_lines(trainer: BaseTrainer) -> list[str]:
@@ -98,7 +167,9 @@ def build_trainer(cfg: CN, overrides: Sequence[str] = ()) -> BaseTrainer:
     dataset_info[cfg.DATASET.TYPE], distiller_dict[cfg.DISTILLER.TYPE]
     seed_everything(cfg.EXPERIMENT.SEED)
     with current_ranks().one_first():  # data may have to be downloaded or decoded, once for all ranks
-        train_loader, val_loader, num_data, num_classes = get_dataset(cfg)
-    distiller = build_distiller(cfg, num_data, num_classes)
-    return trainer_class(experiment_name(cfg, overrides), distiller, train_loader, val_loader, cfg)
-
+        train_loader, val_loader, *_ = get_dataset(cfg)
+    facts = RunFacts.of(cfg, train_loader)
+    distiller = build_distiller(cfg, facts)
+    trainer = trainer_class(experiment_name(cfg, overrides), distiller, train_loader, val_loader, cfg)
+    check_scores(distiller, facts.image_size)
+    return trainer

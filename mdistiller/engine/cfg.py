@@ -1,12 +1,14 @@
 """The configuration tree `CFG`: every setting with its default, and how YAML files and overrides change it.
 
 This file defines the engine's settings. Each method defines its hyper-parameters in its own file under `distillers/`;
-`method_defaults` adds them to the tree. A method that defines none there may add its section here: `CFG.MYKD = CN()`.
+`method_defaults` adds them to the tree, `method_ranges` their allowed values. A method that defines none there may add
+its section here: `CFG.MYKD = CN()`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import yaml
 from yacs.config import CfgNode as CN
 
 from ..console import one_line
-from ..distillers import distiller_dict, method_defaults
+from ..distillers import distiller_dict, method_defaults, method_ranges
 from ..errors import UserError
 from ..paths import find_file
+from ..ranges import NOT_NEGATIVE, POSITIVE, WHOLE, Range, interval, list_of, one_of, whole
 from .overrides import merge, override_pairs, shown
 
 CFG = CN()
@@ -60,6 +63,9 @@ CFG.DISTILLER.TEACHER = "ResNet50"
 CFG.DISTILLER.TEACHER_CKPT = ""
 # The name of the student network, likewise.
 CFG.DISTILLER.STUDENT = "resnet32"
+# For methods that compare feature maps: which, as [[student's map, teacher's map], ...], counted from 0 (the stem's),
+# from shallow to deep, such as [[1, 1], [2, 3]]. Empty: the teacher's stages, paired from the deepest up.
+CFG.DISTILLER.PAIRS = []
 # Folder in which the teacher's outputs are stored, to be reused within the run and by later runs; empty: no cache.
 CFG.DISTILLER.TEACHER_CACHE = ""
 # Precision of the stored outputs: "fp16" or "fp32".
@@ -133,7 +139,8 @@ for section, defaults in method_defaults.items():
 def load_cfg(path: str | Path, overrides: Sequence[str] = ()) -> CN:
     """The configuration of a run: `CFG`, changed by the YAML file at `path`, then by `KEY VALUE` overrides.
 
-    An int is accepted where the default is a float, and a float where the default happens to be an int.
+    An int is accepted where the default is a float, and a float where the default happens to be an int. Where the
+    default is None, any plain value is accepted, see `overrides.merge`.
 
     Args:
         path: relative to the current folder, or the name of a shipped file, such as configs/digits/kd.yaml.
@@ -143,12 +150,12 @@ def load_cfg(path: str | Path, overrides: Sequence[str] = ()) -> CN:
         UserError: no such file, not a YAML mapping, an unknown key, a value of the wrong type or range.
     """
     cfg = CFG.clone()
-    merge(cfg, _read_yaml(find_file(path) or Path(path)), ())
+    merge(cfg, _read_yaml(find_file(path) or Path(path)), CFG)
     for key, value in override_pairs(overrides):
         node: Any = value
         for part in reversed(key.split(".")):
             node = {part: node}
-        merge(cfg, node, ())
+        merge(cfg, node, CFG)
     check_cfg(cfg)
     cfg.freeze()
     return cfg
@@ -181,60 +188,54 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _is_int(low: int) -> Any:
-    return f"a whole number >= {low}", lambda v: isinstance(v, int) and v >= low
-
-
-def _is_one_of(*values: str) -> Any:
-    return f"one of {', '.join(values)}", lambda v: v in values
-
-
-_POSITIVE = ("positive and finite", lambda v: 0 < v < float("inf"))
-_NOT_NEGATIVE = (">= 0 and finite", lambda v: 0 <= v < float("inf"))
-
-# Key -> (the allowed values in words, the check). NaN fails every comparison, infinity every upper bound.
-_RANGES: dict[str, tuple[str, Any]] = {
-    "EXPERIMENT.SEED": ("a whole number from 0 to 2**63 - 1", lambda v: isinstance(v, int) and 0 <= v < 2**63),
-    "DATASET.NUM_WORKERS": _is_int(0),
-    "DATASET.TRAIN_FRACTION": ("in (0, 1]", lambda v: 0 < v <= 1),
-    "DATASET.VAL_FRACTION": ("in [0, 1)", lambda v: 0 <= v < 1),
-    "DATASET.TEST.BATCH_SIZE": _is_int(1),
-    "SOLVER.BATCH_SIZE": _is_int(1),
-    "SOLVER.EPOCHS": _is_int(1),
-    "DISTILLER.TEACHER_CACHE_DTYPE": _is_one_of("fp16", "fp32"),
-    "DISTILLER.TEACHER_CACHE_GIB": _POSITIVE,
-    "SOLVER.LR": _POSITIVE,
-    "SOLVER.LR_DECAY_RATE": _POSITIVE,
-    "SOLVER.LR_SCHEDULE": _is_one_of("step", "cosine"),
-    "SOLVER.LR_MIN": _NOT_NEGATIVE,
-    "SOLVER.WARMUP_EPOCHS": _is_int(0),
-    "SOLVER.AMP": _is_one_of("none", "bf16", "fp16", "bf16-teacher", "fp16-teacher"),
-    "SOLVER.CLIP_GRAD_NORM": _NOT_NEGATIVE,
-    "SOLVER.EMA": ("in [0, 1)", lambda v: 0 <= v < 1),
-    "SOLVER.ACCUMULATE": _is_int(1),
-    "SOLVER.NAN_POLICY": _is_one_of("stop", "skip"),
-    "SOLVER.NAN_LIMIT": _is_int(1),
-    "SOLVER.BETAS": ("two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v)),
-    "SOLVER.WEIGHT_DECAY": _NOT_NEGATIVE,
-    "SOLVER.MOMENTUM": ("in [0, 1)", lambda v: 0 <= v < 1),
-    "SOLVER.DOT.DELTA": ("in (-1, 1)", lambda v: -1 < v < 1),
-    "LOG.TENSORBOARD_FREQ": _is_int(1),
-    "LOG.SAVE_CHECKPOINT_FREQ": _is_int(1),
-    "LOG.SAVE_CHECKPOINT_ITERS": _is_int(0),
-    "LOG.KEEP_CHECKPOINTS": _is_int(0),
-    "LOG.SAVE_ERROR": _is_one_of("stop", "continue"),
+# The engine's settings and their allowed values; `method_ranges` has those of the methods.
+_RANGES: dict[str, Range] = {
+    "EXPERIMENT.SEED": Range("a whole number from 0 to 2**63 - 1", lambda v: whole(0).holds(v) and v < 2**63),
+    "DATASET.NUM_WORKERS": whole(0),
+    "DATASET.TRAIN_FRACTION": interval(0, 1, "(]"),
+    "DATASET.VAL_FRACTION": interval(0, 1, "[)"),
+    "DATASET.TEST.BATCH_SIZE": whole(1),
+    "SOLVER.BATCH_SIZE": whole(1),
+    "SOLVER.EPOCHS": whole(1),
+    "DISTILLER.PAIRS": list_of(list_of(WHOLE, 2)),
+    "DISTILLER.TEACHER_CACHE_DTYPE": one_of("fp16", "fp32"),
+    "DISTILLER.TEACHER_CACHE_GIB": POSITIVE,
+    "SOLVER.LR": POSITIVE,
+    "SOLVER.LR_DECAY_STAGES": list_of(NOT_NEGATIVE),
+    "SOLVER.LR_DECAY_RATE": POSITIVE,
+    "SOLVER.LR_SCHEDULE": one_of("step", "cosine"),
+    "SOLVER.LR_MIN": NOT_NEGATIVE,
+    "SOLVER.WARMUP_EPOCHS": whole(0),
+    "SOLVER.AMP": one_of("none", "bf16", "fp16", "bf16-teacher", "fp16-teacher"),
+    "SOLVER.CLIP_GRAD_NORM": NOT_NEGATIVE,
+    "SOLVER.EMA": interval(0, 1, "[)"),
+    "SOLVER.ACCUMULATE": whole(1),
+    "SOLVER.NAN_POLICY": one_of("stop", "skip"),
+    "SOLVER.NAN_LIMIT": whole(1),
+    "SOLVER.BETAS": replace(list_of(interval(0, 1, "[)"), 2), words="two numbers in [0, 1)"),
+    "SOLVER.WEIGHT_DECAY": NOT_NEGATIVE,
+    "SOLVER.MOMENTUM": interval(0, 1, "[)"),
+    "SOLVER.DOT.DELTA": interval(-1, 1, "()"),
+    "LOG.TENSORBOARD_FREQ": whole(1),
+    "LOG.SAVE_CHECKPOINT_FREQ": whole(1),
+    "LOG.SAVE_CHECKPOINT_ITERS": whole(0),
+    "LOG.KEEP_CHECKPOINTS": whole(0),
+    "LOG.SAVE_ERROR": one_of("stop", "continue"),
 }
 
 
 def check_cfg(cfg: CN) -> None:
-    """Refuse values out of range.
+    """Refuse values out of range, of the engine's settings and of the methods'.
 
     Raises:
         UserError: naming the key, the value and the allowed values.
     """
-    for key, (allowed, holds) in _RANGES.items():
+    # A method may be registered after the tree was built; its section is then not in it.
+    of_methods = {section: ranges for section, ranges in method_ranges.items() if section in cfg}
+    ranges = _RANGES | {f"{section}.{key}": of[key] for section, of in of_methods.items() for key in of}
+    for key, allowed in ranges.items():
         node: Any = cfg
         for part in key.split("."):
             node = node[part]
-        if not holds(node):
-            raise UserError(f"{key} must be {allowed}, not {shown(node)}")
+        if not allowed.holds(node):
+            raise UserError(f"{key} must be {allowed.words}, not {shown(node)}")

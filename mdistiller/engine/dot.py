@@ -88,6 +88,10 @@ class DistillationOrientedTrainer(Optimizer):
                 sums.append(sum(grads[1:], grads[0]))
         return sums
 
+    def has_kd(self, p: Tensor) -> bool:
+        """Whether `step_kd` stored a gradient of the parameter `p`."""
+        return p in self._kd_grads
+
     def drop_kd(self) -> None:
         """Drop the gradients that `step_kd` stored."""
         self._kd_grads = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..distillers import Distiller
+from ..models.copies import copy_without_hooks
 
 
 class EMA:
@@ -20,14 +22,14 @@ class EMA:
     so that the random start is soon forgotten. BatchNorm's statistics are averaged too; counters are copied.
 
     Args:
-        network: on its device.
+        network: on its device; the average carries none of its hooks.
         decay: in (0, 1).
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network = copy_without_hooks(network).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
@@ -42,13 +44,26 @@ class EMA:
                 mean.copy_(state)
 
     def logits(self, distiller: Distiller, image: Tensor) -> Tensor:
-        """The first head's logits (B, C) of `distiller` with the averaged network in its student's place."""
-        student, distiller.student = distiller.student, self.network
-        try:
+        """The first head's logits (B, C) of `distiller` with the averaged weights in its main network."""
+        with _exchanged(distiller.main_network(), self.network):
             return next(iter(distiller.forward_heads(image).values()))
-        finally:
-            distiller.student = student
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the number of updates, and the averaged state under "model"."""
         return {"updates": self.updates, "model": self.network.state_dict()}
+
+
+@contextmanager
+def _exchanged(one: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Within this context, two networks of the same structure have each other's parameters and buffers."""
+
+    def exchange() -> None:
+        for a, b in zip(one.modules(), other.modules()):
+            a._parameters, b._parameters = b._parameters, a._parameters
+            a._buffers, b._buffers = b._buffers, a._buffers
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()

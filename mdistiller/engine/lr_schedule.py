@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from yacs.config import CfgNode as CN
 
+from ..models.parameters import Group
 from ..registry import Registry
+
+# The key of a parameter group's own factor of the learning rate.
+LR_SCALE = "lr_scale"
 
 # SOLVER.LR_SCHEDULE -> function of (epochs done, cfg.SOLVER): the learning rate.
 schedule_dict = Registry("SOLVER.LR_SCHEDULE")
@@ -38,11 +43,14 @@ def learning_rate(epoch: int, cfg: CN, step: int = 0, steps: int = 1) -> float:
     return lr
 
 
-def adjust_learning_rate(
-    epoch: int, cfg: CN, optimizer: torch.optim.Optimizer, step: int = 0, steps: int = 1
-) -> float:
-    """Set and return the `learning_rate`."""
+def adjust_learning_rate(epoch: int, cfg: CN, optimizer: torch.optim.Optimizer, step: int = 0, steps: int = 1) -> float:
+    """Set and return the `learning_rate`; a parameter group with an `LR_SCALE` gets it times that."""
     lr = learning_rate(epoch, cfg, step, steps)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group[LR_SCALE] if LR_SCALE in group else lr
     return lr
+
+
+def scaled_groups(groups: Iterable[Group], solver: CN) -> list[Group]:
+    """The parameter groups; one with an "lr" of its own keeps, as its `LR_SCALE`, the ratio of that to SOLVER.LR."""
+    return [{**group, LR_SCALE: group["lr"] / solver.LR} if "lr" in group else group for group in groups]

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import torch
-import torch.nn as nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode as CN
 
 from ..errors import UserError
+from ..models.parameters import Group
 from ..registry import Registry
 from .dot import DistillationOrientedTrainer
 
-# SOLVER.TYPE -> function of (parameters, cfg.SOLVER), for one gradient and for DOT's two.
+# SOLVER.TYPE -> function of (parameter groups, cfg.SOLVER), for one gradient and for DOT's two. The settings of SOLVER
+# are those of a group that has none of its own.
 optimizer_dict = Registry("SOLVER.TYPE")
 dot_optimizer_dict = Registry("SOLVER.TYPE for the DOT trainers")
 
 
 @optimizer_dict.register("SGD")
-def sgd(parameters: Sequence[nn.Parameter], solver: CN) -> Optimizer:
+def sgd(groups: list[Group], solver: CN) -> Optimizer:
     """SGD with LR, MOMENTUM and WEIGHT_DECAY."""
     return torch.optim.SGD(
-        parameters, lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, fused=_fused(parameters)
+        groups, lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, fused=_fused(groups)
     )
 
 
 @optimizer_dict.register("AdamW")
-def adamw(parameters: Sequence[nn.Parameter], solver: CN) -> Optimizer:
+def adamw(groups: list[Group], solver: CN) -> Optimizer:
     """AdamW with LR, BETAS and WEIGHT_DECAY. arXiv 1711.05101."""
     betas = tuple(solver.BETAS)
-    return torch.optim.AdamW(
-        parameters, lr=solver.LR, betas=betas, weight_decay=solver.WEIGHT_DECAY, fused=_fused(parameters)
-    )
+    return torch.optim.AdamW(groups, lr=solver.LR, betas=betas, weight_decay=solver.WEIGHT_DECAY, fused=_fused(groups))
 
 
-def _fused(parameters: Sequence[nn.Parameter]) -> bool:
+def _fused(groups: list[Group]) -> bool:
     """Whether to run the whole step in one kernel: on a GPU. On the CPU this is not faster, and rounds differently."""
-    return bool(parameters) and all(p.is_cuda for p in parameters)
+    return bool(groups) and all(p.is_cuda for group in groups for p in group["params"])
 
 
 @dot_optimizer_dict.register("SGD")
-def dot_sgd(parameters: Iterable[nn.Parameter], solver: CN) -> DistillationOrientedTrainer:
+def dot_sgd(groups: list[Group], solver: CN) -> DistillationOrientedTrainer:
     """DOT with momentum MOMENTUM - DELTA for the task and MOMENTUM + DELTA for the distillation.
 
     Raises:
@@ -53,4 +50,4 @@ def dot_sgd(parameters: Iterable[nn.Parameter], solver: CN) -> DistillationOrien
             f"SOLVER.DOT.DELTA {solver.DOT.DELTA}: SOLVER.MOMENTUM {solver.MOMENTUM} minus and plus DELTA must both be "
             "in [0, 1); take a smaller DELTA"
         )
-    return DistillationOrientedTrainer(parameters, lr=solver.LR, weight_decay=solver.WEIGHT_DECAY, **momenta)
+    return DistillationOrientedTrainer(groups, lr=solver.LR, weight_decay=solver.WEIGHT_DECAY, **momenta)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from yacs.config import CfgNode as CN
 
 from ..console import reason, warn
@@ -15,7 +16,7 @@ from ..distributed.ranks import Ranks
 from ..errors import UserError
 from .ema import EMA
 from .epoch_state import EpochState
-from .files.checkpoint import SaveError, load_state, save_checkpoint, strip_module
+from .files.checkpoint import DEPLOYED, SaveError, load_state, save_checkpoint, strip_module
 from .files.run_folder import newest_whole, prune
 from .nan_watch import NanPolicy, NonFiniteLossError
 from .runtime.seeds import random_state, set_random_state
@@ -61,19 +62,26 @@ class RunState:
             NonFiniteLossError, SaveError: see `_write`.
         """
         first, *others = self.last_acc
-        student = {"model": self.distiller.student.state_dict()}
-        averaged = {"model": self.ema.network.state_dict()} if self.ema is not None else {}
-        files = {
-            f"student_best_{name}": averaged if name == "ema" and averaged else student
-            for name in set(others) & set(improved)
-        }
+        main = self._deployment(first)
+        files = {f"student_best_{name}": self._deployment(name) for name in set(others) & set(improved)}
         if first in improved:
-            files |= {"student_best": student, "best": self._content(epoch)}
+            files |= {"student_best": main, "best": self._content(epoch)}
         if epoch % self.log.SAVE_CHECKPOINT_FREQ == 0:
-            files |= {f"student_{epoch}": student, f"epoch_{epoch}": self._content(epoch)}
-        if averaged:
-            files["student_latest_ema"] = averaged
-        self._write(files | {"student_latest": student, "latest": self._content(epoch)})
+            files |= {f"student_{epoch}": main, f"epoch_{epoch}": self._content(epoch)}
+        if self.ema is not None:
+            files["student_latest_ema"] = self._deployment("ema")
+        self._write(files | {"student_latest": main, "latest": self._content(epoch)})
+
+    def _deployment(self, head: str) -> dict[str, Any]:
+        """The content of a `student_*` file: the weights of the deployment that a head scores, or of the EMA."""
+        is_deployment = head in self.distiller.deployments()
+        network = self.distiller.network_to_save(head) if is_deployment else self.distiller.main_network()
+        saved = self.ema.network if self.ema is not None and head == "ema" else network
+        return {"model": saved.state_dict()} | self._deployed(network)
+
+    def _deployed(self, network: nn.Module) -> dict[str, str]:
+        """What a checkpoint says of the network that is deployed; nothing if that is the student alone."""
+        return {} if network is self.distiller.student else {DEPLOYED: type(network).__name__}
 
     def save_within(self, at: EpochState) -> None:
         """Within an epoch: write `latest`, so that resuming continues with the next step. Every rank must call this.
@@ -98,6 +106,7 @@ class RunState:
             "best_acc": next(iter(self.best_acc.values()), 0.0),
             "head_best_acc": self.best_acc,
             "head_last_acc": self.last_acc,
+            **self._deployed(self.distiller.main_network()),
         }
         return content | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
 
@@ -108,7 +117,7 @@ class RunState:
             NonFiniteLossError: a weight is not finite.
             SaveError: a checkpoint could not be written, and LOG.SAVE_ERROR is "stop".
         """
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.distiller.student.parameters()]))
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.distiller.main_network().parameters()]))
         if not norms.isfinite().all():
             raise NonFiniteLossError(
                 f"the student's weights are not finite; the checkpoints in {self.folder} were not overwritten; "

@@ -9,18 +9,22 @@ import torch.nn as nn
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..console import warn
 from ..distillers import Distiller
-from ..distributed.data_parallel import averaging, data_parallel
+from ..distillers.contract import gradient_gap, not_averaged
+from ..distributed.data_parallel import averaging, data_parallel, is_data_parallel
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from .ema import EMA
 from .nan_watch import NanPolicy
 from .scores import correct_counts
 from .teacher.cache import TeacherCache
-from .teacher.fast_teacher import DTYPES
+from .teacher.fast_teacher import DTYPES, FrozenNetworks
 from .update import SumUpdate
 
 Batch = dict[str, Tensor]
+
+_NO_GRADIENT = "train what uses them, such as a grouped student by DCGD, or name them in the method's `untrained`"
 
 
 @dataclass(frozen=True)
@@ -44,29 +48,32 @@ class Step:
     Args:
         distiller: on `device`.
         update: the update rule of the distiller's parameters.
-        ema: the EMA of the student, or None.
-        teacher_cache: the cache of the teacher's outputs, or None.
+        ema: the EMA of the distiller's main network, or None.
+        frozen: the faster forms of the distiller's frozen networks; None: they run themselves.
     """
 
     def __init__(
         self, distiller: Distiller, update: SumUpdate, nan_policy: NanPolicy, ema: EMA | None,
-        teacher_cache: TeacherCache | None, device: torch.device, ranks: Ranks, cfg: CN,
+        frozen: FrozenNetworks | None, device: torch.device, ranks: Ranks, cfg: CN,
     ) -> None:  # fmt: skip
         self.distiller, self.update, self.nan_policy, self.ema = distiller, update, nan_policy, ema
-        self.teacher_cache = teacher_cache
+        self.frozen = frozen
         self.device = device
         self.micro_batches = cfg.SOLVER.ACCUMULATE
+        self.full_batch = cfg.SOLVER.BATCH_SIZE // ranks.world
         self.autocast_dtype = DTYPES.get(cfg.SOLVER.AMP)
-        self.module = self._module(ranks, cfg)
+        self.ranks = ranks
+        self._gradients_checked = False
+        self.module = self._module(cfg)
 
-    def _module(self, ranks: Ranks, cfg: CN) -> nn.Module:
+    def _module(self, cfg: CN) -> nn.Module:
         """The module that the step calls: the distiller, compiled and data-parallel if the run asks for it."""
         if cfg.SOLVER.COMPILE:
             # "reduce-overhead" uses CUDA graphs.
             self.distiller.compile_training(mode="reduce-overhead" if self.device.type == "cuda" else None)
-        if ranks.world == 1 or not self.update.one_backward:
+        if self.ranks.world == 1 or not self.update.one_backward:
             return self.distiller
-        return data_parallel(self.distiller, [f"teacher.{name}" for name in self.distiller.teacher.state_dict()])
+        return data_parallel(self.distiller, not_averaged(self.distiller))
 
     def __call__(self, batch: Batch, epoch: int, number: int, measure: bool = False) -> StepResult | None:
         """Take the step; None where the NaN policy skips it.
@@ -77,11 +84,14 @@ class Step:
 
         Raises:
             NonFiniteLossError: a loss is not finite, and the NaN policy says stop.
+            UserError: in the first step, see `_check_gradients`.
         """
+        if self.frozen is not None:
+            self.frozen.check()
         self.nan_policy.begin_step()
         images = len(batch["target"])
         sums: dict[str, Tensor] = {}
-        micro_batches = split_batch(batch, self.micro_batches)
+        micro_batches = split_batch(batch, self.micro_batches, self.full_batch)
         for count, micro_batch in enumerate(micro_batches, start=1):
             # A short batch may give fewer micro-batches than asked for.
             weight, last = len(micro_batch["target"]) / images, count == len(micro_batches)
@@ -90,10 +100,31 @@ class Step:
                 self.update.drop()
                 return None
             sums = {name: sums[name] + value if sums else value for name, value in totals.items()}
+        self._check_gradients()
         norm = self.update.step(measure)
         if self.ema is not None:
-            self.ema.update(self.distiller.student)
+            self.ema.update(self.distiller.main_network())
         return StepResult(images, sums, norm)
+
+    @property
+    def teacher_cache(self) -> TeacherCache | None:
+        """The cache of the teacher's outputs, if there is one."""
+        return None if self.frozen is None else self.frozen.cache
+
+    def _check_gradients(self) -> None:
+        """In the first step: name the parameters that got no gradient.
+
+        Raises:
+            UserError: there are some, and several ranks, which cannot average them.
+        """
+        if self._gradients_checked:
+            return
+        self._gradients_checked = True
+        gap = gradient_gap(self.distiller, self.update.without_gradient())
+        if gap and is_data_parallel(self.module):
+            raise UserError(f"{gap}, and several processes cannot average what is not there; {_NO_GRADIENT}")
+        if gap and self.ranks.first:
+            warn(f"{gap}, and keep their values; {_NO_GRADIENT}")
 
     def _run_micro_batch(
         self, micro_batch: Batch, epoch: int, weight: float, last: bool
@@ -112,12 +143,26 @@ class Step:
         return losses, totals | {f"loss/{k}": loss.detach().mean() * len(target) for k, loss in losses.items()}
 
 
-def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Split a batch into micro-batches of about equal size."""
+def split_batch(batch: Batch, parts: int, full: int = 0) -> list[Batch]:
+    """Split a batch into micro-batches of about equal size: `parts` or fewer, the last one smaller or larger.
+
+    None is a single image, on which a BatchNorm behind 1x1 maps cannot train, unless those of a full batch are: a
+    single image that is left joins the micro-batch before.
+
+    Args:
+        batch: tensors or lists, one entry an image.
+        full: number of images of a full batch; 0: this batch is one.
+    """
     if parts == 1:
         return [batch]
-    pieces = {name: tensor.chunk(parts) for name, tensor in batch.items()}
-    return [dict(zip(pieces, values)) for values in zip(*pieces.values())]
+    images = len(batch["target"])
+    smallest = 1 if (full or images) <= parts else 2
+    size = max(smallest, -(-images // parts))
+    starts = list(range(0, images, size))
+    if size > 1 and images % size == 1 and len(starts) > 1:
+        starts.pop()
+    bounds = list(zip(starts, [*starts[1:], images]))
+    return [{name: field[start:end] for name, field in batch.items()} for start, end in bounds]
 
 
 def check_batch_size(distiller: Distiller, cfg: CN, world: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -13,18 +13,20 @@ import torch.nn as nn
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ..dataset.contrastive import ContrastiveSampler
+from ..dataset.batch import fields_of, named_batch
 from ..distillers import Distiller
+from ..distillers.contract import check_distiller
 from ..distributed.ranks import current_ranks
 from ..distributed.sync_batchnorm import synchronize_batchnorm
 from ..errors import UserError
 from ..registry import Registry
+from .batches import BatchReader
 from .ema import EMA
 from .epoch_state import EpochState
 from .files.run_folder import remove_run
 from .files.run_lock import run_lock
 from .logs.logger import Logger, build_logger
-from .lr_schedule import adjust_learning_rate
+from .lr_schedule import adjust_learning_rate, learning_rate
 from .meters import Meters
 from .nan_watch import NonFiniteLossError, nan_policy_dict
 from .progress_bar import ProgressBar
@@ -36,10 +38,8 @@ from .runtime.seeds import seed_everything
 from .runtime.signals import Stopped, StopRequest
 from .scores import Score, by_head, epoch_metrics, evaluate
 from .step import Step, check_batch_size
-from .teacher.fast_teacher import speed_up_teacher
+from .teacher.fast_teacher import FrozenNetworks
 from .update import DotUpdate, SumUpdate
-
-FIELDS = ("image", "target", "index", "contrastive_index")
 
 
 class BaseTrainer:
@@ -51,19 +51,18 @@ class BaseTrainer:
     Args:
         experiment_name: the run's folder under LOG.PREFIX.
         distiller: on any device; it is moved to EXPERIMENT.DEVICE.
-        train_loader: batches (image, target, index), or with contrastive_index as a fourth.
-        val_loader: batches that begin with (image, target).
+        train_loader: batches (image, target, index); its attribute `fields` names others, or it yields dictionaries.
+        val_loader: batches (image, target), likewise.
         cfg: the whole configuration tree.
 
     Raises:
-        UserError: a SOLVER setting that the method or the number of processes does not support.
+        UserError: the method breaks its contract (`distillers.contract`), needs a field that no batch has, or does not
+            support a SOLVER setting.
     """
 
     update_rule: ClassVar[type[SumUpdate]] = SumUpdate
 
-    def __init__(
-        self, experiment_name: str, distiller: nn.Module, train_loader: Any, val_loader: Any, cfg: CN
-    ) -> None:
+    def __init__(self, experiment_name: str, distiller: nn.Module, train_loader: Any, val_loader: Any, cfg: CN) -> None:
         self.cfg = cfg
         self.name = experiment_name
         self.log_path = Path(cfg.LOG.PREFIX) / experiment_name
@@ -74,16 +73,14 @@ class BaseTrainer:
             keep_freed_memory()
         self.distiller = self._placed(distiller)
         self.train_loader, self.val_loader = self._own_share(train_loader), self._own_share(val_loader)
-        self.negatives = self._negatives()
+        self.prepare_batch = BatchReader(self.distiller, self.train_loader, self.device, cfg)
         self.update = self.update_rule(self.distiller.get_learnable_parameters(), cfg)
         self.optimizer = self.update.optimizer
-        self.ema = EMA(self.distiller.student, cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
+        self.ema = EMA(self.distiller.main_network(), cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
         policy = nan_policy_dict[cfg.SOLVER.NAN_POLICY]
         self.nan_policy = policy(self.log_path, self.distiller, self.device, self.ranks, cfg)
-        cache = speed_up_teacher(self.distiller, self.train_loader, cfg)
-        self.step = Step(
-            self.distiller, self.update, self.nan_policy, self.ema, cache, self.device, self.ranks, cfg
-        )
+        frozen = FrozenNetworks(self.distiller, self.train_loader, cfg)
+        self.step = Step(self.distiller, self.update, self.nan_policy, self.ema, frozen, self.device, self.ranks, cfg)
         self.state = RunState(
             self.log_path, self.distiller, self.update, self.ema, self.nan_policy, self.device, self.ranks, cfg
         )
@@ -92,11 +89,12 @@ class BaseTrainer:
     def _placed(self, distiller: nn.Module) -> Distiller:
         """The distiller on the device, in the memory layout and with the BatchNorms that the configuration asks for."""
         plain: Any = getattr(distiller, "module", distiller)
+        check_distiller(plain, self.cfg)
         check_batch_size(plain, self.cfg, self.ranks.world)
         layout = {"memory_format": torch.channels_last} if self.cfg.SOLVER.CHANNELS_LAST else {}
         plain.to(device=self.device, **layout)
         if self.cfg.SOLVER.SYNC_BN and self.ranks.world > 1:
-            synchronize_batchnorm(plain, self.device)
+            synchronize_batchnorm(plain, self.device, skip=plain.evaluated)
         return plain
 
     def _own_share(self, loader: Any) -> Any:
@@ -104,14 +102,6 @@ class BaseTrainer:
         if self.ranks.world > 1:
             loader = loader.shard(self.ranks.rank, self.ranks.world)
         return loader.to(self.device) if hasattr(loader, "to") else loader
-
-    def _negatives(self) -> ContrastiveSampler | None:
-        """The sampler of contrastive_index, if the method needs it."""
-        if "contrastive_index" not in self.distiller.needs_batch:
-            return None
-        crd = self.cfg.CRD
-        sampler = ContrastiveSampler(self.train_loader.targets, crd.NCE.K, crd.MODE, self.cfg.EXPERIMENT.SEED)
-        return sampler.to(self.device)
 
     def train(self, resume: bool = False) -> None:
         """Train to SOLVER.EPOCHS, from the start or from `latest`: `begin`, then `run`."""
@@ -127,7 +117,7 @@ class BaseTrainer:
         if resume:
             done = self.state.restore()
             # The teacher now has the checkpoint's weights.
-            self.step.teacher_cache = speed_up_teacher(self.distiller, self.train_loader, self.cfg)
+            self.step.frozen = FrozenNetworks(self.distiller, self.train_loader, self.cfg)
             return done + 1
         if (self.log_path / "latest").exists() and not overwrite:
             raise UserError(
@@ -176,8 +166,9 @@ class BaseTrainer:
             lr = adjust_learning_rate(epoch, self.cfg, self.optimizer, at.step, steps)
             at.step += 1
             log_now = at.step % self.cfg.LOG.TENSORBOARD_FREQ == 0
-            self.train_iter(self.prepare_batch(batch, epoch), epoch, at.meters, at.recent, at.step, measure=log_now)
-            bar.update(lr, at.meters, len(batch[0]) * self.ranks.world)
+            fields = self.prepare_batch(batch, epoch)
+            self.train_iter(fields, epoch, at.meters, at.recent, at.step, measure=log_now)
+            bar.update(lr, at.meters, len(fields["target"]) * self.ranks.world)
             if log_now:
                 self.logger.step((epoch - 1) * steps + at.step, {"lr": lr, **at.recent.over(self.ranks).means()})
                 at.recent.reset()
@@ -196,7 +187,9 @@ class BaseTrainer:
 
     def _end_epoch(self, epoch: int, scores: dict[str, Score], metrics: dict[str, float]) -> None:
         """Log, save and print the results of an epoch."""
-        metrics = {"lr": self.optimizer.param_groups[0]["lr"], **metrics, "peak_memory_mib": peak_memory(self.device)}
+        steps = len(self.train_loader)
+        lr = learning_rate(epoch, self.cfg, steps - 1, steps)
+        metrics = {"lr": lr, **metrics, "peak_memory_mib": peak_memory(self.device)}
         if self.step.teacher_cache is not None:
             metrics["teacher_cache_hits"] = self.step.teacher_cache.hit_rate()
         if self.nan_policy.skipped is not None:
@@ -212,15 +205,6 @@ class BaseTrainer:
             f"train_loss {metrics['train_loss']:.4f}, test_acc {metrics['test_acc']:.2f}, "
             f"{metrics['epoch_seconds']:.1f} s, {metrics['images_per_second']:.0f} images/s"
         )
-
-    def prepare_batch(self, batch: Iterable[Tensor], epoch: int) -> dict[str, Tensor]:
-        """The loader's tuple as named tensors on the device, with the negatives if the method needs them."""
-        fields = {name: tensor.to(self.device, non_blocking=True) for name, tensor in zip(FIELDS, batch)}
-        if not self.cfg.SOLVER.CHANNELS_LAST:
-            fields["image"] = fields["image"].contiguous()
-        if self.negatives is not None and "contrastive_index" not in fields:
-            fields["contrastive_index"] = self.negatives(fields["index"], epoch)
-        return fields
 
     def train_iter(
         self,
@@ -248,17 +232,18 @@ class BaseTrainer:
                 recent.sums["grad_norm"] = result.grad_norm.double() * recent.count
 
     def validate(self, at: EpochState) -> dict[str, Score]:
-        """The scores of every head, and of the student's EMA if there is one."""
+        """The scores of every head, and of the averaged weights if there is an EMA."""
         self.ranks.copy_buffers(self.distiller)
         self.distiller.eval()
 
-        def batches() -> Iterator[Any]:
+        def batches() -> Iterator[dict[str, Any]]:
+            fields = fields_of(self.val_loader)
             for batch in self.val_loader:
                 # Ranks may have different numbers of batches, so several ranks stop only after validation.
                 if self.stop.signal and self.ranks.world == 1:
                     self.state.save_within(at)
                     self._stop_if_asked(self.stop.signal)
-                yield batch
+                yield named_batch(batch, fields)
 
         return evaluate(batches(), self._heads, self.device, self.ranks)
 

@@ -13,32 +13,40 @@ from yacs.config import CfgNode as CN
 
 from ..distributed.gather import mean_over_ranks
 from ..errors import UserError
+from ..models.parameters import Learnable, flat_parameters, parameter_groups
 from ..registry import Registry
 from .dot import DistillationOrientedTrainer
+from .lr_schedule import LR_SCALE, scaled_groups
 from .optimizers import dot_optimizer_dict, optimizer_dict
 
 # Names of the task losses; all other losses of a distiller are distillation losses.
-TASK_LOSSES = ("ce", "loss_ce")
+TASK_LOSSES = ("ce", "loss_ce", "loss_multi_ce")
 
 
 class SumUpdate:
     """One step on the sum of the losses: `backward` for every micro-batch, then `step`.
 
     Args:
-        parameters: the parameters to train.
+        learnable: the parameters to train; also groups of them, as torch.optim takes them, whose settings replace those
+            of SOLVER. A group's own "lr" follows the schedule in proportion to SOLVER.LR.
         cfg: the whole configuration tree; its SOLVER section is used.
+
+    Attributes:
+        parameters: all of them, without their groups.
 
     Raises:
         UserError: no such SOLVER.TYPE, or a SOLVER setting that this update does not support.
+        ValueError: see `flat_parameters`.
     """
 
     optimizers: ClassVar[Registry] = optimizer_dict
     # Whether DistributedDataParallel averages the gradients over the ranks during the backward pass.
     one_backward: ClassVar[bool] = True
 
-    def __init__(self, parameters: Iterable[nn.Parameter], cfg: CN) -> None:
-        self.parameters = list(parameters)
-        self.optimizer: Optimizer = self.optimizers[cfg.SOLVER.TYPE](self.parameters, cfg.SOLVER)
+    def __init__(self, learnable: Learnable, cfg: CN) -> None:
+        groups = scaled_groups(parameter_groups(learnable), cfg.SOLVER)
+        self.parameters = flat_parameters(groups)
+        self.optimizer: Optimizer = self.optimizers[cfg.SOLVER.TYPE](groups, cfg.SOLVER)
         self.max_norm = cfg.SOLVER.CLIP_GRAD_NORM
         self.scaler: torch.amp.GradScaler | None = None
         if cfg.SOLVER.AMP == "fp16":
@@ -72,6 +80,10 @@ class SumUpdate:
         self.drop()
         return norm
 
+    def without_gradient(self) -> list[nn.Parameter]:
+        """The parameters that the backward passes since the last step gave no gradient; zero is one."""
+        return [p for p in self.parameters if p.grad is None]
+
     def drop(self) -> None:
         """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -90,7 +102,12 @@ class SumUpdate:
         Raises:
             ValueError, KeyError: the state belongs to other parameters.
         """
+        # The learning rate is this run's, not the checkpoint's, and so are the groups' shares of it.
+        scales = [{LR_SCALE: group[LR_SCALE]} if LR_SCALE in group else {} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, scale in zip(self.optimizer.param_groups, scales):
+            group.pop(LR_SCALE, None)
+            group |= scale
         if self.scaler and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
 
@@ -102,7 +119,7 @@ class DotUpdate(SumUpdate):
     optimizer: DistillationOrientedTrainer
     one_backward = False
 
-    def __init__(self, parameters: Iterable[nn.Parameter], cfg: CN) -> None:
+    def __init__(self, learnable: Learnable, cfg: CN) -> None:
         for key, off, reason in (
             ("ACCUMULATE", 1, "keeps the two gradients of one batch and does not add those of micro-batches"),
             ("CLIP_GRAD_NORM", 0, "has two gradients, and their common norm is not defined"),
@@ -111,7 +128,7 @@ class DotUpdate(SumUpdate):
                 raise UserError(f"SOLVER.{key} {cfg.SOLVER[key]}: DOT {reason}; set it to {off}")
         if cfg.SOLVER.AMP == "fp16":
             raise UserError("SOLVER.AMP fp16 scales one gradient, DOT has two; take bf16 or fp16-teacher")
-        super().__init__(parameters, cfg)
+        super().__init__(learnable, cfg)
 
     def backward(self, losses: dict[str, Tensor], weight: float = 1.0) -> Tensor:
         """One backward pass for the distillation losses and one for the task losses; returns the total loss ().
@@ -123,7 +140,7 @@ class DotUpdate(SumUpdate):
         distillation = [loss for name, loss in losses.items() if name not in TASK_LOSSES]
         if not (task and distillation):
             raise UserError(
-                f"DOT needs a task loss ({' or '.join(TASK_LOSSES)}) and a distillation loss, this method has only "
+                f"DOT needs a task loss ({' or '.join(TASK_LOSSES[:2])}) and a distillation loss, this method has only "
                 f"{', '.join(losses)}; use SOLVER.TRAINER base"
             )
         loss_task, loss_kd = _total(task), _total(distillation)
@@ -143,6 +160,9 @@ class DotUpdate(SumUpdate):
     def _norm(self) -> Tensor:
         """The L2 norm () of the sum of both gradients."""
         return torch.stack(torch._foreach_norm(self.optimizer.gradients())).norm()
+
+    def without_gradient(self) -> list[nn.Parameter]:
+        return [p for p in super().without_gradient() if not self.optimizer.has_kd(p)]
 
     def drop(self) -> None:
         self.optimizer.drop_kd()

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import yaml
 from yacs.config import CfgNode as CN
 
-from ..dataset import dataset_info, get_dataset
-from ..distillers import Distiller, distiller_dict
-from ..engine.build import model_dict
+from ..dataset import get_dataset
+from ..distillers import RunFacts, distiller_dict
+from ..engine.build import build_distiller
 from ..errors import UserError
-from ..models import build_model
 from ..models.cost import Cost, network_cost
 
 
 @cache
 def _costs(dumped: str) -> tuple[dict[str, Cost], int | None]:
     cfg = CN(yaml.safe_load(dumped))
-    distiller, known = _untrained(cfg)
-    size = dataset_info[cfg.DATASET.TYPE].image_size
-    costs = {name: network_cost(net, size) for name, net in distiller.deployments().items()}
+    facts, known = _facts(cfg)
+    distiller = build_distiller(cfg, facts, trained=False)
+    costs = {name: network_cost(net, facts.image_size) for name, net in distiller.deployments().items()}
     return costs, distiller.get_extra_parameters() if known else None
 
 
@@ -36,16 +36,12 @@ def method_costs(cfg: CN) -> tuple[dict[str, Cost], int | None]:
     return _costs(plain.dump())
 
 
-def _untrained(cfg: CN) -> tuple[Distiller, bool]:
-    """The method with randomly initialised networks, and whether all facts in its `needs_run` are known."""
-    models, classes = model_dict(cfg.DATASET.TYPE), dataset_info[cfg.DATASET.TYPE].num_classes
-    method = distiller_dict[cfg.DISTILLER.TYPE]
-    student = build_model(models, cfg.DISTILLER.STUDENT, classes)
-    teacher = build_model(models, cfg.DISTILLER.TEACHER, classes) if method.needs_teacher else None
-    known, facts = True, {"num_data": 1}
-    if "num_data" in method.needs_run:
-        try:
-            facts["num_data"] = get_dataset(cfg)[2]
-        except (UserError, OSError):
-            known = False
-    return method.from_run(student, teacher, cfg, facts), known
+def _facts(cfg: CN) -> tuple[RunFacts, bool]:
+    """The facts of the run, and whether those that its method needs are known; the data is read only for them."""
+    facts = replace(RunFacts.of(cfg), num_data=1)
+    if "num_data" not in distiller_dict[cfg.DISTILLER.TYPE].facts_needed(cfg):
+        return facts, True
+    try:
+        return RunFacts.of(cfg, get_dataset(cfg)[0]), True
+    except (UserError, OSError):
+        return facts, False

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mdistiller.commands.eval import evaluate_checkpoint
+from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.files.checkpoint import save_checkpoint
 from mdistiller.errors import UserError
 from mdistiller.grouping import load_groups
@@ -48,6 +49,44 @@ def test_an_unknown_head_gets_a_suggestion(grouped):
         evaluate_checkpoint("resnet8", grouped[1], "digits", 64, "singel", groups=GROUPS, device="cpu")
 
 
-def test_without_the_groups_the_error_lists_the_names_that_differ(grouped):
-    with pytest.raises(UserError, match=r"does not fit ResNet: .* unknown \(base.bn1.bias"):
+def test_without_the_groups_the_error_lists_the_names_that_differ_and_names_the_option(grouped):
+    with pytest.raises(UserError, match=r"does not fit ResNet: .* unknown \(base.bn1.bias.*; it holds .* add --groups"):
         evaluate_checkpoint("resnet8", grouped[1], "digits", 64, device="cpu")
+
+
+def test_without_a_name_the_run_says_what_it_deploys(grouped, tmp_path):
+    _, path = grouped
+    overrides = ["DISTILLER.TYPE", "DCGD_CE", "DISTILLER.TEACHER", "resnet14", "DCGD.GROUPS", GROUPS]
+    cfg = load_cfg("configs/digits/vanilla.yaml", overrides)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    named = evaluate_checkpoint("resnet8", path, "digits", 64, groups=GROUPS, device="cpu").splitlines()
+    said = evaluate_checkpoint(None, path, None, 64, device="cpu").splitlines()
+    assert said[:2] == named[:2] and [line.split(":")[0] for line in said[-2:]] == ["grouped", "single"]
+    single = evaluate_checkpoint(None, path, None, 64, "single", device="cpu").splitlines()
+    assert single[0] == named[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((None, "pretrain", None, 64), "name the network, such as -m resnet20, or a run's checkpoint"),
+        ((None, "student_best", None, 64), "no config.yaml next to student_best says which network it holds"),
+        ((None, "student_best", None, 64, None, GROUPS), "--groups goes with -m"),
+    ],
+)
+def test_what_cannot_be_scored_without_a_name(arguments, message):
+    with pytest.raises(UserError, match=message):
+        evaluate_checkpoint(*arguments, device="cpu")
+
+
+def test_the_data_set_of_the_run_counts(tmp_path):
+    (tmp_path / "config.yaml").write_text(load_cfg("configs/digits/vanilla.yaml").dump())
+    with pytest.raises(UserError, match="was trained on digits, not on cifar100; leave out -d"):
+        evaluate_checkpoint(None, plain_file(tmp_path), "cifar100", 64, device="cpu")
+    with pytest.raises(UserError, match="has one head; leave out --head grouped"):
+        evaluate_checkpoint(None, plain_file(tmp_path), None, 64, "grouped", device="cpu")
+
+
+def plain_file(folder):
+    save_checkpoint({"model": cifar_model_dict["resnet8"][0](num_classes=10).state_dict()}, folder / "plain")
+    return str(folder / "plain")

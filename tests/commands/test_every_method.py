@@ -1,5 +1,6 @@
 """Every registered method, and DOT, through tools/train.py for a few steps on real images."""
 
+import ast
 import csv
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from mdistiller.distillers import distiller_dict
+from mdistiller.engine.cfg import load_cfg
 from mdistiller.models import cifar_model_dict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,4 +40,27 @@ def test_it_trains_from_the_command_line(run, teacher, tool, tmp_path, monkeypat
         (row,) = csv.DictReader(file)
     terms = {name: float(value) for name, value in row.items() if name.startswith("loss/")}
     assert float(row["train_loss"]) == pytest.approx(sum(terms.values()), rel=1e-4)
-    assert len(terms) == {"NONE": 1, "DCGD": 3, "DCGD_KD": 3, "DCGD_DKD": 3}.get(method, 2)
+    assert len(terms) == {"NONE": 1, "DCGD": 4, "DCGD_CE": 3, "DCGD_KD": 4, "DCGD_DKD": 4}.get(method, 2)
+
+
+@pytest.mark.parametrize(
+    "method, pairs",
+    [
+        ("AT", "[[3, 3]]"),
+        ("FITNET", "[[1, 2]]"),
+        ("REVIEWKD", "[[0, 1], [3, 3]]"),
+        ("DCGD --BASE VID", "[[1, 1], [-1, -1]]"),
+    ],
+)
+def test_pairs_of_maps_named_on_the_command_line(method, pairs, teacher, tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    method, _, base = method.partition(" --BASE ")
+    tool(
+        "train.py", "--cfg", "configs/digits/vanilla.yaml", "LOG.PREFIX", tmp_path, "LOG.WANDB", "False",
+        "EXPERIMENT.DEVICE", "cpu", "DATASET.TRAIN_FRACTION", "0.03", "SOLVER.EPOCHS", "1", "SOLVER.BATCH_SIZE", "16",
+        "DISTILLER.TYPE", method, "DISTILLER.TEACHER", "resnet14", "DISTILLER.TEACHER_CKPT", teacher,
+        "DISTILLER.PAIRS", pairs, "DCGD.GROUPS", "configs/digits/groups.json", "DCGD.BASE", base or "KD",
+    )  # fmt: skip
+    (config,) = tmp_path.rglob("config.yaml")
+    read = load_cfg(config).DISTILLER.PAIRS
+    assert read == ast.literal_eval(pairs)

@@ -94,6 +94,11 @@ BAD_TRAIN = {
     ),
     "batch of none": (["SOLVER.BATCH_SIZE", "0"], "SOLVER.BATCH_SIZE must be a whole number >= 1, not 0"),
     "negative LR": (["SOLVER.LR", "-1"], "SOLVER.LR must be positive and finite, not -1.0"),
+    "pairs of no maps": (["DISTILLER.PAIRS", "[[1, 1]]"], "but Vanilla compares no pairs of feature maps"),
+    "no pairs": (["DISTILLER.PAIRS", "[1, 2]"], "DISTILLER.PAIRS must be a list of values, each a list of 2 values"),
+    "half a size": (["FITNET.INPUT_SIZE", "[32]"], "FITNET.INPUT_SIZE must be a list of 0 or 2 values"),
+    "temperature of 0": (["KD.TEMPERATURE", "0"], "KD.TEMPERATURE must be positive and finite, not 0"),
+    "reversed warm-up": (["REVIEWKD.WARMUP_EPOCHS", "-1"], "WARMUP_EPOCHS must be a whole number >= 0, not -1"),
     "nothing to resume": (["--resume"], "no checkpoint at"),
     "no value": (["SOLVER.LR"], "override 'SOLVER.LR' has no value"),
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from torch import Tensor
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal float64 of `shape`."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def masked(*shape: int, classes: Iterable[tuple[int, int]], seed: int = 0) -> Tensor:
+    """Normal logits float64 of `shape`, of which those at `classes`, pairs of image and class, are -inf."""
+    logits = 3 * normal(*shape, seed=seed)
+    for place in classes:
+        logits[place] = -math.inf
+    return logits
 
 
 def check_agrees(

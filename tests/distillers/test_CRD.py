@@ -15,6 +15,7 @@ from yacs.config import CfgNode as CN
 
 from mdistiller.distillers import distiller_dict, method_defaults
 from mdistiller.distillers.CRD import ContrastMemory, nce_loss
+from mdistiller.engine.cfg import CFG, check_cfg
 from mdistiller.errors import UserError
 
 from .oracles.crd import naive_nce, naive_update, naive_z
@@ -210,8 +211,10 @@ def test_a_width_that_contradicts_the_network_is_refused(key, own):
     "key, value", [("K", 0), ("TEMPERATURE", 0.0), ("TEMPERATURE", math.nan), ("MOMENTUM", 1.0), ("MOMENTUM", -0.5)]
 )
 def test_values_out_of_range_are_refused(key, value):
+    cfg = CFG.clone()
+    cfg.CRD.NCE[key] = value
     with pytest.raises(UserError, match=f"CRD.NCE.{key} must be"):
-        build(**{f"NCE__{key}": value})
+        check_cfg(cfg)
 
 
 def test_every_parameter_learns_and_losses_are_scalars():
@@ -252,3 +255,16 @@ def test_the_gpu_agrees(num_data):
     embed, bank, index = draw(num_data)
     tensors = embed, bank, index, scalar(0.3), scalar(7.0)
     torch.testing.assert_close(nce_loss(*(t.cuda() for t in tensors)).cpu(), nce_loss(*tensors), rtol=1e-12, atol=0)
+
+
+def test_the_normalising_constant_is_set_again_when_the_first_step_is_undone():
+    """SOLVER.NAN_POLICY skip puts the buffers back: Z is then unset, as before the first step."""
+    torch.manual_seed(0)
+    memory = ContrastMemory(4, 8, 3, 0.07, 0.5)
+    embeds = [torch.nn.functional.normalize(torch.randn(2, 4), dim=1) for _ in range(2)]
+    index, drawn = torch.arange(2), torch.randint(8, (2, 4))
+    before = [buffer.clone() for buffer in memory.buffers()]
+    memory(*embeds, index, drawn)
+    for buffer, kept in zip(memory.buffers(), before):
+        buffer.copy_(kept)
+    assert memory(*embeds, index, drawn).isfinite() and (memory.params[2:4] > 0).all()

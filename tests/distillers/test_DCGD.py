@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from yacs.config import CfgNode as CN
 
-from mdistiller.distillers import DCGD, DCGD_CE, DCGD_KD, Distiller, distiller_dict, method_defaults
+from mdistiller.distillers import DCGD, DCGD_CE, DCGD_KD, Distiller, RunFacts, distiller_dict, method_defaults
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.errors import UserError
 from mdistiller.models import GroupedStudent, build_model, cifar_model_dict
@@ -18,6 +18,7 @@ from mdistiller.models import GroupedStudent, build_model, cifar_model_dict
 from .. import _golden
 
 GROUPS = [[1, 3], [0, 2]]
+FACTS = RunFacts(num_data=8, num_classes=4, class_names=None, image_size=32, epochs=2, mean=None, std=None)
 
 
 def config(**options: Any) -> CN:
@@ -42,8 +43,7 @@ def small(method: str, groups_file: str, **options: Any) -> Distiller:
     """resnet8 grouped in two, taught by wrn_16_1."""
     student = GroupedStudent(network("resnet8"), GROUPS).double()
     cfg = config(DCGD__GROUPS=groups_file, **options)
-    run = {"num_data": 8} if method == "CRD" or options.get("DCGD__BASE") == "CRD" else {}
-    return distiller_dict[method](student, network("wrn_16_1", 1), cfg, **run).double().train()
+    return distiller_dict[method].from_run(student, network("wrn_16_1", 1), cfg, FACTS).double().train()
 
 
 def batch() -> dict[str, Any]:
@@ -77,7 +77,9 @@ def test_pinned_row(row, mode):
 
     distiller.train()
     logits, losses = distiller(image=image, target=target, epoch=row["epoch"])
-    assert {k: v.item() for k, v in losses.items()} == pytest.approx(row["losses"], rel=1e-6)
+    terms = {k: v.item() for k, v in losses.items()}
+    terms["loss_multi_kd"] += terms.pop("loss_multi_ce")  # one term in the original
+    assert terms == pytest.approx(row["losses"], rel=1e-6)
     sum(losses.values()).backward()
     used = {name for name, p in student.named_parameters() if p.grad is not None}
     assert used == set(row["params_used"])
@@ -107,7 +109,8 @@ def test_losses_agree_with_the_formula(groups_file):
     expected = {
         "loss_ce": 0.1 * float(F.cross_entropy(single, target)),
         "loss_kd": 2.0 * kl(single, 4.0),
-        "loss_multi_kd": kl(grouped, 5.0) + 0.7 * float(F.cross_entropy(grouped, target)),
+        "loss_multi_kd": kl(grouped, 5.0),
+        "loss_multi_ce": 0.7 * float(F.cross_entropy(grouped, target)),
     }
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(expected, rel=1e-10)
 
@@ -126,7 +129,7 @@ def test_the_stand_alone_form_gives_both_heads_the_same_loss(groups_file):
 def test_cross_entropy_alone(groups_file):
     distiller = small("DCGD_CE", groups_file)
     logits, losses = distiller(**batch())
-    assert set(losses) == {"ce", "loss_multi_kd"}
+    assert set(losses) == {"ce", "loss_multi_kd", "loss_multi_ce"}
     assert losses["ce"].item() == F.cross_entropy(logits, batch()["target"]).item()
 
 
@@ -140,23 +143,18 @@ def test_any_method_is_a_base_by_configuration_alone(base, groups_file):
     options = {"CRD__NCE__K": 4, "CRD__FEAT__STUDENT_DIM": 64, "CRD__FEAT__TEACHER_DIM": 64} if base == "CRD" else {}
     torch.manual_seed(0)
     student, teacher = GroupedStudent(network("resnet8"), GROUPS).double(), network("resnet14", 1)
-    facts = {"num_data": 8}
     cfg = config(DCGD__BASE=base, **options)
     if base == "REVIEWKD":
         cfg.REVIEWKD.SHAPES = cfg.REVIEWKD.OUT_SHAPES = [1, 8, 16, 32]
         cfg.REVIEWKD.IN_CHANNELS = cfg.REVIEWKD.OUT_CHANNELS = [16, 32, 64, 64]
     try:
         torch.manual_seed(1)
-        method = distiller_dict[base](
-            copy.deepcopy(student.base),
-            copy.deepcopy(teacher),
-            cfg,
-            **{fact: facts[fact] for fact in distiller_dict[base].needs_run},
-        )
+        method = distiller_dict[base].from_run(copy.deepcopy(student.base), copy.deepcopy(teacher), cfg, FACTS)
     except ValueError as error:
         pytest.skip(f"{base} does not accept this pair: {error}")
     torch.manual_seed(1)
-    distiller = DCGD(student, teacher, cfg, num_data=8)
+    distiller = DCGD.from_run(student, teacher, cfg, FACTS)
+    assert DCGD.facts_needed(cfg) == set(method.needs_run)
     assert distiller.get_extra_parameters() == method.get_extra_parameters()
     assert distiller.needs_batch == method.needs_batch
 
@@ -168,7 +166,7 @@ def test_any_method_is_a_base_by_configuration_alone(base, groups_file):
     torch.manual_seed(2)
     logits, losses = distiller(**batch())
     assert torch.equal(logits, expected_logits)
-    assert set(losses) == {*expected, "loss_multi_kd"}
+    assert set(losses) == {*expected, "loss_multi_kd", "loss_multi_ce"}
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-12, atol=1e-12)
 
@@ -190,6 +188,57 @@ def test_trunk_and_teacher_run_once(groups_file):
     distiller(**batch())
     assert sorted(calls) == ["teacher", "trunk"]
     assert {int(v) for k, v in distiller.student.state_dict().items() if k.endswith("num_batches_tracked")} == {1}
+
+
+def test_the_branches_learn_from_the_teacher_in_eval_mode(groups_file):
+    """OFD keeps its teacher in training mode, whose logits depend on the other images of the batch."""
+    distiller = small("DCGD", groups_file, DCGD__BASE="OFD")
+    assert distiller.teacher.training
+    fields, reference = batch(), copy.deepcopy(distiller)
+    _, losses = distiller(**fields)
+    with torch.no_grad():
+        grouped = reference.student(fields["image"])[0]
+        z_teacher = reference.teacher.eval()(fields["image"])[0]
+    assert losses["loss_multi_kd"].item() == pytest.approx(kd_loss(grouped, z_teacher, 20.0).item(), rel=1e-10)
+    assert distiller.teacher.training
+    state = reference.teacher.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in distiller.teacher.state_dict().items())
+
+
+def test_every_head_saves_the_whole_student(groups_file):
+    distiller = small("DCGD_CE", groups_file, DCGD__EVAL_HEAD="mean")
+    assert list(distiller.deployments()) == ["mean", "grouped", "single"]
+    assert all(distiller.network_to_save(name) is distiller.student for name in distiller.deployments())
+    assert distiller.main_network() is distiller.student
+
+
+def test_needs_and_frozen_networks_of_the_base_method_are_those_of_dcgd(groups_file):
+    class Assisted(Distiller):
+        needs_batch = ("index",)
+        untrained = ("scale",)
+
+        def __init__(self, student, teacher, cfg):
+            super().__init__(student, teacher)
+            self.add_frozen("assistant", network("resnet8", 3), ["logits"])
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward_train(self, image, target, **kwargs):
+            logits, _ = self.student(image)
+            return logits, {"loss_kd": (logits - self.frozen_forward("assistant", image)[0]).square().mean()}
+
+    distiller_dict["ASSISTED"] = Assisted
+    try:
+        distiller = small("DCGD", groups_file, DCGD__BASE="ASSISTED")
+    finally:
+        del distiller_dict["ASSISTED"]
+    assert distiller.needs_batch == ("index",) and distiller.untrained == ("method.scale",)
+    assert distiller.frozen == {"teacher": None, "method.assistant": ("logits",)}
+    assert not distiller.train().method.assistant.training
+    calls = []
+    network_itself = distiller.method.assistant
+    distiller.run_frozen_by("method.assistant", lambda image: calls.append(0) or network_itself(image))
+    distiller(**batch())
+    assert calls == [0]
 
 
 def test_no_gradient_reaches_the_teacher_and_its_state_stays(groups_file):

@@ -12,7 +12,7 @@ from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.models import cifar_model_dict
 
-from .checks import check_agrees, check_precision, normal
+from .checks import check_agrees, check_precision, masked, normal
 from .oracles.dkd import naive_dkd_loss
 
 
@@ -73,6 +73,76 @@ def test_two_classes_have_no_non_target_term():
     loss.backward()
     assert loss.item() == 0 and s.grad.eq(0).all()
     assert dkd_loss(s, t, y, 1.0, 8.0, 4.0).item() == pytest.approx(kd_loss(s, t, 4.0).item(), rel=1e-12)
+
+
+TARGET = torch.tensor([0, 1, 2, 3, 1])
+TEACHER_MASKS = {
+    "the target": [(0, 0), (3, 3)],
+    "several others": [(0, 1), (0, 4), (1, 0), (2, 0), (2, 1), (2, 4)],
+    "all but one other": [(0, 0), (0, 1), (0, 2), (0, 3)],
+    "all others": [*((0, c) for c in (1, 2, 3, 4)), *((3, c) for c in (0, 1, 2, 4))],
+}
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["teacher", "both"])
+@pytest.mark.parametrize("mask", TEACHER_MASKS)
+@pytest.mark.parametrize("alpha, beta, temperature", [(1.0, 8.0, 4.0), (1.0, 0.0, 1.0), (0.0, 1.0, 0.5)])
+def test_masked_classes_contribute_nothing(mask, alpha, beta, temperature, same):
+    places = TEACHER_MASKS[mask]
+    s, t = masked(5, 5, classes=places if same else []), masked(5, 5, classes=places, seed=1)
+    rest = TARGET, alpha, beta, temperature
+    check_agrees(lambda s, t: dkd_loss(s, t, *rest), lambda s, t: naive_dkd_loss(s, t, *rest), s, t)
+    check_agrees(lambda t, s: dkd_loss(s, t, *rest), lambda t, s: naive_dkd_loss(s, t, *rest), t, s)
+    check_precision(lambda s, t: dkd_loss(s, t, *rest), s, t)
+    check_precision(lambda t, s: dkd_loss(s, t, *rest), t, s)
+    assert torch.isfinite(dkd_loss(s.half(), t.half(), *rest))
+
+
+def both_terms(p_s, p_t):
+    """(TCKD, NCKD, the gradient of their sum in the student's logits) for the target 0 at temperature 1."""
+    s, t = (torch.tensor([p], dtype=torch.float64).log().requires_grad_() for p in (p_s, p_t))
+    target = torch.tensor([0])
+    of_student, of_teacher = torch.autograd.grad(dkd_loss(s, t, target, 1, 1, 1), (s, t))
+    assert of_teacher.isfinite().all()
+    return dkd_loss(s, t, target, 1, 0, 1).item(), dkd_loss(s, t, target, 0, 1, 1).item(), of_student.tolist()[0]
+
+
+def test_masked_classes_by_hand():
+    log2, approx, student = math.log(2), pytest.approx, (1 / 2, 1 / 4, 1 / 4)
+    # The target is masked: (0, 1) against (1/2, 1/2), and (1/4, 3/4) against (1/2, 1/2).
+    nckd = 1 / 4 * math.log(1 / 2) + 3 / 4 * math.log(3 / 2)
+    assert both_terms(student, (0, 1 / 4, 3 / 4)) == (approx(log2), approx(nckd), approx([1 / 2, 0, -1 / 2]))
+    # One of the others is masked: equal, and (0, 1) against (1/2, 1/2).
+    assert both_terms(student, (1 / 2, 0, 1 / 2)) == (approx(0), approx(log2), approx([0, 1 / 2, -1 / 2]))
+    # All others are masked: (1, 0) against (1/2, 1/2), and no distribution over the others.
+    assert both_terms(student, (1, 0, 0)) == (approx(log2), 0, approx([-1 / 2, 1 / 4, 1 / 4]))
+    assert both_terms((1, 0, 0), (1, 0, 0)) == (0, 0, [0, 0, 0])
+
+
+@pytest.mark.parametrize("p_s", [(0, 1 / 2, 1 / 2), (1 / 2, 0, 1 / 2), (1, 0, 0)])
+def test_a_class_that_only_the_student_excludes_makes_it_infinite(p_s):
+    s, t = (torch.tensor([p]).log() for p in (p_s, (1 / 2, 1 / 4, 1 / 4)))
+    assert dkd_loss(s, t, torch.tensor([0]), 1.0, 1.0, 1.0).item() == math.inf
+
+
+def test_masked_logits_of_two_classes_and_of_none():
+    s, t, y = torch.zeros(1, 2, requires_grad=True), torch.tensor([[0, -math.inf]]), torch.tensor([0])
+    for target, gradient in ((y, [-0.5, 0.5]), (1 - y, [-0.5, 0.5])):
+        loss = dkd_loss(s, t, target, 1.0, 8.0, 1.0)
+        assert loss.item() == pytest.approx(math.log(2))
+        assert torch.autograd.grad(loss, s)[0].tolist() == [pytest.approx(gradient)]
+    assert dkd_loss(s, torch.full((1, 2), -math.inf), y, 1.0, 8.0, 1.0).isnan()  # no class left: no distribution
+    assert dkd_loss(s, torch.tensor([[0, math.nan]]), y, 1.0, 8.0, 1.0).isnan()
+
+
+@pytest.mark.parametrize("lead", [200.0, 1e4, 1e38])
+def test_float32_of_far_masked_logits(lead):
+    s = torch.tensor([[lead, -lead, -math.inf, 0], [0, lead, -lead, 0]], requires_grad=True)
+    t = torch.tensor([[-lead, lead, -math.inf, -math.inf], [lead, *[-math.inf] * 3]], requires_grad=True)
+    loss = dkd_loss(s, t, torch.tensor([0, 0]), 1.0, 1.0, 1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(1.5 * lead)  # first image: TCKD and NCKD are `lead`; second: TCKD is
+    assert s.grad.isfinite().all() and t.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("epoch, scale", [(1, 0.05), (10, 0.5), (20, 1), (240, 1)])

@@ -103,3 +103,12 @@ def test_refusals():
         build(nets=(Changed(lambda f: f.mean(dim=(2, 3))), net("resnet14")))
     with pytest.raises(ValueError, match=r"\(1, 32, 5, 5\) to a teacher map of \(1, 32, 16, 16\)"):
         build(nets=(Changed(lambda f: f[..., :5, :5]), net("resnet14")))
+
+
+def test_a_pair_of_maps_replaces_the_hint_layer():
+    cfg = CN({"FITNET": method_defaults["FITNET"].clone(), "DISTILLER": CN({"PAIRS": [[1, 3]]})})
+    method = FitNet(net("resnet8"), net("resnet14"), cfg)
+    assert (method.guided, method.hint) == (1, 3)
+    cfg.DISTILLER.PAIRS = [[1, 1], [2, 2]]
+    with pytest.raises(ValueError, match=r"FITNET compares one pair of maps, DISTILLER\.PAIRS names 2"):
+        FitNet(net("resnet8"), net("resnet14"), cfg)

@@ -150,3 +150,18 @@ def test_refuses_batchnorms_of_other_widths():
     teacher.get_bn_before_relu = lambda: [torch.nn.BatchNorm2d(5)] * 3
     with pytest.raises(ValueError, match=r"\[16, 32, 64\] in the teacher, .* have \[5, 5, 5\]"):
         OFD(cifar_model_dict["resnet8"][0](num_classes=10), teacher, CN({"OFD": method_defaults["OFD"].clone()}))
+
+
+def test_a_teacher_without_batchnorms_before_the_relu_is_refused():
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return x.mean((2, 3)), {"feats": [x, x], "preact_feats": [x, x], "pooled_feat": x.mean((2, 3))}
+
+    cfg = CN({"OFD": method_defaults["OFD"].clone()})
+    with pytest.raises(ValueError, match=r"OFD needs a teacher with get_bn_before_relu\(\).* Plain has none"):
+        OFD(cifar_model_dict["resnet8"][0](num_classes=10), Plain(), cfg)

@@ -170,7 +170,30 @@ def test_sizes_that_contradict_the_maps_are_refused(key):
         step(method)
 
 
-def test_student_with_too_few_levels_is_refused():
+def test_sizes_that_contradict_the_run_are_refused_when_it_is_built():
+    for key in ("SHAPES", "OUT_SHAPES"):
+        with pytest.raises(ValueError, match=rf"REVIEWKD\.{key} is \[1, 7, 14, 28\] but .* \[1, 8, 16, 32\]"):
+            ReviewKD(*nets("resnet8", "wrn_16_2"), config(**{key: [1, 7, 14, 28]}), image_size=32)
+
+
+class Tokens(torch.nn.Module):
+    """Returns tokens (B, N, C), as a transformer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = self.linear(x.flatten(2).mT)
+        return x.mean(1), {"feats": [x] * 4, "preact_feats": [x] * 4, "pooled_feat": x.mean(1)}
+
+
+def test_tokens_are_refused_when_it_is_built():
+    with pytest.raises(ValueError, match=r"ReviewKD compares feature maps .* the student's \(1, 1024, 4\)"):
+        ReviewKD(Tokens(), *nets("resnet8"), config())
+
+
+def test_a_student_with_fewer_levels():
     class Short(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -180,8 +203,9 @@ def test_student_with_too_few_levels_is_refused():
             x = self.conv(x)
             return x.mean((2, 3)), {"feats": [x, x], "preact_feats": [x, x], "pooled_feat": x.mean((2, 3))}
 
-    with pytest.raises(ValueError, match=r"student: \(1, 4, 32, 32\).*teacher: \(1, 16, 32, 32\)"):
-        ReviewKD(Short(), *nets("resnet8"), config())
+    method = ReviewKD(Short(), *nets("resnet8"), config())
+    assert method.pairs.indices == [(0, 2), (1, 3)]
+    assert [abf.conv2[0].out_channels for abf in method.abfs] == [64, 64, 32]
 
 
 @pytest.mark.parametrize("folder", ["r34_r18", "r50_mv1"])

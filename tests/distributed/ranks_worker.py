@@ -8,7 +8,7 @@ import sys
 import torch
 
 from mdistiller.dataset import get_dataset
-from mdistiller.distillers import distiller_dict
+from mdistiller.distillers import RunFacts, distiller_dict
 from mdistiller.distributed.ranks import joined_ranks
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import load_cfg
@@ -17,21 +17,25 @@ from mdistiller.engine.runtime.seeds import seed_everything
 from mdistiller.engine.trainer import trainer_dict
 
 
-def gradients(method, trainer_name, teacher, groups):
-    """Gradients of the first batch by parameter name, in float64; also the mean loss and CRD's memory banks."""
+def gradients(method, trainer_name, teacher, groups, branches="auto"):
+    """Gradients of the first batch by parameter name, in float64.
+
+    Also the mean loss, and buffers after the step: CRD's memory banks and the student's BatchNorm statistics.
+    """
     cfg = load_cfg(
         "configs/digits/kd.yaml",
         f"""DISTILLER.TYPE {method} SOLVER.TRAINER {trainer_name} DISTILLER.TEACHER resnet14 SOLVER.BATCH_SIZE 16
         DISTILLER.TEACHER_CKPT {teacher} DCGD.GROUPS {groups} DATASET.TRAIN_FRACTION 0.1 CRD.NCE.K 32
-        SOLVER.SYNC_BN True EXPERIMENT.DEVICE cpu EXPERIMENT.SEED 3""".split(),
+        DCGD.BRANCHES {branches} SOLVER.SYNC_BN True EXPERIMENT.DEVICE cpu EXPERIMENT.SEED 3""".split(),
     )
     seed_everything(cfg.EXPERIMENT.SEED)
-    train_loader, val_loader, num_data, num_classes = get_dataset(cfg)
-    distiller = build_distiller(cfg, num_data, num_classes).double()
+    train_loader, val_loader, *_ = get_dataset(cfg)
+    distiller = build_distiller(cfg, RunFacts.of(cfg, train_loader)).double()
     trainer = trainer_dict[trainer_name]("run", distiller, train_loader, val_loader, cfg)
     batch = trainer.prepare_batch(next(iter(trainer.train_loader)), epoch=1)
     batch["image"] = batch["image"].double()
     trainer.distiller.train()
+    assert branches == "auto" or trainer.distiller.student._together(batch["image"])
 
     grads = {}
 
@@ -45,8 +49,8 @@ def gradients(method, trainer_name, teacher, groups):
     meters = Meters()
     trainer.train_iter(batch, 1, meters)
     grads["train_loss"] = torch.tensor(meters.over(trainer.ranks).means()["train_loss"])
-    memory = {n: b.clone() for n, b in trainer.distiller.named_buffers() if "memory" in n}
-    return grads | memory
+    named = {f"buffer {name}": buffer.clone() for name, buffer in trainer.distiller.named_buffers()}
+    return grads | {name: b for name, b in named.items() if "memory" in name or name.startswith("buffer student.")}
 
 
 def main():
@@ -56,6 +60,8 @@ def main():
         found = {}
         for method, trainer_name in [*((m, "base") for m in distiller_dict), ("KD", "dot"), ("CRD", "crd_dot")]:
             found[f"{method}/{trainer_name}"] = gradients(method, trainer_name, teacher, groups)
+        # What `auto` is on a GPU.
+        found["DCGD/base/together"] = gradients("DCGD", "base", teacher, groups, "together")
         torch.save(found, f"{out}.{ranks.rank}")
 
 

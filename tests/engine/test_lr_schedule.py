@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 
 from mdistiller.engine.cfg import CFG
-from mdistiller.engine.lr_schedule import learning_rate
+from mdistiller.engine.lr_schedule import adjust_learning_rate, learning_rate
+from mdistiller.engine.update import DotUpdate, SumUpdate
 
 
 def config(**solver):
@@ -48,3 +50,23 @@ def test_bad_settings_are_refused_by_name(key, value, tmp_path):
     empty.write_text("")
     with pytest.raises(UserError, match=rf"SOLVER\.{key} must be .*{value}"):
         load_cfg(empty, [f"SOLVER.{key}", str(value)])
+
+
+@pytest.mark.parametrize("schedule", [{}, {"LR_SCHEDULE": "cosine", "LR_MIN": 0.02}])
+@pytest.mark.parametrize("rule", [SumUpdate, DotUpdate])
+def test_a_group_at_a_tenth_of_lr_stays_at_a_tenth(rule, schedule):
+    """Through the warm-up, the decay and the cosine; the other groups' learning rate is the schedule's, exactly."""
+    cfg = config(WARMUP_EPOCHS=2, **schedule)
+    tenth, plain, undecayed = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    learnable = [{"params": [tenth], "lr": 0.08}, plain, {"params": [undecayed], "weight_decay": 0.0}]
+    optimizer = rule(learnable, cfg).optimizer
+    seen = set()
+    for epoch in range(1, 11):
+        for step in range(3):
+            lr = adjust_learning_rate(epoch, cfg, optimizer, step, 3)
+            assert lr == learning_rate(epoch, cfg, step, 3)
+            rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+            assert rates[id(plain)] == rates[id(undecayed)] == lr
+            assert rates[id(tenth)] == pytest.approx(lr / 10, rel=1e-12)
+            seen.add(lr)
+    assert len(seen) >= 7

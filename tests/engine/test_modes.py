@@ -34,7 +34,7 @@ def trainer_of(files, overrides="", seed=0, prefix=None):
     cfg = load_cfg(
         "configs/digits/kd.yaml",
         f"""LOG.WANDB False LOG.PREFIX {prefix or files} EXPERIMENT.DEVICE cpu EXPERIMENT.SEED {seed} CRD.NCE.K 32
-        DISTILLER.TEACHER resnet14 DISTILLER.TEACHER_CKPT {files / 'resnet14'} SOLVER.BATCH_SIZE 16
+        DISTILLER.TEACHER resnet14 DISTILLER.TEACHER_CKPT {files / "resnet14"} SOLVER.BATCH_SIZE 16
         DATASET.TRAIN_FRACTION 0.1 {overrides}""".split(),
     )
     return build_trainer(cfg)
@@ -84,7 +84,6 @@ def test_the_gradients_of_micro_batches_add_up_to_that_of_the_batch(method, file
     for micro_batches in (1, 3):
         trainer = trainer_of(files, f"DISTILLER.TYPE {method} SOLVER.ACCUMULATE {micro_batches}")
         trainer.distiller.double()
-        trainer.step.teacher_cache, trainer.distiller._runner = None, None
         batch = trainer.prepare_batch(next(iter(trainer.train_loader)), 1)
         batch["image"] = batch["image"].double()
         trainer.distiller.train()

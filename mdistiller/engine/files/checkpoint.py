@@ -2,7 +2,8 @@
 
 A run keeps two kinds. `latest`, `latest_previous` (the one before), `best` and `epoch_N` hold what resuming needs:
 {"epoch", "model" (the distiller's state), "optimizer", "best_acc"}. `student_latest`, `student_best` and `student_N`
-hold {"model": the student's state}. They are files of torch.save with a checksum at the end, which torch.load ignores.
+hold {"model": the deployed network's state}. Where that is not the student alone, both say so under `DEPLOYED`. They
+are files of torch.save with a checksum at the end, which torch.load ignores.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from .checksum import check_seal, seal
 from .safetensors_file import SUFFIX, read_safetensors
 
 __all__ = [
-    "SaveError", "load_checkpoint", "load_model_weights", "load_state", "model_state", "save_checkpoint",
-    "strip_module",
+    "DEPLOYED", "SaveError", "distiller_state", "is_of_run", "load_checkpoint", "load_model_weights", "load_state",
+    "model_state", "save_checkpoint", "strip_module",
 ]  # fmt: skip
 
 State = dict[str, Tensor]
+
+# Key of a checkpoint: the class of the network that its run deploys, where that is not the student alone.
+DEPLOYED = "deployed"
 
 
 def save_checkpoint(obj: Any, path: str | Path, keep_previous: bool = False) -> None:
@@ -79,6 +83,23 @@ def model_state(checkpoint: Any, path: str | Path) -> State:
     distiller's whole state, of which it returns the student's.
 
     Raises:
+        UserError: the checkpoint contains no state dict, or it is a distiller's whose student is not deployed alone.
+    """
+    state = distiller_state(checkpoint, path)
+    deployed = checkpoint.get(DEPLOYED) if isinstance(checkpoint, Mapping) else None
+    student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+    if deployed and is_of_run(checkpoint):
+        raise UserError(
+            f"{path} belongs to a run that deploys a {deployed}, not its student alone; score it with tools/eval.py -c "
+            f"{path}, without -m"
+        )
+    return state if deployed else student or state
+
+
+def distiller_state(checkpoint: Any, path: str | Path) -> State:
+    """The whole state inside a loaded checkpoint, as it was saved, without DataParallel's prefix.
+
+    Raises:
         UserError: the checkpoint contains no state dict.
     """
     state = checkpoint
@@ -87,9 +108,12 @@ def model_state(checkpoint: Any, path: str | Path) -> State:
             state = state[key]
     if not is_state(state) or not state:
         raise UserError(f"{path} holds no network weights (neither a state dict nor one under 'model')")
-    plain = strip_module(state)
-    student = {k.removeprefix("student."): v for k, v in plain.items() if k.startswith("student.")}
-    return student or plain
+    return strip_module(state)
+
+
+def is_of_run(checkpoint: Any) -> bool:
+    """Whether a loaded checkpoint holds a run's whole state (`latest`, `best`, `epoch_N`), not one network's."""
+    return isinstance(checkpoint, Mapping) and "optimizer" in checkpoint
 
 
 def is_state(state: Any) -> bool:

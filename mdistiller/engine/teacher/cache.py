@@ -40,8 +40,14 @@ def require_cacheable(distiller: Distiller, loader: Any) -> None:
     name = type(distiller).__name__
     if not distiller.needs_teacher:
         raise UserError(f"DISTILLER.TEACHER_CACHE is set, but {name} has no teacher; leave it empty")
-    beyond = [output for output in distiller.teacher_outputs if output not in OUTPUTS]
-    if beyond or distiller.teacher_in_train_mode:
+    outputs = distiller.frozen["teacher"]
+    if outputs is None or distiller.teacher_in_train_mode:
+        raise UserError(
+            f"DISTILLER.TEACHER_CACHE stores logits and pooled features, {name} may read anything of the teacher (it "
+            "declares no teacher_outputs, or runs it in training mode); leave it empty"
+        )
+    beyond = [output for output in outputs if output not in OUTPUTS]
+    if beyond:
         raise UserError(
             f"DISTILLER.TEACHER_CACHE stores logits and pooled features, {name} needs {', '.join(beyond)} of the "
             "teacher; leave it empty"

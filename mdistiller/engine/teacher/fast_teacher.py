@@ -1,9 +1,8 @@
-"""A faster form of the teacher for training, which computes the same function."""
+"""Faster forms of a method's frozen networks for training, which compute the same functions."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +13,125 @@ from yacs.config import CfgNode as CN
 
 from ...dataset import dataset_info
 from ...distillers import Distiller
-from .cache import OUTPUTS, TeacherCache, require_cacheable
+from ...errors import UserError
+from ...models.copies import copy_without_hooks, has_hooks
+from .cache import TeacherCache, require_cacheable
 from .fold_batchnorm import fold_batchnorm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Weights = tuple[tuple[int, int], ...]
 
 
-def speed_up_teacher(distiller: Distiller, loader: Any, cfg: CN) -> TeacherCache | None:
-    """Make the teacher faster: fold its BatchNorms and, if `cfg` asks for it, use half precision and a cache.
+class FrozenNetworks:
+    """The frozen networks of a distiller, each in the fastest form that its method cannot notice.
 
-    The module `distiller.teacher` and the checkpoints do not change. A teacher that runs in training mode (OFD) is left
-    alone, because its BatchNorms use the statistics of the batch.
+    A network whose outputs the method declares runs as a copy: BatchNorms folded, undeclared outputs left out, and in
+    half precision if the run is. The network itself runs if nothing is declared, if it has hooks, or once its weights
+    change. The modules of the distiller and the checkpoints do not change. A teacher that runs in training mode (OFD)
+    is left alone, because its BatchNorms use the statistics of the batch.
 
     Args:
         loader: the loader of the training images, for the cache.
 
-    Returns:
-        The cache, or None if DISTILLER.TEACHER_CACHE is not set.
+    Attributes:
+        cache: of the teacher's outputs, if DISTILLER.TEACHER_CACHE is set.
 
     Raises:
         UserError: a cache is asked for, but the method, the data or the folder does not allow one.
     """
-    if cfg.DISTILLER.TEACHER_CACHE:
-        require_cacheable(distiller, loader)
-    if not distiller.needs_teacher or distiller.teacher_in_train_mode:
-        return None
+
+    def __init__(self, distiller: Distiller, loader: Any, cfg: CN) -> None:
+        self.distiller = distiller
+        self.cache: TeacherCache | None = None
+        self._copied: dict[str, tuple[nn.Module, Weights]] = {}
+        self._hooks_checked = False
+        self._precision = _Precision(cfg.SOLVER.AMP)
+        if cfg.DISTILLER.TEACHER_CACHE:
+            require_cacheable(distiller, loader)
+        for name in distiller.evaluated:
+            network, outputs = distiller.get_submodule(name), distiller.frozen[name]
+            if next(network.parameters(), None) is None:  # a method without a teacher has a placeholder
+                continue
+            runner = self._runner(network, outputs, cfg)
+            if name == "teacher" and cfg.DISTILLER.TEACHER_CACHE:
+                runner = self.cache = _cache(network, runner, outputs or (), loader, cfg)
+            if outputs is not None:
+                self._copied[name] = network, _weights(network)
+            distiller.run_frozen_by(name, runner)
+
+    def _runner(self, network: nn.Module, outputs: Sequence[str] | None, cfg: CN) -> Callable[[Tensor], Any]:
+        if outputs is None or has_hooks(network):
+            return self._precision.around(network)
+        features = [name for name in outputs if name != "logits"]
+        folded = fold_batchnorm(network.eval(), _example(network, cfg), features)
+        if folded is not None and cfg.SOLVER.CHANNELS_LAST:
+            folded.to(memory_format=torch.channels_last)
+        dtype = self._precision.dtype
+        return HalfPrecision(folded or network, dtype, self._precision.full_output) if dtype else folded or network
+
+    def check(self) -> None:
+        """Before a step: run a network itself from now on if its weights have changed or, at the first step, for hooks.
+
+        Raises:
+            UserError: the cache's network has changed.
+        """
+        for name, (network, weights) in list(self._copied.items()):
+            changed = _weights(network) != weights
+            if not changed and (self._hooks_checked or not has_hooks(network)):
+                continue
+            if name == "teacher" and self.cache is not None:
+                what = "its weights change during training" if changed else "it has hooks, which stored outputs skip"
+                raise UserError(f"DISTILLER.TEACHER_CACHE stores the teacher's outputs, but {what}; leave it empty")
+            del self._copied[name]
+            self.distiller.run_frozen_by(name, self._precision.around(network))
+        self._hooks_checked = True
+
+
+def _weights(network: nn.Module) -> Weights:
+    """Place and version of every parameter and buffer: another value where one was replaced, or changed in place."""
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in (*network.parameters(), *network.buffers()))
+
+
+def _example(network: nn.Module, cfg: CN) -> Tensor:
+    """A random image (1, 3, H, W) of the data set's size, on the network's device."""
     size = dataset_info[cfg.DATASET.TYPE].image_size
-    like = next(distiller.teacher.parameters())
-    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(like)
-    features = None if set(distiller.teacher_outputs) - set(OUTPUTS) else ["pooled_feat"]
-    runner: Callable[[Tensor], Any] = _faster(distiller.teacher, image, features, cfg)
-    cache = None
-    if cfg.DISTILLER.TEACHER_CACHE:
-        runner = cache = TeacherCache(
-            Path(cfg.DISTILLER.TEACHER_CACHE), distiller.teacher, runner, image, loader, distiller.teacher_outputs,
-            cfg.DISTILLER.TEACHER_CACHE_DTYPE, int(cfg.DISTILLER.TEACHER_CACHE_GIB * 2**30),
-        )  # fmt: skip
-    distiller.run_teacher_by(runner)
-    return cache
+    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return image.to(next(network.parameters()))
 
 
-def _faster(teacher: nn.Module, image: Tensor, features: list[str] | None, cfg: CN) -> Callable[[Tensor], Any]:
-    folded = fold_batchnorm(teacher.eval(), image, features)
-    network = folded or teacher
-    if cfg.SOLVER.CHANNELS_LAST:
-        network.to(memory_format=torch.channels_last)
-    precision, _, only = cfg.SOLVER.AMP.partition("-")
-    if precision in DTYPES:
-        network = HalfPrecision(network, DTYPES[precision], full_output=bool(only))
-    # Dynamo compiles the teacher into the student's graph, which inference mode would break.
-    return network if cfg.SOLVER.COMPILE else Inference(network)
+def _cache(
+    teacher: nn.Module, runner: Callable[[Tensor], Any], outputs: Sequence[str], loader: Any, cfg: CN
+) -> TeacherCache:
+    return TeacherCache(
+        Path(cfg.DISTILLER.TEACHER_CACHE), teacher, runner, _example(teacher, cfg), loader, outputs,
+        cfg.DISTILLER.TEACHER_CACHE_DTYPE, int(cfg.DISTILLER.TEACHER_CACHE_GIB * 2**30),
+    )  # fmt: skip
+
+
+class _Precision:
+    """The precision of frozen networks, from SOLVER.AMP.
+
+    Attributes:
+        dtype: of their convolutions and linear layers; None for float32.
+        full_output: whether the student is in float32 ("bf16-teacher").
+    """
+
+    def __init__(self, amp: str) -> None:
+        name, _, only = amp.partition("-")
+        self.dtype = DTYPES.get(name)
+        self.full_output = bool(only)
+
+    def around(self, network: nn.Module) -> Callable[[Tensor], Any]:
+        """The network itself, under autocast."""
+        if self.dtype is None:
+            return network
+
+        def run(image: Tensor) -> Any:
+            with torch.autocast(image.device.type, self.dtype):
+                output = network(image)
+            return _each_tensor(_full, output) if self.full_output else output
+
+        return run
 
 
 class HalfPrecision(nn.Module):
@@ -78,7 +146,7 @@ class HalfPrecision(nn.Module):
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, full_output: bool) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network)
+        self.network = copy_without_hooks(network)
         self.dtype = dtype
         self.full_output = full_output
         for layer in self.network.modules():
@@ -88,33 +156,11 @@ class HalfPrecision(nn.Module):
     def forward(self, image: Tensor) -> Any:
         with torch.autocast(image.device.type, enabled=False):
             output = self.network(image.to(self.dtype))
-        return _each_tensor(Tensor.float, output) if self.full_output else output
+        return _each_tensor(_full, output) if self.full_output else output
 
 
-class Inference:
-    """A network under torch.inference_mode: without autograd graph and version counters.
-
-    Inference tensors cannot be saved for a backward pass, so the logits are copied, and each feature when it is read.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    def __call__(self, image: Tensor) -> Any:
-        with torch.inference_mode():
-            logits, features = self.network(image)
-        return logits.clone(), _CopiedWhenRead(features)
-
-
-class _CopiedWhenRead(dict[str, Any]):
-    def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        self[key] = value = _each_tensor(_ordinary, value)
-        return value
-
-
-def _ordinary(x: Tensor) -> Tensor:
-    return x.clone() if x.is_inference() else x
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
 
 
 def _each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -123,4 +169,6 @@ def _each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {key: _each_tensor(change, v) for key, v in value.items()}
-    return type(value)(_each_tensor(change, v) for v in value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_each_tensor(change, v) for v in value)
+    return value

@@ -1,4 +1,4 @@
-"""KDSVD through a full singular value decomposition, image by image."""
+"""KDSVD through a full singular value decomposition, image by image, over columns or over channels."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ import torch
 from torch import Tensor
 
 
-def naive_directions(image: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """(C, H, W) -> right singular vectors (W, n) of the (C H, W) matrix, singular values (n,)."""
-    _, sigma, vh = torch.linalg.svd(image.reshape(-1, image.shape[2]), full_matrices=False)
+def naive_directions(image: Tensor, n: int, axis: str = "columns") -> tuple[Tensor, Tensor]:
+    """(C, H, W) -> right singular vectors and singular values (n,).
+
+    The vectors are (W, n), of the (C H, W) matrix, or for the axis "channels" (C, n), of the (HW, C) matrix.
+    """
+    columns, channels = image.shape[2], image.shape[0]
+    matrix = image.reshape(-1, columns) if axis == "columns" else image.permute(1, 2, 0).reshape(-1, channels)
+    _, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
     return vh[:n].T, sigma[:n]
 
 
-def naive_kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int) -> Tensor:
+def naive_kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int, axis: str = "columns") -> Tensor:
     total = g_s[0].new_zeros(())
     for b in range(len(g_s[0])):
         before = None
         for f_s, f_t in zip(g_s, g_t):
-            v_t, sigma = naive_directions(f_t[b].detach(), k)
+            v_t, sigma = naive_directions(f_t[b].detach(), k, axis)
             v_t = torch.stack([v if v.sum() >= 0 else -v for v in v_t.T], dim=1)  # our choice of sign
-            v_s, _ = naive_directions(f_s[b], k + 3)
+            v_s, _ = naive_directions(f_s[b], k + 3, axis)
             chosen = []
             for v in v_t.T:
                 cosines = [float(v_s[:, i].detach() @ v) for i in range(v_s.shape[1])]

@@ -8,13 +8,15 @@ import torch.nn as nn
 
 from mdistiller.dataset import ImageArray
 from mdistiller.dataset.augment import CropFlip
-from mdistiller.distillers import KD, OFD, distiller_dict
+from mdistiller.distillers import KD, OFD, Distiller, distiller_dict
+from mdistiller.distillers._declared import UndeclaredOutputError
 from mdistiller.engine.cfg import CFG
 from mdistiller.engine.teacher.cache import TeacherCache
-from mdistiller.engine.teacher.fast_teacher import HalfPrecision, Inference, speed_up_teacher
+from mdistiller.engine.teacher.fast_teacher import FrozenNetworks, HalfPrecision
 from mdistiller.engine.teacher.fold_batchnorm import fold_batchnorm
 from mdistiller.errors import UserError
 from mdistiller.models import build_model, cifar_model_dict
+from mdistiller.models.copies import has_hooks
 
 TEACHERS = ["resnet8x4", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2", "ResNet18"]
 
@@ -69,9 +71,9 @@ def test_a_method_derived_from_another_gets_all_outputs_of_the_teacher():
     class ReadsMaps(KD):
         pass
 
-    for cls, keys in ((KD, {"pooled_feat"}), (ReadsMaps, {"feats", "preact_feats", "pooled_feat"})):
+    for cls, keys in ((KD, set()), (ReadsMaps, {"feats", "preact_feats", "pooled_feat"})):
         model = distiller(cls)
-        speed_up_teacher(model, loader(), config())
+        FrozenNetworks(model, loader(), config())
         assert model.teacher_forward(torch.randn(1, 3, 32, 32))[1].keys() == keys
 
 
@@ -101,17 +103,6 @@ def test_a_network_that_folding_would_change_is_not_folded():
             return self.bn(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight), {}
 
     assert fold_batchnorm(Shared().eval(), torch.randn(1, 3, 8, 8)) is None
-
-
-def test_outputs_of_an_inference_teacher_can_be_saved_for_the_backward_pass():
-    run = Inference(trained("resnet8"))
-    logits, features = run(torch.randn(2, 3, 32, 32))
-    kept = features["feats"][-1]
-    student = torch.randn(kept.shape, requires_grad=True)
-    (student * kept).sum().backward()
-    assert torch.equal(student.grad, kept)
-    assert not logits.is_inference() and not features["pooled_feat"].is_inference()
-    assert features["feats"][-1] is kept  # copied once
 
 
 @pytest.mark.parametrize("full_output", [True, False])
@@ -148,7 +139,7 @@ def distiller(cls=KD, cfg=None):
 def test_the_teacher_itself_does_not_change():
     model = distiller()
     before = copy.deepcopy(model.state_dict())
-    speed_up_teacher(model, loader(), config())
+    FrozenNetworks(model, loader(), config())
     image = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model.teacher_forward(image)[0], model.teacher(image)[0].detach(), rtol=1e-5, atol=1e-5)
     assert model.state_dict().keys() == before.keys()
@@ -157,7 +148,163 @@ def test_the_teacher_itself_does_not_change():
 
 def test_a_teacher_in_training_mode_is_left_alone():
     model = distiller(OFD, config("OFD"))
-    assert speed_up_teacher(model, loader(), config("OFD")) is None and model._runner is None
+    assert FrozenNetworks(model, loader(), config("OFD")).cache is None and not model._runners
+
+
+class Reads(Distiller):
+    """Returns what it is told to read of the teacher, by a function of the features."""
+
+    def __init__(self, outputs, read=dict):
+        super().__init__(build_model(cifar_model_dict, "resnet8", 10), trained("resnet14"))
+        self.add_frozen("teacher", self.teacher, outputs)
+        self.read = read
+
+    def forward_train(self, image, target, **kwargs):
+        logits, features = self.teacher_forward(image)
+        return logits, self.read(features)
+
+
+IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+WAYS = {
+    "[]": lambda f: f["feats"],
+    "get": lambda f: f.get("feats"),
+    "items": lambda f: dict(f.items())["feats"],
+    "values": lambda f: next(iter(f.values())),
+    "**": lambda f: {**f}["feats"],
+    "dict": lambda f: dict(f)["feats"],
+    "copy": lambda f: f.copy()["feats"],
+    "pop": lambda f: f.pop("feats"),
+    "loop": lambda f: next(f[key] for key in f if key == "feats"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("amp", ["none", "bf16-teacher"])
+def test_features_may_be_read_in_every_way_and_used_in_a_loss(way, amp):
+    model, cfg = Reads(["feats"], WAYS[way]), config()
+    cfg.SOLVER.AMP = amp
+    FrozenNetworks(model, loader(), cfg)
+    _, feats = model.forward_train(IMAGE, None)
+    own = model.teacher(IMAGE)[1]["feats"]
+    for ours, theirs in zip(feats, own, strict=True):
+        scale = torch.ones_like(ours, requires_grad=True)
+        (scale * ours).sum().backward()  # an inference tensor could not be saved for this
+        assert torch.equal(scale.grad, ours) and (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+@pytest.mark.parametrize("sped_up", [True, False])
+@pytest.mark.parametrize(
+    "read",
+    [lambda f: f["preact_feats"], lambda f: f.get("preact_feats"), lambda f: "preact_feats" in f],
+    ids=["[]", "get", "in"],
+)
+def test_a_feature_that_was_not_declared_says_so_by_name(read, sped_up):
+    model = Reads(["feats"], read)
+    if sped_up:
+        FrozenNetworks(model, loader(), config())
+    with pytest.raises(
+        UndeclaredOutputError, match="Reads's teacher: 'preact_feats' is read, but only 'feats' is decl"
+    ):
+        model.forward_train(IMAGE, None)
+
+
+@pytest.mark.parametrize("sped_up", [True, False])
+def test_logits_that_were_not_declared_say_so_by_name(sped_up):
+    model = Reads(["feats"])
+    if sped_up:
+        FrozenNetworks(model, loader(), config())
+    logits, _ = model.teacher_forward(IMAGE)
+    for use in (lambda x: x.softmax(1), lambda x: torch.softmax(x, 1), lambda x: nn.functional.kl_div(IMAGE, x)):
+        with pytest.raises(UndeclaredOutputError, match="'logits' is read"):
+            use(logits)
+
+
+def test_a_declared_feature_that_the_network_lacks_is_a_key_error():
+    with pytest.raises(KeyError, match="attention"):
+        Reads(["attention"], lambda f: f["attention"]).forward_train(IMAGE, None)
+    assert Reads(["attention"], lambda f: f.get("attention")).forward_train(IMAGE, None)[1] is None
+
+
+def hooked(module):
+    """What a forward hook on `module` sees."""
+    seen = []
+    module.register_forward_hook(lambda *args: seen.append(args[2]))
+    return seen
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("amp", ["none", "bf16", "bf16-teacher"])
+def test_a_hook_on_an_inner_module_sees_every_image(when, amp):
+    """The hook may be registered before the trainer is built, or before its first step."""
+    model, cfg = Reads(["logits"]), config()
+    cfg.SOLVER.AMP = amp
+    seen = hooked(model.teacher.layer2) if when == "before" else None
+    frozen = FrozenNetworks(model, loader(), cfg)
+    seen = hooked(model.teacher.layer2) if seen is None else seen
+    images = [IMAGE + step for step in range(3)]
+    for image in images:
+        frozen.check()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
+            model.teacher_forward(image)
+    assert len(seen) == 3
+    with torch.no_grad():
+        stems = [torch.relu(model.teacher.bn1(model.teacher.conv1(x))) for x in images]
+        expected = [model.teacher.layer2(model.teacher.layer1(stem)[0])[0] for stem in stems]
+    for (ours, _), theirs in zip(seen, expected):
+        assert (ours.float() - theirs).norm() < (0.05 if amp != "none" else 1e-5) * theirs.norm()
+
+
+def test_a_method_without_a_declaration_gets_the_network_itself():
+    model = Reads(None)
+    FrozenNetworks(model, loader(), config())
+    assert model._runners.get("teacher", model.teacher) is model.teacher
+    assert model.teacher_forward(IMAGE)[1].keys() == model.teacher(IMAGE)[1].keys()
+
+
+def test_copies_carry_no_hooks():
+    model, cfg = Reads(["logits"]), config()
+    cfg.SOLVER.AMP = "bf16"
+    FrozenNetworks(model, loader(), cfg)
+    runner = model._runners["teacher"]
+    seen = hooked(model.teacher.layer1)
+    runner(IMAGE)
+    assert seen == [] and not has_hooks(runner)
+
+
+def test_a_frozen_network_that_changes_runs_itself():
+    model = Reads(["logits"])
+    frozen = FrozenNetworks(model, loader(), config())
+    frozen.check()
+    assert model._runners["teacher"] is not model.teacher
+    with torch.no_grad():
+        model.teacher.fc.bias.add_(1.0)
+    frozen.check()
+    assert torch.equal(model.teacher_forward(IMAGE)[0], model.teacher(IMAGE)[0].detach())
+
+
+def test_every_frozen_network_is_sped_up_alike():
+    model = Reads(["logits"])
+    model.add_frozen("assistant", trained("resnet8x4"), ["logits", "pooled_feat"])
+    FrozenNetworks(model, loader(), config())
+    runner = model._runners["assistant"]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in runner.modules())
+    logits, features = model.frozen_forward("assistant", IMAGE)
+    expected, expected_features = model.assistant(IMAGE)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features["pooled_feat"], expected_features["pooled_feat"], rtol=1e-4, atol=1e-4)
+    assert set(features) == {"pooled_feat"}
+
+
+@pytest.mark.parametrize("change", ["weights", "hooks"])
+def test_stored_outputs_of_a_teacher_that_changes_are_refused(change, tmp_path):
+    model = distiller()
+    frozen = FrozenNetworks(model, loader(), config(TEACHER_CACHE=str(tmp_path)))
+    if change == "weights":
+        nn.init.zeros_(model.teacher.fc.bias)
+    else:
+        hooked(model.teacher.layer1)
+    with pytest.raises(UserError, match=r"DISTILLER\.TEACHER_CACHE stores the teacher's outputs, but it"):
+        frozen.check()
 
 
 def counting(network):
@@ -241,14 +388,14 @@ def test_the_size_is_bounded_and_the_rest_is_computed_again(tmp_path):
 def test_methods_that_need_more_than_a_cache_holds_are_refused(method, tmp_path):
     cfg = config(method, TEACHER_CACHE=str(tmp_path))
     with pytest.raises(UserError, match=r"DISTILLER\.TEACHER_CACHE"):
-        speed_up_teacher(distiller(distiller_dict[method], cfg), loader(), cfg)
+        FrozenNetworks(distiller(distiller_dict[method], cfg), loader(), cfg)
     assert not list(tmp_path.iterdir())
 
 
 def test_data_with_unlimited_variants_and_folders_that_cannot_be_created_are_refused(tmp_path):
     cfg = config(TEACHER_CACHE=str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="finite number of crops"):
-        speed_up_teacher(distiller(), object(), cfg)
+        FrozenNetworks(distiller(), object(), cfg)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be created"):
-        speed_up_teacher(distiller(), loader(), cfg)
+        FrozenNetworks(distiller(), loader(), cfg)

@@ -1,0 +1,76 @@
+"""What a method sees of a frozen network: the outputs that it declared, and an error by name for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+
+class UndeclaredOutputError(LookupError):
+    """A method reads an output of a frozen network that it did not declare."""
+
+
+class DeclaredFeatures(dict[str, Any]):
+    """The declared features. Asking for one that the network has, but that was not declared, raises.
+
+    Args:
+        features: all that the network returned, or those that its faster copy did.
+        outputs: the declared names.
+        owner: whose network it is, for the message.
+    """
+
+    def __init__(self, features: Mapping[str, Any], outputs: Sequence[str], owner: str) -> None:
+        super().__init__({name: features[name] for name in features if name in outputs})
+        self._outputs, self._owner = outputs, owner
+
+    def __missing__(self, name: str) -> NoReturn:
+        if name in self._outputs:
+            raise KeyError(name)  # declared, but the network has none
+        raise undeclared(name, self._outputs, self._owner)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if self._has(name) else default
+
+    def __contains__(self, name: object) -> bool:
+        return self._has(name)
+
+    def _has(self, name: object) -> bool:
+        if name not in self._outputs:
+            raise undeclared(str(name), self._outputs, self._owner)
+        return super().__contains__(name)
+
+
+class UndeclaredLogits:
+    """Stands for the logits of a network of which only features were declared; any use of them raises."""
+
+    def __init__(self, outputs: Sequence[str], owner: str) -> None:
+        self._outputs, self._owner = outputs, owner
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # copying and pickling ask for special methods
+            raise AttributeError(name)
+        raise undeclared("logits", self._outputs, self._owner)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        (own, *_) = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, cls)]
+        raise undeclared("logits", own._outputs, own._owner)
+
+
+def undeclared(name: str, outputs: Sequence[str], owner: str) -> UndeclaredOutputError:
+    """The error for reading the output `name` of a network of which only `outputs` were declared."""
+    return UndeclaredOutputError(
+        f"{owner}: {name!r} is read, but only {', '.join(map(repr, outputs)) or 'nothing'} is declared; add it to "
+        "teacher_outputs, or to add_frozen's outputs"
+    )
+
+
+def declared(
+    output: tuple[Any, Mapping[str, Any]], outputs: Sequence[str], owner: str
+) -> tuple[Tensor, dict[str, Any]]:
+    """A network's (logits, features), restricted to the declared `outputs`."""
+    logits, features = output
+    seen: Any = logits if "logits" in outputs else UndeclaredLogits(outputs, owner)
+    return seen, DeclaredFeatures(features, outputs, owner)

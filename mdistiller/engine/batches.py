@@ -1,0 +1,92 @@
+"""Named batches: what a loader yields, as the tensors that a method asks for, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ..dataset.batch import fields_of, named_batch
+from ..dataset.contrastive import ContrastiveSampler
+from ..distillers import Distiller
+from ..errors import UserError
+from ..registry import Registry, unknown_name
+
+Fields = dict[str, Tensor]
+
+# A field that the trainer itself can provide -> function of (loader, device, cfg): a function of (fields, epoch).
+field_dict = Registry("field of the batch")
+
+
+@field_dict.register("contrastive_index")
+def contrastive_index(loader: Any, device: torch.device, cfg: CN) -> Callable[[Fields, int], Tensor]:
+    """(B, K + 1) int64: a positive and K negatives of each image, drawn from (seed, epoch, index).
+
+    Raises:
+        UserError: the loader does not tell its `targets`, (N,) labels of all images.
+    """
+    targets = getattr(loader, "targets", None)
+    if targets is None:
+        raise UserError(
+            f"contrastive_index is drawn from the labels of all images, but {type(loader).__name__} has no `targets`; "
+            "set that attribute of the training loader to the (N,) labels, or let the loader yield contrastive_index"
+        )
+    sampler = ContrastiveSampler(targets, cfg.CRD.NCE.K, cfg.CRD.MODE, cfg.EXPERIMENT.SEED).to(device)
+    return lambda fields, epoch: sampler(fields["index"], epoch)
+
+
+class BatchReader:
+    """Turns the batches of a training loader into named tensors, and adds the fields that only the trainer provides.
+
+    Args:
+        distiller: its `needs_batch` is checked.
+        loader: what it yields is named by its `fields`, or by its dictionaries; see `dataset.batch`.
+        device: where the tensors are moved.
+        cfg: the whole configuration tree.
+
+    Raises:
+        UserError: nobody provides a field that the method needs; the message suggests near names.
+    """
+
+    def __init__(self, distiller: Distiller, loader: Any, device: torch.device, cfg: CN) -> None:
+        self.method, self.needs = type(distiller).__name__, distiller.needs_batch
+        self.fields, self.device = fields_of(loader), device
+        self.contiguous = not cfg.SOLVER.CHANNELS_LAST
+        missing = [name for name in self.needs if name not in self.fields]
+        if any(name not in field_dict for name in missing) and not hasattr(loader, "fields"):
+            # It may yield dictionaries, whose names only a batch tells.
+            self.fields = tuple(dict.fromkeys((*self.fields, *_names_of_first(loader))))
+            missing = [name for name in self.needs if name not in self.fields]
+        for name in missing:
+            if name not in field_dict:
+                known = [*self.fields, *field_dict]
+                raise unknown_name(f"field of the batch ({self.method}.needs_batch)", name, known)
+        self.added = {name: field_dict[name](loader, device, cfg) for name in missing}
+
+    def __call__(self, batch: Any, epoch: int) -> Fields:
+        """The tensors of a batch by name.
+
+        Raises:
+            UserError: a field that the method needs is not in it.
+        """
+        named = named_batch(batch, self.fields)
+        fields = {k: v.to(self.device, non_blocking=True) for k, v in named.items() if isinstance(v, Tensor)}
+        for name in ("image", "target", *self.needs):
+            if name not in fields and name not in self.added:
+                raise UserError(
+                    f"{self.method} needs the field {name!r} of the batch as a tensor; the loader's batch has "
+                    f"{', '.join(named) or 'none'}"
+                )
+        if self.contiguous:
+            fields["image"] = fields["image"].contiguous()
+        for name, make in self.added.items():
+            fields[name] = make(fields, epoch)
+        return fields
+
+
+def _names_of_first(loader: Any) -> list[str]:
+    first = next(iter(loader), None)
+    return list(first) if isinstance(first, Mapping) else []

@@ -1,0 +1,116 @@
+"""Named batches: by the loader's `fields`, by dictionaries, and the fields that the trainer adds."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mdistiller.distillers import CRD, Distiller
+from mdistiller.engine.batches import BatchReader
+from mdistiller.engine.cfg import CFG
+from mdistiller.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+class Needs:
+    """Stands for a distiller: all that is read of it is what it needs."""
+
+    def __init__(self, *names):
+        self.needs_batch = names
+
+
+class Images(Dataset):
+    """Eight images in one form: as tuples of `count` items, or as dictionaries."""
+
+    def __init__(self, count=3, named=False):
+        self.count, self.named = count, named
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        items = (torch.full((3, 4, 4), float(i)), i % 2, i, torch.full((3, 4, 4), -float(i)))[: self.count]
+        return dict(zip(("image", "target", "index", "image2"), items)) if self.named else items
+
+
+def loader(fields=None, targets=None, **options):
+    made = DataLoader(Images(**options), batch_size=4)
+    if fields:
+        made.fields = fields
+    if targets is not None:
+        made.targets = targets
+    return made
+
+
+def read(made, *needs, cfg=CFG):
+    return BatchReader(Needs(*needs), made, CPU, cfg)(next(iter(made)), 1)
+
+
+def test_tuples_hold_image_target_and_index():
+    fields = read(loader())
+    assert list(fields) == ["image", "target", "index"] and fields["index"].tolist() == [0, 1, 2, 3]
+    assert list(read(loader(count=2))) == ["image", "target"]
+
+
+def test_a_loader_names_its_fields():
+    four = ("image", "target", "index", "image2")
+    assert torch.equal(read(loader(fields=four, count=4), "image2")["image2"][1], torch.full((3, 4, 4), -1.0))
+    other = ("image2", "target", "index", "image")  # no place has a meaning of its own
+    assert read(loader(fields=other, count=4), "image2")["image"][1, 0, 0, 0] == -1
+
+
+def test_a_fourth_item_without_a_name_is_refused():
+    with pytest.raises(
+        UserError, match=r"a batch has 4 items, but its loader names 3 \(image, target, index\).*`fields`"
+    ):
+        read(loader(count=4))
+
+
+def test_dictionaries_need_no_names():
+    fields = read(loader(count=4, named=True), "image2", "index")
+    assert fields["image2"][2, 0, 0, 0] == -2 and fields["index"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_field_that_nobody_provides_is_refused_with_the_near_names(named):
+    made = loader(count=3, named=named)
+    with pytest.raises(
+        UserError, match=r"unknown field of the batch \(Needs.needs_batch\) 'image2'; did you mean image"
+    ):
+        BatchReader(Needs("image2"), made, CPU, CFG)
+    with pytest.raises(UserError, match="'contrastiv_index'; did you mean contrastive_index"):
+        BatchReader(Needs("contrastiv_index"), made, CPU, CFG)
+
+
+def test_a_batch_without_a_needed_field_is_refused_by_name():
+    with pytest.raises(
+        UserError, match=r"Needs needs the field 'index' of the batch as a tensor; .* has image, target"
+    ):
+        read(loader(count=2), "index")
+
+
+def crd_config(k=3):
+    cfg = CFG.clone()
+    cfg.CRD.NCE.K = k
+    return cfg
+
+
+def test_contrastive_index_is_drawn_where_the_loader_has_none():
+    targets = torch.arange(8) % 2
+    drawn = read(loader(targets=targets), *CRD.needs_batch, cfg=crd_config())["contrastive_index"]
+    assert drawn.shape == (4, 4) and drawn[:, 0].tolist() == [0, 1, 2, 3]
+    assert all((targets[row[1:]] != targets[row[0]]).all() for row in drawn)
+
+
+def test_contrastive_index_of_the_loader_is_kept():
+    made = loader(fields=("image", "target", "index", "contrastive_index"), count=4)
+    assert read(made, *CRD.needs_batch)["contrastive_index"].shape == (4, 3, 4, 4)
+
+
+def test_contrastive_index_needs_the_labels_of_all_images():
+    with pytest.raises(UserError, match="DataLoader has no `targets`"):
+        BatchReader(Needs("contrastive_index"), loader(), CPU, CFG)
+
+
+def test_a_distiller_needs_image_and_target_alone():
+    assert Distiller.needs_batch == ()
