@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +20,6 @@ from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, POSITIVE
 from ..registry import unknown_name
 from ._base import Distiller, Losses, distiller_dict, register
-from ._declared import declared
 from .facts import RunFacts
 from .KD import kd_loss
 
@@ -86,17 +86,24 @@ class DCGD(Distiller):
         self._take_over(self.method)
 
     def _take_over(self, method: Distiller) -> None:
-        """Share the networks with the base method, and make its needs those of DCGD."""
+        """Share the networks with the base method, and make its needs those of DCGD.
+
+        Raises:
+            UserError: the base method deploys another network than its student, which is then not DCGD's plain head.
+        """
+        if method.main_network() is not method.student:
+            name, deployed = type(method).__name__, type(method.main_network()).__name__
+            raise UserError(f"DCGD.BASE: {name} deploys a {deployed}, not its student, which is DCGD's plain head")
         method.borrow_networks()  # so that each network is in the state dict once
         # The base method and the branches share one forward pass of the teacher.
         self._teacher_once = _Once(self.teacher)
         method.run_frozen_by("teacher", self._teacher_once)
         for attribute in ("needs_batch", "teacher_in_train_mode", "compares_images", "compares_maps"):
             setattr(self, attribute, getattr(method, attribute))
-        self.untrained = tuple(f"method.{name}" for name in method.untrained)
+        self.untrained = tuple(map(_name_in_dcgd, method.untrained))
         outputs = method.frozen["teacher"]
         self.teacher_outputs = None if outputs is None else tuple(dict.fromkeys(("logits", *outputs)))
-        others = {f"method.{name}": own for name, own in method.frozen.items() if name != "teacher"}
+        others = {_name_in_dcgd(name): own for name, own in method.frozen.items() if name != "teacher"}
         self.frozen = {"teacher": self.teacher_outputs, **others}
         # In a tuple, as it has no weights of its own.
         self._mean_head = (_MeanHead(self.student),)
@@ -132,10 +139,11 @@ class DCGD(Distiller):
 
     def _branches_teacher(self, image: Tensor) -> Tensor:
         """The teacher's logits (B, C) in eval mode; the base method's, if its teacher is in eval mode."""
-        if not self.teacher_in_train_mode:
-            return declared(self._teacher_once(image), ("logits",), "DCGD's teacher")[0]
-        with eval_mode(self.teacher):
-            return self.teacher(image)[0]
+        if self.teacher_in_train_mode:
+            with eval_mode(self.teacher):
+                return self.teacher(image)[0]
+        with torch.no_grad():
+            return self._teacher_once(image)[0]
 
     @classmethod
     def config_sections(cls, cfg: CN) -> set[str]:
@@ -179,6 +187,12 @@ class DCGD(Distiller):
     def network_to_save(self, name: str) -> nn.Module:
         """The whole student: tools/eval.py scores each of its heads, tools/export_head.py writes the plain one."""
         return self.student
+
+
+def _name_in_dcgd(name: str) -> str:
+    """The name within DCGD of a submodule or parameter of its base method."""
+    first, dot, rest = name.partition(".")
+    return {"student": "student.base", "teacher": "teacher"}.get(first, f"method.{first}") + dot + rest
 
 
 class _MeanHead(nn.Module):

@@ -87,7 +87,7 @@ class Step:
             UserError: in the first step, see `_check_gradients`.
         """
         if self.frozen is not None:
-            self.frozen.check()
+            self.frozen.check(thoroughly=number <= 2)  # in every epoch: what one step changes, the next one sees
         self.nan_policy.begin_step()
         images = len(batch["target"])
         sums: dict[str, Tensor] = {}

@@ -215,7 +215,7 @@ def test_every_head_saves_the_whole_student(groups_file):
 def test_needs_and_frozen_networks_of_the_base_method_are_those_of_dcgd(groups_file):
     class Assisted(Distiller):
         needs_batch = ("index",)
-        untrained = ("scale",)
+        untrained = ("scale", "student.fc")
 
         def __init__(self, student, teacher, cfg):
             super().__init__(student, teacher)
@@ -231,7 +231,7 @@ def test_needs_and_frozen_networks_of_the_base_method_are_those_of_dcgd(groups_f
         distiller = small("DCGD", groups_file, DCGD__BASE="ASSISTED")
     finally:
         del distiller_dict["ASSISTED"]
-    assert distiller.needs_batch == ("index",) and distiller.untrained == ("method.scale",)
+    assert distiller.needs_batch == ("index",) and distiller.untrained == ("method.scale", "student.base.fc")
     assert distiller.frozen == {"teacher": None, "method.assistant": ("logits",)}
     assert not distiller.train().method.assistant.training
     calls = []
@@ -239,6 +239,23 @@ def test_needs_and_frozen_networks_of_the_base_method_are_those_of_dcgd(groups_f
     distiller.run_frozen_by("method.assistant", lambda image: calls.append(0) or network_itself(image))
     distiller(**batch())
     assert calls == [0]
+
+
+def test_a_base_method_that_deploys_another_network_is_refused(groups_file):
+    class Projected(Distiller):
+        def __init__(self, student, teacher, cfg):
+            super().__init__(student, teacher)
+            self.deployed = torch.nn.Sequential(student)
+
+        def deployments(self):
+            return {"student": self.deployed}
+
+    distiller_dict["PROJECTED"] = Projected
+    try:
+        with pytest.raises(UserError, match=r"DCGD.BASE: Projected deploys a Sequential, not its student"):
+            small("DCGD", groups_file, DCGD__BASE="PROJECTED")
+    finally:
+        del distiller_dict["PROJECTED"]
 
 
 def test_no_gradient_reaches_the_teacher_and_its_state_stays(groups_file):

@@ -19,7 +19,6 @@ from .cache import TeacherCache, require_cacheable
 from .fold_batchnorm import fold_batchnorm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Weights = tuple[tuple[int, int], ...]
 
 
 class FrozenNetworks:
@@ -43,7 +42,7 @@ class FrozenNetworks:
     def __init__(self, distiller: Distiller, loader: Any, cfg: CN) -> None:
         self.distiller = distiller
         self.cache: TeacherCache | None = None
-        self._copied: dict[str, tuple[nn.Module, Weights]] = {}
+        self._copied: dict[str, _Original] = {}
         self._hooks_checked = False
         self._precision = _Precision(cfg.SOLVER.AMP)
         if cfg.DISTILLER.TEACHER_CACHE:
@@ -56,7 +55,7 @@ class FrozenNetworks:
             if name == "teacher" and cfg.DISTILLER.TEACHER_CACHE:
                 runner = self.cache = _cache(network, runner, outputs or (), loader, cfg)
             if outputs is not None:
-                self._copied[name] = network, _weights(network)
+                self._copied[name] = _Original(network)
             distiller.run_frozen_by(name, runner)
 
     def _runner(self, network: nn.Module, outputs: Sequence[str] | None, cfg: CN) -> Callable[[Tensor], Any]:
@@ -69,27 +68,46 @@ class FrozenNetworks:
         dtype = self._precision.dtype
         return HalfPrecision(folded or network, dtype, self._precision.full_output) if dtype else folded or network
 
-    def check(self) -> None:
+    def check(self, thoroughly: bool = True) -> None:
         """Before a step: run a network itself from now on if its weights have changed or, at the first step, for hooks.
+
+        Args:
+            thoroughly: also see changes that autograd does not, through `.data`. This reads every weight.
 
         Raises:
             UserError: the cache's network has changed.
         """
-        for name, (network, weights) in list(self._copied.items()):
-            changed = _weights(network) != weights
-            if not changed and (self._hooks_checked or not has_hooks(network)):
+        for name, original in list(self._copied.items()):
+            changed = original.has_changed(thoroughly)
+            if not changed and (self._hooks_checked or not has_hooks(original.network)):
                 continue
             if name == "teacher" and self.cache is not None:
                 what = "its weights change during training" if changed else "it has hooks, which stored outputs skip"
                 raise UserError(f"DISTILLER.TEACHER_CACHE stores the teacher's outputs, but {what}; leave it empty")
             del self._copied[name]
-            self.distiller.run_frozen_by(name, self._precision.around(network))
+            self.distiller.run_frozen_by(name, self._precision.around(original.network))
         self._hooks_checked = True
 
 
-def _weights(network: nn.Module) -> Weights:
-    """Place and version of every parameter and buffer: another value where one was replaced, or changed in place."""
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in (*network.parameters(), *network.buffers()))
+class _Original:
+    """A network of which a copy was made, and the state of its weights at that time."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.versions, self.sums = self._versions(), self._sums()
+
+    def has_changed(self, thoroughly: bool) -> bool:
+        """Whether a weight was replaced or changed in place; `thoroughly`, also behind autograd's back."""
+        return self._versions() != self.versions or (thoroughly and self._sums() != self.sums)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.network.parameters(), *self.network.buffers()]
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors()]
+
+    def _sums(self) -> list[float]:
+        return torch.stack([tensor.detach().double().sum() for tensor in self._tensors()]).tolist()
 
 
 def _example(network: nn.Module, cfg: CN) -> Tensor:

@@ -271,13 +271,27 @@ def test_copies_carry_no_hooks():
     assert seen == [] and not has_hooks(runner)
 
 
-def test_a_frozen_network_that_changes_runs_itself():
+def in_place(bias):
+    with torch.no_grad():
+        bias.add_(1.0)
+
+
+def behind_autograd(bias):
+    bias.data.add_(1.0)
+
+
+def replaced(bias):
+    bias.data = bias.data + 1.0
+
+
+@pytest.mark.parametrize("change", [in_place, behind_autograd, replaced])
+def test_a_frozen_network_that_changes_runs_itself(change):
+    """A moving average of the student, say; in each of the ways in which such updates are written."""
     model = Reads(["logits"])
     frozen = FrozenNetworks(model, loader(), config())
     frozen.check()
     assert model._runners["teacher"] is not model.teacher
-    with torch.no_grad():
-        model.teacher.fc.bias.add_(1.0)
+    change(model.teacher.fc.bias)
     frozen.check()
     assert torch.equal(model.teacher_forward(IMAGE)[0], model.teacher(IMAGE)[0].detach())
 
