@@ -133,7 +133,7 @@ REFUSED = {
     "CRD.FEAT.DIM": ("0", "a whole number >= 1, not 0"),
     "DCGD.TEMPERATURE": ("0", "positive and finite, not 0.0"),
     "SOLVER.LR_DECAY_STAGES": ("[3, -1]", r"a list of values, each >= 0 and finite, not \[3, -1\]"),
-    "SOLVER.BETAS": ("[0.9]", r"a list of 2 values, each in \[0, 1\), not \[0.9\]"),
+    "SOLVER.BETAS": ("[0.9]", r"two numbers in \[0, 1\), not \[0.9\]"),
     "SOLVER.EPOCHS": (str(10**30), r"a whole number >= 1, not 1e\+30"),
 }
 
