@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..console import one_line_errors
-from ..engine.files.checkpoint import load_checkpoint, model_state, save_checkpoint
+from ..engine.files.checkpoint import load_checkpoint, marks, model_state, save_checkpoint
 from ..engine.files.safetensors_file import SUFFIX, write_safetensors
 from ..errors import UserError
 from ._arguments import command_parser
@@ -31,13 +31,14 @@ def convert(source: Path, target: Path) -> str:
     Raises:
         UserError: no such file, no weights in it, or `target` is the same file or cannot be written.
     """
-    state = model_state(load_checkpoint(source), source)
+    checkpoint = load_checkpoint(source)
+    state = model_state(checkpoint, source)
     if target.exists() and target.samefile(source):
         raise UserError(f"{target} would be written over itself; name another file")
     if target.suffix == SUFFIX:
-        write_safetensors(state, target)
+        write_safetensors(state, target, marks(checkpoint))
     else:
-        save_checkpoint({"model": state}, target)
+        save_checkpoint({"model": state, **marks(checkpoint)}, target)
     return f"wrote {target}: {len(state)} tensors, {sum(tensor.numel() for tensor in state.values()):,} numbers"
 
 

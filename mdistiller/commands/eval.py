@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.nn as nn
+from torch import Tensor
 
 from ..console import one_line_errors
 from ..dataset import dataset_info, get_val_loader
@@ -84,17 +85,23 @@ def _deployed(
         )
     if groups:
         raise UserError("--groups goes with -m; without -m, the run's config.yaml says the groups")
-    distiller, cfg = load_deployed(Path(ckpt), device)
+    distiller, names, cfg = load_deployed(Path(ckpt), device)
     if dataset not in (None, cfg.DATASET.TYPE):
         raise UserError(f"{ckpt} was trained on {cfg.DATASET.TYPE}, not on {dataset}; leave out -d, or name -m")
-    names = list(distiller.deployments())
-    if head is None:
-        return distiller.deployments(), distiller.forward_heads, cfg.DATASET.TYPE
-    if len(names) == 1:
-        raise UserError(f"{ckpt} has one head; leave out --head {head}")
-    if head not in names:
-        raise unknown_name("head", head, names)
-    return distiller.deployments(), lambda image: {head: distiller.forward_heads(image)[head]}, cfg.DATASET.TYPE
+    networks = {name: network for name, network in distiller.deployments().items() if name in names}
+    if len(distiller.deployments()) == 1:
+        if head is not None:
+            raise UserError(f"{ckpt} has one head; leave out --head {head}")
+        return networks, distiller.forward_heads, cfg.DATASET.TYPE
+    if head is not None and head not in names:
+        raise unknown_name(f"head of {ckpt}", head, names)
+    scored = names if head is None else [head]
+
+    def heads(image: Tensor) -> dict[str, Tensor]:
+        logits = distiller.forward_heads(image)
+        return {name: logits[name] for name in scored}
+
+    return networks, heads, cfg.DATASET.TYPE
 
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:

@@ -68,7 +68,10 @@ class FitNet(FeatureDistiller):
         self.guided, self.hint = _layers(cfg, len(maps_s), len(maps_t))
         hint = maps_s[self.guided].shape, maps_t[self.hint].shape
         require_maps([hint], "FITNET")
-        self.conv_reg = ConvReg(*hint)
+        try:
+            self.conv_reg = ConvReg(*hint)
+        except ValueError as error:
+            raise ValueError(f"{error}; FITNET.HINT_LAYER or DISTILLER.PAIRS names other maps") from None
 
     def get_learnable_parameters(self) -> list[nn.Parameter | Group]:
         return super().get_learnable_parameters() + list(self.conv_reg.parameters())

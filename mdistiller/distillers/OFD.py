@@ -141,7 +141,7 @@ class OFD(FeatureDistiller):
         super().__init__(student, teacher, cfg.OFD)
         features = probe_pair(student, teacher, image_size or image_size_of(cfg))
         self.pairs = MapPairs(student, teacher, features, cfg, "OFD", ("preact_feats", "preact_feats"))
-        bns = _paired_batchnorms(teacher, self.pairs)
+        bns = _paired_batchnorms(student, teacher, self.pairs)
         channels_s, channels_t = ([shape[1] for shape in shapes] for shapes in zip(*self.pairs.shapes))
         self.connectors = ConnectorConvBN(channels_s, channels_t, cfg.OFD.CONNECTOR.KERNEL_SIZE)
         for i, bn in enumerate(bns):
@@ -176,8 +176,11 @@ class OFD(FeatureDistiller):
         return loss
 
 
-def _paired_batchnorms(teacher: nn.Module, pairs: MapPairs) -> list[nn.BatchNorm2d]:
+def _paired_batchnorms(student: nn.Module, teacher: nn.Module, pairs: MapPairs) -> list[nn.BatchNorm2d]:
     """The BatchNorm before the ReLU of each pair's map of the teacher; keeps the pairs that have one.
+
+    As in the original, there are also no more pairs than stages that both networks list in `get_stage_channels()`, of
+    which the first does not count.
 
     Raises:
         ValueError: see `OFD`.
@@ -187,6 +190,9 @@ def _paired_batchnorms(teacher: nn.Module, pairs: MapPairs) -> list[nn.BatchNorm
         raise ValueError(f"OFD needs a teacher with get_bn_before_relu(), its stages' last BatchNorms; {name} has none")
     bns: list[nn.BatchNorm2d] = teacher.get_bn_before_relu()  # type: ignore[operator]
     pairs.keep_deepest(len(bns), "OFD", f"{name} returns {len(bns)} BatchNorms before the ReLU")
+    listed = [len(net.get_stage_channels()) - 1 for net in (student, teacher) if hasattr(net, "get_stage_channels")]  # type: ignore[operator]
+    if listed and not pairs.configured:
+        pairs.keep_deepest(min(listed), "OFD", "get_stage_channels() lists no stage")
     paired = [bns[j - pairs.counts[1]] for _, j in pairs.indices]  # the last BatchNorm belongs to the last map
     widths = [len(bn.weight) for bn in paired]
     channels_s, channels_t = ([shape[1] for shape in shapes] for shapes in zip(*pairs.shapes))

@@ -120,6 +120,10 @@ class Distiller(nn.Module):
         super().__init_subclass__(**kwargs)
         if "teacher_outputs" not in cls.__dict__:
             cls.teacher_outputs = None
+        for name in ("needs_run", "needs_batch", "teacher_outputs", "untrained"):
+            value = getattr(cls, name)
+            if not (isinstance(value, (tuple, list)) or (value is None and name == "teacher_outputs")):
+                raise TypeError(f'{cls.__name__}.{name} must be a tuple of names, such as ("index",), not {value!r}')
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()

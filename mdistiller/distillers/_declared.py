@@ -33,6 +33,12 @@ class DeclaredFeatures(dict[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if self._has(name) else default
 
+    def pop(self, name: str, *default: Any) -> Any:
+        return super().pop(name, *default) if self._has(name) or default else self[name]
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        return self[name] if self._has(name) else super().setdefault(name, default)
+
     def __contains__(self, name: object) -> bool:
         return self._has(name)
 
@@ -55,8 +61,18 @@ class UndeclaredLogits:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        (own, *_) = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, cls)]
+        values = [*args, *(kwargs or {}).values()]
+        values += [item for value in values if isinstance(value, (list, tuple)) for item in value]
+        own = next(value for value in values if isinstance(value, cls))
         raise undeclared("logits", own._outputs, own._owner)
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise undeclared("logits", self._outputs, self._owner)
+
+    # Python looks operators up on the class, past __getattr__.
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __neg__ = __abs__ = __getitem__ = __len__ = __iter__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __float__ = _refuse
 
 
 def undeclared(name: str, outputs: Sequence[str], owner: str) -> UndeclaredOutputError:

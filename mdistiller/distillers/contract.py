@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn as nn
 from yacs.config import CfgNode as CN
 
+from ..console import one_line
 from ..errors import UserError
 from ..models.eval_mode import eval_mode
-from ..models.parameters import flat_parameters
+from ..models.parameters import Group, flat_parameters
 from ._base import Distiller, logits_of
 
 
@@ -23,7 +26,7 @@ def check_distiller(distiller: Distiller, cfg: CN) -> None:
     Raises:
         UserError: names the method, what is wrong, and how to declare it.
     """
-    _check_parameters(distiller)
+    check_parameters(distiller)
     _check_frozen(distiller)
     _check_deployments(distiller)
     if cfg.DISTILLER.PAIRS and not distiller.compares_maps:
@@ -33,8 +36,24 @@ def check_distiller(distiller: Distiller, cfg: CN) -> None:
         )
 
 
-def _check_parameters(distiller: Distiller) -> None:
-    """Every parameter that requires a gradient is learnable, or declared as untrained."""
+def learnable_parameters(distiller: Distiller) -> list[nn.Parameter | Group]:
+    """What the optimizer updates: `get_learnable_parameters()` without what the method names as untrained."""
+    untrained = {id(p) for key, p in distiller.named_parameters() if _belongs(key, distiller.untrained)}
+    learnable: list[nn.Parameter | Group] = []
+    for entry in distiller.get_learnable_parameters():
+        if isinstance(entry, dict):
+            learnable.append({**entry, "params": [p for p in entry["params"] if id(p) not in untrained]})
+        elif id(entry) not in untrained:
+            learnable.append(entry)
+    return learnable
+
+
+def check_parameters(distiller: Distiller) -> None:
+    """Every parameter that requires a gradient is learnable, or declared as untrained.
+
+    Raises:
+        UserError: naming those that are neither.
+    """
     method = type(distiller).__name__
     learnable = set(map(id, flat_parameters(distiller.get_learnable_parameters())))
     parameters = dict(distiller.named_parameters())
@@ -43,7 +62,7 @@ def _check_parameters(distiller: Distiller) -> None:
     if left_out:
         raise UserError(
             f"{method}: {_few(left_out)} would not be trained; return them in get_learnable_parameters(), or name them "
-            "in the class attribute `untrained`"
+            "in the class attribute `untrained`; a frozen network is added by add_frozen(NAME, network)"
         )
     unknown = [name for name in distiller.untrained if not any(_belongs(key, (name,)) for key in parameters)]
     if unknown:
@@ -76,9 +95,14 @@ def _check_deployments(distiller: Distiller) -> None:
             "is saved, averaged and costed. Define deployments(), which returns the deployed networks by name, such as "
             '{"student": self.deployed}, instead of forward_test'
         )
-    networks = distiller.deployments()
-    if not networks or not all(isinstance(network, nn.Module) for network in networks.values()):
-        raise UserError(f"{name}.deployments() must return networks by name, it returns {networks!r}")
+    networks: Any = distiller.deployments()
+    if not (isinstance(networks, Mapping) and networks and all(isinstance(n, nn.Module) for n in networks.values())):
+        raise UserError(f"{name}.deployments() must return networks by name, it returns {one_line(networks, 100)}")
+    unfit = [key for key in networks if not re.fullmatch(r"[\w.-]+", str(key)) or key == "ema"]
+    if unfit:
+        raise UserError(
+            f"{name}.deployments(): {unfit[0]!r} cannot be part of a file's name, or is SOLVER.EMA's; take another one"
+        )
     again = distiller.deployments()
     if any(again.get(key) is not network for key, network in networks.items()):
         raise UserError(f"{name}.deployments() must return the same networks at every call; build them in __init__")

@@ -44,17 +44,17 @@ class RunFacts:
         info = dataset_dict[cfg.DATASET.TYPE]
         targets = getattr(train_loader, "targets", None)
 
-        def of_loader(name: str) -> tuple[Any, ...] | None:
-            return tuple(getattr(train_loader, name, None) or ()) or None
+        def of_data(name: str) -> tuple[Any, ...] | None:
+            return tuple(getattr(train_loader, name, None) or getattr(info, name, None) or ()) or None
 
         return cls(
             num_data=None if targets is None else len(targets),
             num_classes=info.num_classes,
-            class_names=of_loader("class_names"),
+            class_names=of_data("class_names"),
             image_size=info.image_size,
             epochs=cfg.SOLVER.EPOCHS,
-            mean=of_loader("mean"),
-            std=of_loader("std"),
+            mean=of_data("mean"),
+            std=of_data("std"),
         )
 
     def named(self, names: Iterable[str], method: str) -> dict[str, Any]:

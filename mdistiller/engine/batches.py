@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,17 +17,22 @@ from ..registry import Registry, unknown_name
 
 Fields = dict[str, Tensor]
 
-# A field that the trainer itself can provide -> function of (loader, device, cfg): a function of (fields, epoch).
+# A field that the trainer itself can provide -> function of (loader, names of its fields, device, cfg): a function of
+# (fields, epoch).
 field_dict = Registry("field of the batch")
 
 
 @field_dict.register("contrastive_index")
-def contrastive_index(loader: Any, device: torch.device, cfg: CN) -> Callable[[Fields, int], Tensor]:
+def contrastive_index(
+    loader: Any, fields: Sequence[str], device: torch.device, cfg: CN
+) -> Callable[[Fields, int], Tensor]:
     """(B, K + 1) int64: a positive and K negatives of each image, drawn from (seed, epoch, index).
 
     Raises:
-        UserError: the loader does not tell its `targets`, (N,) labels of all images.
+        UserError: the loader does not tell its `targets`, (N,) labels of all images, or a batch has no `index`.
     """
+    if "index" not in fields:
+        raise UserError(f"contrastive_index is drawn for each image's index, but a batch has only {', '.join(fields)}")
     targets = getattr(loader, "targets", None)
     if targets is None:
         raise UserError(
@@ -55,16 +60,14 @@ class BatchReader:
         self.method, self.needs = type(distiller).__name__, distiller.needs_batch
         self.fields, self.device = fields_of(loader), device
         self.contiguous = not cfg.SOLVER.CHANNELS_LAST
+        if self.needs and not hasattr(loader, "fields"):
+            self.fields = _fields_of_first(loader, self.fields)
         missing = [name for name in self.needs if name not in self.fields]
-        if any(name not in field_dict for name in missing) and not hasattr(loader, "fields"):
-            # It may yield dictionaries, whose names only a batch tells.
-            self.fields = tuple(dict.fromkeys((*self.fields, *_names_of_first(loader))))
-            missing = [name for name in self.needs if name not in self.fields]
         for name in missing:
             if name not in field_dict:
                 known = [*self.fields, *field_dict]
                 raise unknown_name(f"field of the batch ({self.method}.needs_batch)", name, known)
-        self.added = {name: field_dict[name](loader, device, cfg) for name in missing}
+        self.added = {name: field_dict[name](loader, self.fields, device, cfg) for name in missing}
 
     def __call__(self, batch: Any, epoch: int) -> Fields:
         """The tensors of a batch by name.
@@ -87,6 +90,9 @@ class BatchReader:
         return fields
 
 
-def _names_of_first(loader: Any) -> list[str]:
-    first = next(iter(loader), None)
-    return list(first) if isinstance(first, Mapping) else []
+def _fields_of_first(loader: Any, fields: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of what a loader without `fields` yields, by its first batch; `fields` for one that has one pass."""
+    iterator = iter(loader)
+    if iterator is loader:
+        return fields
+    return tuple(named_batch(next(iterator, {}), fields)) or fields

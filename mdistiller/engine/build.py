@@ -19,9 +19,18 @@ from ..grouping import load_groups
 from ..models import build_model, cifar_model_dict, imagenet_model_dict, teacher_checkpoint, tiny_imagenet_model_dict
 from ..models.cost import network_cost
 from ..models.grouped import GroupedStudent
-from ..registry import Registry
+from ..registry import Registry, unknown_name
 from .cfg import load_cfg
-from .files.checkpoint import DEPLOYED, distiller_state, is_of_run, load_checkpoint, load_state, model_state
+from .files.checkpoint import (
+    DEPLOYED,
+    HEAD,
+    distiller_state,
+    is_of_run,
+    load_checkpoint,
+    load_state,
+    marks,
+    model_state,
+)  # fmt: skip
 from .run_name import experiment_name
 from .runtime.device import pick_device
 from .runtime.seeds import seed_everything
@@ -67,15 +76,13 @@ def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "", 
 
 def _held_instead(content: Any, state: Mapping[str, Any]) -> str:
     """What a checkpoint holds that is not the plain network of its run, and what to do with it; else nothing."""
-    by_run = "leave out -m, so that tools/eval.py reads the run's config.yaml"
     if any(key.startswith("branches.") for key in state):
         return (
-            f"a student that DCGD grouped: add --groups with DCGD.GROUPS of its run, or {by_run}, or take its plain "
-            "head from tools/export_head.py"
+            "a student that DCGD grouped: add --groups with DCGD.GROUPS of its run, or take its plain head from "
+            "tools/export_head.py; tools/eval.py without -m reads the groups from the run's config.yaml"
         )
-    if isinstance(content, Mapping) and DEPLOYED in content:
-        return f"the {content[DEPLOYED]} that its run deploys: {by_run}"
-    return ""
+    deployed = marks(content).get(DEPLOYED)
+    return f"the {deployed} that its run deploys, which tools/eval.py without -m scores" if deployed else ""
 
 
 def load_trained(dataset: str, model: str, ckpt: str = "pretrain", groups: str = "", device: str = "auto") -> nn.Module:
@@ -114,17 +121,21 @@ def build_distiller(cfg: CN, facts: RunFacts, trained: bool = True) -> Distiller
 
 def untrained_distiller(cfg: CN) -> Distiller:
     """The distiller of a run for what does not depend on its data: its networks, their names and their cost."""
-    return build_distiller(cfg, replace(RunFacts.of(cfg), num_data=1), trained=False)
+    facts = RunFacts.of(cfg)
+    names = tuple(map(str, range(facts.num_classes)))
+    mean, std = facts.mean or (0.0, 0.0, 0.0), facts.std or (1.0, 1.0, 1.0)
+    return build_distiller(cfg, replace(facts, num_data=1, class_names=names, mean=mean, std=std), trained=False)
 
 
-def load_deployed(ckpt: Path, device: str = "auto") -> tuple[Distiller, CN]:
-    """The method of a run whose main network has the weights of one of the run's checkpoints, in eval mode.
+def load_deployed(ckpt: Path, device: str = "auto") -> tuple[Distiller, list[str], CN]:
+    """The method of a run, in eval mode, with the weights of one of the run's checkpoints.
 
     Args:
         ckpt: `student_best`, `best`, ...; config.yaml lies beside it.
 
     Returns:
-        The distiller, which scores as it did in the run, and the run's configuration.
+        The distiller; the names of the deployments whose weights it has: of all from a whole run's checkpoint, else of
+        those that the file holds; and the run's configuration.
 
     Raises:
         UserError: no config.yaml, or a checkpoint of another network.
@@ -133,14 +144,22 @@ def load_deployed(ckpt: Path, device: str = "auto") -> tuple[Distiller, CN]:
     if not source.is_file():
         raise UserError(f"no config.yaml next to {ckpt} says which network it holds; name it, such as -m resnet20")
     cfg = load_cfg(source)
-    distiller = untrained_distiller(cfg)
-    network, content = distiller.main_network(), load_checkpoint(ckpt)
+    distiller, content = untrained_distiller(cfg), load_checkpoint(ckpt)
+    names = list(distiller.deployments())
     if is_of_run(content):
-        state, own = distiller_state(content, ckpt), _names_within(distiller, network)
-        load_state(network, {name: state[key] for name, key in own.items() if key in state}, ckpt)
+        state = distiller_state(content, ckpt)
+        for name in names:
+            network = distiller.network_to_save(name)
+            own = _names_within(distiller, network)
+            load_state(network, {key: state[full] for key, full in own.items() if full in state}, ckpt)
     else:
+        held = marks(content).get(HEAD, names[0])
+        if held not in names:
+            raise unknown_name(f"deployment in {ckpt}", held, names)
+        network = distiller.network_to_save(held)
         load_state(network, model_state(content, ckpt), ckpt)
-    return distiller.to(pick_device(device)).eval(), cfg
+        names = [name for name in names if distiller.network_to_save(name) is network]
+    return distiller.to(pick_device(device)).eval(), names, cfg
 
 
 def _names_within(distiller: Distiller, network: nn.Module) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ..distributed.ranks import Ranks
 from ..errors import UserError
 from .ema import EMA
 from .epoch_state import EpochState
-from .files.checkpoint import DEPLOYED, SaveError, load_state, save_checkpoint, strip_module
+from .files.checkpoint import DEPLOYED, HEAD, SaveError, load_state, save_checkpoint, strip_module
 from .files.run_folder import newest_whole, prune
 from .nan_watch import NanPolicy, NonFiniteLossError
 from .runtime.seeds import random_state, set_random_state
@@ -74,10 +74,11 @@ class RunState:
 
     def _deployment(self, head: str) -> dict[str, Any]:
         """The content of a `student_*` file: the weights of the deployment that a head scores, or of the EMA."""
-        is_deployment = head in self.distiller.deployments()
-        network = self.distiller.network_to_save(head) if is_deployment else self.distiller.main_network()
+        networks = self.distiller.deployments()
+        name = head if head in networks else next(iter(networks))
+        network = self.distiller.network_to_save(name)
         saved = self.ema.network if self.ema is not None and head == "ema" else network
-        return {"model": saved.state_dict()} | self._deployed(network)
+        return {"model": saved.state_dict(), **self._deployed(network), **({HEAD: name} if len(networks) > 1 else {})}
 
     def _deployed(self, network: nn.Module) -> dict[str, str]:
         """What a checkpoint says of the network that is deployed; nothing if that is the student alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -11,7 +12,7 @@ from yacs.config import CfgNode as CN
 
 from ..console import warn
 from ..distillers import Distiller
-from ..distillers.contract import gradient_gap, not_averaged
+from ..distillers.contract import check_parameters, gradient_gap, not_averaged
 from ..distributed.data_parallel import averaging, data_parallel, is_data_parallel
 from ..distributed.ranks import Ranks
 from ..errors import UserError
@@ -115,11 +116,12 @@ class Step:
         """In the first step: name the parameters that got no gradient.
 
         Raises:
-            UserError: there are some, and several ranks, which cannot average them.
+            UserError: there are some, and several ranks, which cannot average them; or the step has made a layer.
         """
         if self._gradients_checked:
             return
         self._gradients_checked = True
+        check_parameters(self.distiller)
         gap = gradient_gap(self.distiller, self.update.without_gradient())
         if gap and is_data_parallel(self.module):
             raise UserError(f"{gap}, and several processes cannot average what is not there; {_NO_GRADIENT}")
@@ -150,7 +152,7 @@ def split_batch(batch: Batch, parts: int, full: int = 0) -> list[Batch]:
     single image that is left joins the micro-batch before.
 
     Args:
-        batch: tensors or lists, one entry an image.
+        batch: tensors or lists, one entry an image; a field of another length goes whole into every micro-batch.
         full: number of images of a full batch; 0: this batch is one.
     """
     if parts == 1:
@@ -162,7 +164,13 @@ def split_batch(batch: Batch, parts: int, full: int = 0) -> list[Batch]:
     if size > 1 and images % size == 1 and len(starts) > 1:
         starts.pop()
     bounds = list(zip(starts, [*starts[1:], images]))
-    return [{name: field[start:end] for name, field in batch.items()} for start, end in bounds]
+    by_image = {name for name, field in batch.items() if _length(field) == images}
+    return [{n: field[start:end] if n in by_image else field for n, field in batch.items()} for start, end in bounds]
+
+
+def _length(field: Any) -> int:
+    """Number of entries; -1 for a number or a tensor ()."""
+    return -1 if isinstance(field, Tensor) and not field.ndim else len(field)
 
 
 def check_batch_size(distiller: Distiller, cfg: CN, world: int) -> None:

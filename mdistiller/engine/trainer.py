@@ -15,7 +15,7 @@ from yacs.config import CfgNode as CN
 
 from ..dataset.batch import fields_of, named_batch
 from ..distillers import Distiller
-from ..distillers.contract import check_distiller
+from ..distillers.contract import check_distiller, learnable_parameters
 from ..distributed.ranks import current_ranks
 from ..distributed.sync_batchnorm import synchronize_batchnorm
 from ..errors import UserError
@@ -74,7 +74,7 @@ class BaseTrainer:
         self.distiller = self._placed(distiller)
         self.train_loader, self.val_loader = self._own_share(train_loader), self._own_share(val_loader)
         self.prepare_batch = BatchReader(self.distiller, self.train_loader, self.device, cfg)
-        self.update = self.update_rule(self.distiller.get_learnable_parameters(), cfg)
+        self.update = self.update_rule(learnable_parameters(self.distiller), cfg)
         self.optimizer = self.update.optimizer
         self.ema = EMA(self.distiller.main_network(), cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
         policy = nan_policy_dict[cfg.SOLVER.NAN_POLICY]

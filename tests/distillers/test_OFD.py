@@ -165,3 +165,11 @@ def test_a_teacher_without_batchnorms_before_the_relu_is_refused():
     cfg = CN({"OFD": method_defaults["OFD"].clone()})
     with pytest.raises(ValueError, match=r"OFD needs a teacher with get_bn_before_relu\(\).* Plain has none"):
         OFD(cifar_model_dict["resnet8"][0](num_classes=10), Plain(), cfg)
+
+
+@pytest.mark.parametrize("student, teacher, stages", [("MobileNetV2", "ResNet50", 3), ("resnet8", "resnet14", 3)])
+def test_as_many_stages_as_the_original_lists(student, teacher, stages):
+    """ResNet50 lists four channels for its five maps, so that the original compares three stages."""
+    nets = [cifar_model_dict[name][0](num_classes=10) for name in (student, teacher)]
+    method = OFD(*nets, CN({"OFD": method_defaults["OFD"].clone()}))
+    assert len(method.connectors.connectors) == stages == min(len(net.get_stage_channels()) - 1 for net in nets)

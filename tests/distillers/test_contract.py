@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mdistiller.distillers import Distiller, distiller_dict
-from mdistiller.distillers.contract import check_distiller, check_scores, not_averaged
+from mdistiller.distillers.contract import check_distiller, check_scores, learnable_parameters, not_averaged
 from mdistiller.distillers.facts import RunFacts
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
@@ -140,6 +140,16 @@ class NoDeployment(Method):
         return {}
 
 
+class ListOfDeployments(Method):
+    def deployments(self):
+        return [self.student]
+
+
+class NamedLikeAFolder(Method):
+    def deployments(self):
+        return {"a/b": self.student}
+
+
 @pytest.mark.parametrize("method", [Method, DeclaredUntrained, WithGroups, DeploysIt, DeploysWithoutScoring])
 def test_methods_that_keep_the_contract(method):
     distiller = method()
@@ -163,6 +173,8 @@ def test_methods_that_keep_the_contract(method):
         (ThawsItsTeacher, r"ThawsItsTeacher: teacher.fc.weight, teacher.fc.bias would be trained"),
         (ScoresAnother, r"ScoresAnother overrides forward_test, but not deployments.* Define deployments\(\)"),
         (NewEveryTime, r"NewEveryTime.deployments\(\) must return the same networks at every call"),
+        (ListOfDeployments, r"ListOfDeployments.deployments\(\) must return networks by name"),
+        (NamedLikeAFolder, r"NamedLikeAFolder.deployments\(\): 'a/b' cannot be part of a file's name"),
         (NoDeployment, r"NoDeployment.deployments\(\) must return networks by name, it returns {}"),
     ],
 )
@@ -202,6 +214,29 @@ def test_frozen_networks_evaluate_without_gradients():
     logits, _ = distiller.frozen_forward("assistant", torch.randn(2, 3, 8, 8))
     assert logits.shape == (2, CLASSES) and not logits.requires_grad
     check_distiller(distiller, CFG)
+
+
+def test_what_is_untrained_is_not_learnable():
+    class Partly(Method):
+        untrained = ("student.fc", "layer.bias")
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def get_learnable_parameters(self):
+            return [*super().get_learnable_parameters(), {"params": list(self.layer.parameters()), "lr": 0.1}]
+
+    distiller = Partly()
+    check_distiller(distiller, CFG)
+    *plain, group = learnable_parameters(distiller)
+    assert list(map(id, plain)) == list(map(id, distiller.student.conv.parameters()))
+    assert group["params"] == [distiller.layer.weight] and group["lr"] == 0.1
+
+
+def test_a_text_in_place_of_names_is_a_type_error():
+    with pytest.raises(TypeError, match=r"Wrong\.needs_batch must be a tuple of names"):
+        type("Wrong", (Distiller,), {"needs_batch": "index"})
 
 
 def test_what_training_leaves_alone_is_outside_of_what_processes_average():

@@ -83,10 +83,13 @@ def test_a_field_that_nobody_provides_is_refused_with_the_near_names(named):
 
 
 def test_a_batch_without_a_needed_field_is_refused_by_name():
-    with pytest.raises(
-        UserError, match=r"Needs needs the field 'index' of the batch as a tensor; .* has image, target"
-    ):
-        read(loader(count=2), "index")
+    with pytest.raises(UserError, match=r"unknown field of the batch \(Needs.needs_batch\) 'index'"):
+        BatchReader(Needs("index"), loader(count=2), CPU, CFG)  # as its first batch shows
+    reader = BatchReader(Needs("index"), loader(), CPU, CFG)
+    with pytest.raises(UserError, match=r"Needs needs the field 'index' of the batch .* has image, target"):
+        reader(next(iter(loader(count=2))), 1)
+    with pytest.raises(UserError, match=r"drawn for each image's index, but a batch has only image, target"):
+        BatchReader(Needs("contrastive_index"), loader(count=2, targets=torch.zeros(8)), CPU, CFG)
 
 
 def crd_config(k=3):

@@ -1,5 +1,6 @@
 """`deployments()` is the one truth for what is scored, saved, averaged, costed and named: a SimKD-like method."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -100,14 +101,22 @@ def test_one_network_is_scored_saved_averaged_costed_and_named(trained, tmp_path
         None, str(folder / "student_best"), None, 64, device="cpu"
     )
 
-    # Exported: the whole network, not the student within it.
-    convert(folder / "student_latest", tmp_path / "out.safetensors")
-    assert load_checkpoint(tmp_path / "out.safetensors")["model"].keys() == own.keys()
+    # Exported: the whole network, not the student within it, and still named.
+    (tmp_path / "config.yaml").write_text((folder / "config.yaml").read_text())
+    for name in ("out.safetensors", "out.pth"):
+        convert(folder / "student_latest", tmp_path / name)
+        content = load_checkpoint(tmp_path / name)
+        assert content["model"].keys() == own.keys() and content["deployed"] == "Deployed"
+        assert top1(evaluate_checkpoint(None, str(tmp_path / name), None, 64, device="cpu"))[0] == pytest.approx(
+            last["student"], abs=0.005
+        )
+        with pytest.raises(UserError, match="it holds the Deployed"):
+            evaluate_checkpoint("resnet8", str(tmp_path / name), "digits", 64, device="cpu")
 
 
 def test_the_student_within_it_is_never_scored_in_its_place(trained):
     folder = trained[0].log_path
-    with pytest.raises(UserError, match=r"does not fit ResNet.*; it holds the Deployed .* leave out -m"):
+    with pytest.raises(UserError, match=r"does not fit ResNet.*; it holds the Deployed .* without -m scores"):
         evaluate_checkpoint("resnet8", str(folder / "student_best"), "digits", 64, device="cpu")
     for file in ("best", "latest"):
         with pytest.raises(UserError, match=rf"{file} belongs to a run that deploys a Deployed.* without -m"):
@@ -127,6 +136,49 @@ def test_the_run_resumes(trained, tmp_path):
     own, average = trainer.distiller.state_dict(), trainer.ema.network.state_dict()
     assert all(torch.equal(v, own[k]) for k, v in again.distiller.state_dict().items())
     assert all(torch.equal(v, average[k]) for k, v in again.ema.network.state_dict().items())
+
+
+class Peers(Distiller):
+    """Two networks that are trained and deployed."""
+
+    needs_teacher = False
+
+    def __init__(self, student, teacher=None, cfg=None):
+        super().__init__(student, nn.Identity())
+        self.peer = copy.deepcopy(student)
+        nn.init.normal_(self.peer.fc.weight)
+
+    def get_learnable_parameters(self):
+        return [*self.student.parameters(), *self.peer.parameters()]
+
+    def forward_train(self, image, target, **kwargs):
+        logits, peer = self.student(image)[0], self.peer(image)[0]
+        return logits, {"ce": F.cross_entropy(logits, target), "loss_peer": F.cross_entropy(peer, target)}
+
+    def deployments(self):
+        return {"student": self.student, "peer": self.peer}
+
+
+def test_each_file_scores_the_networks_that_it_holds(tmp_path):
+    distiller_dict["PEERS"] = Peers
+    try:
+        overrides = ["DISTILLER.TYPE", "PEERS", "DATASET.TRAIN_FRACTION", "0.1", "SOLVER.EPOCHS", "2"]
+        quiet = ["LOG.PREFIX", str(tmp_path), "LOG.WANDB", "False", "EXPERIMENT.DEVICE", "cpu"]
+        trainer = build_trainer(load_cfg("configs/digits/vanilla.yaml", [*overrides, *quiet]))
+        trainer.train()
+        folder, last, best = trainer.log_path, trainer.state.last_acc, trainer.state.best_acc
+        expected = {
+            "latest": [last["student"], last["peer"]],
+            "student_latest": [last["student"]],
+            "student_best_peer": [best["peer"]],
+        }
+        for file, scores in expected.items():
+            scored = top1(evaluate_checkpoint(None, str(folder / file), None, 64, device="cpu"))
+            assert scored == pytest.approx(scores, abs=0.005), file
+        with pytest.raises(UserError, match=r"unknown head of .*student_latest 'peer'; known: student"):
+            evaluate_checkpoint(None, str(folder / "student_latest"), None, 64, "peer", device="cpu")
+    finally:
+        del distiller_dict["PEERS"]
 
 
 class Unused(Distiller):

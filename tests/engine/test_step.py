@@ -80,3 +80,9 @@ def test_gradients_are_averaged_in_the_last_micro_batch_alone(images, count, mon
     result = step({"image": torch.rand(images, 3, 32, 32), "target": torch.arange(images) % 10}, epoch=1, number=1)
     assert averaged == [False] * (count - 1) + [True]
     assert result is not None and result.images == images and result.sums["train_loss"] > 0
+
+
+def test_fields_that_are_not_by_image_go_whole_into_every_micro_batch():
+    batch = {"target": torch.arange(4), "scale": torch.tensor(2.0), "prototypes": torch.eye(3)}
+    for piece in split_batch(batch, 2):
+        assert len(piece["target"]) == 2 and piece["scale"] == 2.0 and piece["prototypes"].shape == (3, 3)

@@ -25,14 +25,15 @@ from .checksum import check_seal, seal
 from .safetensors_file import SUFFIX, read_safetensors
 
 __all__ = [
-    "DEPLOYED", "SaveError", "distiller_state", "is_of_run", "load_checkpoint", "load_model_weights", "load_state",
-    "model_state", "save_checkpoint", "strip_module",
+    "DEPLOYED", "HEAD", "SaveError", "distiller_state", "is_of_run", "load_checkpoint", "load_model_weights",
+    "load_state", "marks", "model_state", "save_checkpoint", "strip_module",
 ]  # fmt: skip
 
 State = dict[str, Tensor]
 
-# Key of a checkpoint: the class of the network that its run deploys, where that is not the student alone.
-DEPLOYED = "deployed"
+# Keys of a checkpoint: the class of the network that its run deploys, where that is not the student alone, and the name
+# of the deployment, where the run has several.
+DEPLOYED, HEAD = "deployed", "head"
 
 
 def save_checkpoint(obj: Any, path: str | Path, keep_previous: bool = False) -> None:
@@ -53,7 +54,7 @@ def save_checkpoint(obj: Any, path: str | Path, keep_previous: bool = False) -> 
 def load_checkpoint(path: str | Path) -> Any:
     """The content of `path`, on the CPU: tensors and plain containers only, so that no file can run code.
 
-    A .safetensors file is returned as {"model": its tensors}.
+    A .safetensors file is returned as {"model": its tensors} and its `marks`.
 
     Raises:
         UserError: no such file, or not an intact checkpoint.
@@ -63,7 +64,8 @@ def load_checkpoint(path: str | Path) -> Any:
         raise UserError(f"no checkpoint at {path}")
     try:
         if path.suffix == SUFFIX:
-            return {"model": read_safetensors(path)}
+            tensors, metadata = read_safetensors(path)
+            return {"model": tensors, **marks(metadata)}
         check_seal(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch also warns about the format of files that it then loads or refuses
@@ -86,14 +88,20 @@ def model_state(checkpoint: Any, path: str | Path) -> State:
         UserError: the checkpoint contains no state dict, or it is a distiller's whose student is not deployed alone.
     """
     state = distiller_state(checkpoint, path)
-    deployed = checkpoint.get(DEPLOYED) if isinstance(checkpoint, Mapping) else None
+    deployed = marks(checkpoint).get(DEPLOYED)
     student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
     if deployed and is_of_run(checkpoint):
         raise UserError(
-            f"{path} belongs to a run that deploys a {deployed}, not its student alone; score it with tools/eval.py -c "
-            f"{path}, without -m"
+            f"{path} belongs to a run that deploys a {deployed}, not its student alone; tools/eval.py without -m "
+            "scores it"
         )
     return state if deployed else student or state
+
+
+def marks(checkpoint: Any) -> dict[str, str]:
+    """What a loaded checkpoint says of the network whose weights it holds: `DEPLOYED` and `HEAD`, if it says so."""
+    known = checkpoint if isinstance(checkpoint, Mapping) else {}
+    return {key: known[key] for key in (DEPLOYED, HEAD) if isinstance(known.get(key), str)}
 
 
 def distiller_state(checkpoint: Any, path: str | Path) -> State:

@@ -16,29 +16,30 @@ from .atomic import write_whole
 SUFFIX = ".safetensors"
 
 
-def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to `path` atomically, with a checksum in the file's metadata.
+def write_safetensors(state: Mapping[str, Tensor], path: Path, marks: Mapping[str, str] | None = None) -> None:
+    """Write tensors to `path` atomically, with a checksum and `marks` in the file's metadata.
 
     Raises:
         SaveError: disk full, quota, read-only or vanished folder.
     """
     # Copies, because the format does not allow tensors that share memory.
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    write_whole(save(tensors, {"format": "pt", "sha256": _sha256(tensors)}), path)
+    write_whole(save(tensors, {**(marks or {}), "format": "pt", "sha256": _sha256(tensors)}), path)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in `path`, on the CPU; checked if the file has our checksum.
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors in `path`, on the CPU, and its metadata; checked if the file has our checksum.
 
     Raises:
         ValueError, or any exception of safetensors: damaged, or not in this format.
     """
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-        expected = (file.metadata() or {}).get("sha256")
+        metadata = file.metadata() or {}
+    expected = metadata.get("sha256")
     if expected and expected != _sha256(tensors):
         raise ValueError("its checksum does not match")
-    return tensors
+    return tensors, metadata
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:

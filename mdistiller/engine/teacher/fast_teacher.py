@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ...dataset import dataset_info
 from ...distillers import Distiller
 from ...errors import UserError
 from ...models.copies import copy_without_hooks, has_hooks
+from ...models.eval_mode import eval_mode
+from ...registry import unknown_name
 from .cache import TeacherCache, require_cacheable
 from .fold_batchnorm import fold_batchnorm
 
@@ -34,6 +37,7 @@ class FrozenNetworks:
 
     Attributes:
         cache: of the teacher's outputs, if DISTILLER.TEACHER_CACHE is set.
+        runners: frozen network -> what runs at present: a copy, the cache, or the network itself.
 
     Raises:
         UserError: a cache is asked for, but the method, the data or the folder does not allow one.
@@ -42,8 +46,8 @@ class FrozenNetworks:
     def __init__(self, distiller: Distiller, loader: Any, cfg: CN) -> None:
         self.distiller = distiller
         self.cache: TeacherCache | None = None
+        self.runners: dict[str, Callable[[Tensor], Any]] = {}
         self._copied: dict[str, _Original] = {}
-        self._hooks_checked = False
         self._precision = _Precision(cfg.SOLVER.AMP)
         if cfg.DISTILLER.TEACHER_CACHE:
             require_cacheable(distiller, loader)
@@ -51,12 +55,14 @@ class FrozenNetworks:
             network, outputs = distiller.get_submodule(name), distiller.frozen[name]
             if next(network.parameters(), None) is None:  # a method without a teacher has a placeholder
                 continue
+            _check_outputs(f"{type(distiller).__name__}'s {name}", network, outputs, _example(network, cfg))
             runner = self._runner(network, outputs, cfg)
             if name == "teacher" and cfg.DISTILLER.TEACHER_CACHE:
                 runner = self.cache = _cache(network, runner, outputs or (), loader, cfg)
             if outputs is not None:
                 self._copied[name] = _Original(network)
-            distiller.run_frozen_by(name, runner)
+            self.runners[name] = runner
+            distiller.run_frozen_by(name, partial(self._run, name))
 
     def _runner(self, network: nn.Module, outputs: Sequence[str] | None, cfg: CN) -> Callable[[Tensor], Any]:
         if outputs is None or has_hooks(network):
@@ -69,7 +75,7 @@ class FrozenNetworks:
         return HalfPrecision(folded or network, dtype, self._precision.full_output) if dtype else folded or network
 
     def check(self, thoroughly: bool = True) -> None:
-        """Before a step: run a network itself from now on if its weights have changed or, at the first step, for hooks.
+        """Run a network itself from now on if it has got hooks, or if its weights have changed.
 
         Args:
             thoroughly: also see changes that autograd does not, through `.data`. This reads every weight.
@@ -79,14 +85,38 @@ class FrozenNetworks:
         """
         for name, original in list(self._copied.items()):
             changed = original.has_changed(thoroughly)
-            if not changed and (self._hooks_checked or not has_hooks(original.network)):
+            if not changed and not has_hooks(original.network):
                 continue
             if name == "teacher" and self.cache is not None:
                 what = "its weights change during training" if changed else "it has hooks, which stored outputs skip"
                 raise UserError(f"DISTILLER.TEACHER_CACHE stores the teacher's outputs, but {what}; leave it empty")
             del self._copied[name]
-            self.distiller.run_frozen_by(name, self._precision.around(original.network))
-        self._hooks_checked = True
+            self.runners[name] = self._precision.around(original.network)
+
+    def _run(self, name: str, image: Tensor) -> Any:
+        """The output of a frozen network; checked at every call, as a method may change it within a step."""
+        if not torch.compiler.is_compiling():
+            self.check(thoroughly=False)
+        return self.runners[name](image)
+
+
+def _check_outputs(owner: str, network: nn.Module, outputs: Sequence[str] | None, image: Tensor) -> None:
+    """Refuse a declared output that the network does not have. One with hooks is not run, as it would call them.
+
+    Raises:
+        UserError: naming the near ones.
+    """
+    if has_hooks(network):
+        return
+    try:
+        with eval_mode(network):
+            _, features = network(image)
+        names = ["logits", *features]
+    except Exception:  # a network that cannot take this image, or another form of output, shows it in the first step
+        return
+    for name in outputs or ():
+        if name not in names:
+            raise unknown_name(f"output of {owner}", name, names)
 
 
 class _Original:

@@ -195,8 +195,11 @@ def test_features_may_be_read_in_every_way_and_used_in_a_loss(way, amp):
 @pytest.mark.parametrize("sped_up", [True, False])
 @pytest.mark.parametrize(
     "read",
-    [lambda f: f["preact_feats"], lambda f: f.get("preact_feats"), lambda f: "preact_feats" in f],
-    ids=["[]", "get", "in"],
+    [
+        lambda f: f["preact_feats"], lambda f: f.get("preact_feats"), lambda f: "preact_feats" in f,
+        lambda f: f.pop("preact_feats"), lambda f: f.setdefault("preact_feats", 0),
+    ],
+    ids=["[]", "get", "in", "pop", "setdefault"],
 )
 def test_a_feature_that_was_not_declared_says_so_by_name(read, sped_up):
     model = Reads(["feats"], read)
@@ -214,7 +217,12 @@ def test_logits_that_were_not_declared_say_so_by_name(sped_up):
     if sped_up:
         FrozenNetworks(model, loader(), config())
     logits, _ = model.teacher_forward(IMAGE)
-    for use in (lambda x: x.softmax(1), lambda x: torch.softmax(x, 1), lambda x: nn.functional.kl_div(IMAGE, x)):
+    uses = [
+        lambda x: x.softmax(1), lambda x: torch.softmax(x, 1), lambda x: nn.functional.kl_div(IMAGE, x),
+        lambda x: x / 4.0, lambda x: 1 - x, lambda x: -x, lambda x: x[0], len, list, bool, lambda x: x > 0,
+        lambda x: torch.stack([x, x]), lambda x: IMAGE + x,
+    ]  # fmt: skip
+    for use in uses:
         with pytest.raises(UndeclaredOutputError, match="'logits' is read"):
             use(logits)
 
@@ -256,16 +264,15 @@ def test_a_hook_on_an_inner_module_sees_every_image(when, amp):
 
 def test_a_method_without_a_declaration_gets_the_network_itself():
     model = Reads(None)
-    FrozenNetworks(model, loader(), config())
-    assert model._runners.get("teacher", model.teacher) is model.teacher
+    frozen = FrozenNetworks(model, loader(), config())
+    assert frozen.runners["teacher"] is model.teacher
     assert model.teacher_forward(IMAGE)[1].keys() == model.teacher(IMAGE)[1].keys()
 
 
 def test_copies_carry_no_hooks():
     model, cfg = Reads(["logits"]), config()
     cfg.SOLVER.AMP = "bf16"
-    FrozenNetworks(model, loader(), cfg)
-    runner = model._runners["teacher"]
+    runner = FrozenNetworks(model, loader(), cfg).runners["teacher"]
     seen = hooked(model.teacher.layer1)
     runner(IMAGE)
     assert seen == [] and not has_hooks(runner)
@@ -290,17 +297,35 @@ def test_a_frozen_network_that_changes_runs_itself(change):
     model = Reads(["logits"])
     frozen = FrozenNetworks(model, loader(), config())
     frozen.check()
-    assert model._runners["teacher"] is not model.teacher
+    assert frozen.runners["teacher"] is not model.teacher
     change(model.teacher.fc.bias)
     frozen.check()
     assert torch.equal(model.teacher_forward(IMAGE)[0], model.teacher(IMAGE)[0].detach())
 
 
+@pytest.mark.parametrize("change", ["weights", "hook"])
+def test_a_change_within_a_step_counts_at_once(change):
+    model = Reads(["logits"])
+    frozen = FrozenNetworks(model, loader(), config())
+    frozen.check()
+    if change == "weights":
+        in_place(model.teacher.fc.bias)
+        assert torch.equal(model.teacher_forward(IMAGE)[0], model.teacher(IMAGE)[0].detach())
+    else:
+        seen = hooked(model.teacher.layer1)
+        model.teacher_forward(IMAGE)
+        assert len(seen) == 1
+
+
+def test_a_declared_output_that_the_network_lacks_is_refused_with_the_near_ones():
+    with pytest.raises(UserError, match=r"unknown output of Reads's teacher 'feat'; did you mean feats"):
+        FrozenNetworks(Reads(["feat"]), loader(), config())
+
+
 def test_every_frozen_network_is_sped_up_alike():
     model = Reads(["logits"])
     model.add_frozen("assistant", trained("resnet8x4"), ["logits", "pooled_feat"])
-    FrozenNetworks(model, loader(), config())
-    runner = model._runners["assistant"]
+    runner = FrozenNetworks(model, loader(), config()).runners["assistant"]
     assert not any(isinstance(m, nn.BatchNorm2d) for m in runner.modules())
     logits, features = model.frozen_forward("assistant", IMAGE)
     expected, expected_features = model.assistant(IMAGE)
