@@ -64,12 +64,13 @@ class Step:
         self.full_batch = cfg.SOLVER.BATCH_SIZE // ranks.world
         self.autocast_dtype = DTYPES.get(cfg.SOLVER.AMP)
         self.ranks = ranks
+        self.compiled = cfg.SOLVER.COMPILE
         self._gradients_checked = False
-        self.module = self._module(cfg)
+        self.module = self._module()
 
-    def _module(self, cfg: CN) -> nn.Module:
+    def _module(self) -> nn.Module:
         """The module that the step calls: the distiller, compiled and data-parallel if the run asks for it."""
-        if cfg.SOLVER.COMPILE:
+        if self.compiled:
             # "reduce-overhead" uses CUDA graphs.
             self.distiller.compile_training(mode="reduce-overhead" if self.device.type == "cuda" else None)
         if self.ranks.world == 1 or not self.update.one_backward:
@@ -87,8 +88,10 @@ class Step:
             NonFiniteLossError: a loss is not finite, and the NaN policy says stop.
             UserError: in the first step, see `_check_gradients`.
         """
-        if self.frozen is not None:
-            self.frozen.check(thoroughly=number <= 2)  # in every epoch: what one step changes, the next one sees
+        # In every epoch, so that the second step sees what the first one changes. A network checks itself when it is
+        # called, but not inside a compiled step.
+        if self.frozen is not None and (number <= 2 or self.compiled):
+            self.frozen.check(thoroughly=number <= 2)
         self.nan_policy.begin_step()
         images = len(batch["target"])
         sums: dict[str, Tensor] = {}

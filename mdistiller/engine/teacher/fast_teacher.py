@@ -55,20 +55,26 @@ class FrozenNetworks:
             network, outputs = distiller.get_submodule(name), distiller.frozen[name]
             if next(network.parameters(), None) is None:  # a method without a teacher has a placeholder
                 continue
-            _check_outputs(f"{type(distiller).__name__}'s {name}", network, outputs, _example(network, cfg))
-            runner = self._runner(network, outputs, cfg)
+            image = _example(network, cfg)
+            _check_outputs(f"{type(distiller).__name__}'s {name}", network, outputs, image)
+            runner = self._runner(network, outputs, image, cfg)
             if name == "teacher" and cfg.DISTILLER.TEACHER_CACHE:
-                runner = self.cache = _cache(network, runner, outputs or (), loader, cfg)
+                runner = self.cache = TeacherCache(
+                    Path(cfg.DISTILLER.TEACHER_CACHE), network, runner, image, loader, outputs or (),
+                    cfg.DISTILLER.TEACHER_CACHE_DTYPE, int(cfg.DISTILLER.TEACHER_CACHE_GIB * 2**30),
+                )  # fmt: skip
             if outputs is not None:
                 self._copied[name] = _Original(network)
             self.runners[name] = runner
             distiller.run_frozen_by(name, partial(self._run, name))
 
-    def _runner(self, network: nn.Module, outputs: Sequence[str] | None, cfg: CN) -> Callable[[Tensor], Any]:
+    def _runner(
+        self, network: nn.Module, outputs: Sequence[str] | None, image: Tensor, cfg: CN
+    ) -> Callable[[Tensor], Any]:
         if outputs is None or has_hooks(network):
             return self._precision.around(network)
         features = [name for name in outputs if name != "logits"]
-        folded = fold_batchnorm(network.eval(), _example(network, cfg), features)
+        folded = fold_batchnorm(network.eval(), image, features)
         if folded is not None and cfg.SOLVER.CHANNELS_LAST:
             folded.to(memory_format=torch.channels_last)
         dtype = self._precision.dtype
@@ -83,20 +89,23 @@ class FrozenNetworks:
         Raises:
             UserError: the cache's network has changed.
         """
-        for name, original in list(self._copied.items()):
-            changed = original.has_changed(thoroughly)
-            if not changed and not has_hooks(original.network):
-                continue
-            if name == "teacher" and self.cache is not None:
-                what = "its weights change during training" if changed else "it has hooks, which stored outputs skip"
-                raise UserError(f"DISTILLER.TEACHER_CACHE stores the teacher's outputs, but {what}; leave it empty")
-            del self._copied[name]
-            self.runners[name] = self._precision.around(original.network)
+        for name in list(self._copied):
+            self._check(name, thoroughly)
+
+    def _check(self, name: str, thoroughly: bool) -> None:
+        original = self._copied.get(name)
+        what = original.change(thoroughly) if original is not None else ""
+        if original is None or not what:
+            return
+        if name == "teacher" and self.cache is not None:
+            raise UserError(f"DISTILLER.TEACHER_CACHE stores the teacher's outputs, but {what}; leave it empty")
+        del self._copied[name]
+        self.runners[name] = self._precision.around(original.network)
 
     def _run(self, name: str, image: Tensor) -> Any:
         """The output of a frozen network; checked at every call, as a method may change it within a step."""
         if not torch.compiler.is_compiling():
-            self.check(thoroughly=False)
+            self._check(name, thoroughly=False)
         return self.runners[name](image)
 
 
@@ -126,12 +135,20 @@ class _Original:
         self.network = network
         self.versions, self.sums = self._versions(), self._sums()
 
-    def has_changed(self, thoroughly: bool) -> bool:
-        """Whether a weight was replaced or changed in place; `thoroughly`, also behind autograd's back."""
-        return self._versions() != self.versions or (thoroughly and self._sums() != self.sums)
+    def change(self, thoroughly: bool) -> str:
+        """What has happened to the network, in words: a hook, or a weight replaced or changed in place; else nothing.
+
+        Args:
+            thoroughly: also look for changes behind autograd's back.
+        """
+        if self._versions() != self.versions or (thoroughly and self._sums() != self.sums):
+            return "its weights change during training"
+        return "it has hooks, which stored outputs skip" if has_hooks(self.network) else ""
 
     def _tensors(self) -> list[Tensor]:
-        return [*self.network.parameters(), *self.network.buffers()]
+        # Not by parameters() and buffers(), which take twice as long; this runs in every step.
+        states = [state for layer in self.network.modules() for state in (layer._parameters, layer._buffers)]
+        return [tensor for state in states for tensor in state.values() if tensor is not None]
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors()]
@@ -145,15 +162,6 @@ def _example(network: nn.Module, cfg: CN) -> Tensor:
     size = dataset_info[cfg.DATASET.TYPE].image_size
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     return image.to(next(network.parameters()))
-
-
-def _cache(
-    teacher: nn.Module, runner: Callable[[Tensor], Any], outputs: Sequence[str], loader: Any, cfg: CN
-) -> TeacherCache:
-    return TeacherCache(
-        Path(cfg.DISTILLER.TEACHER_CACHE), teacher, runner, _example(teacher, cfg), loader, outputs,
-        cfg.DISTILLER.TEACHER_CACHE_DTYPE, int(cfg.DISTILLER.TEACHER_CACHE_GIB * 2**30),
-    )  # fmt: skip
 
 
 class _Precision:
