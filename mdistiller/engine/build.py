@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch.nn as nn
 from yacs.config import CfgNode as CN
@@ -22,11 +21,11 @@ from ..models.grouped import GroupedStudent
 from ..registry import Registry, unknown_name
 from .cfg import load_cfg
 from .files.checkpoint import (
-    DEPLOYED,
     HEAD,
     distiller_state,
     is_of_run,
     load_checkpoint,
+    load_model_weights,
     load_state,
     marks,
     model_state,
@@ -61,28 +60,8 @@ def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "", 
     model = build_model(models, name, num_classes)
     if groups:
         model = GroupedStudent(model, load_groups(groups))
-    file = teacher_checkpoint(path or entry[1], name)
-    content = load_checkpoint(file)
-    state = model_state(content, file)
-    try:
-        load_state(model, state, file)
-    except UserError as error:
-        hint = _held_instead(content, state)
-        if not hint or isinstance(model, GroupedStudent):
-            raise
-        raise UserError(f"{error}; it holds {hint}") from None
+    load_model_weights(model, teacher_checkpoint(path or entry[1], name))
     return model
-
-
-def _held_instead(content: Any, state: Mapping[str, Any]) -> str:
-    """What a checkpoint holds that is not the plain network of its run, and what to do with it; else nothing."""
-    if any(key.startswith("branches.") for key in state):
-        return (
-            "a student that DCGD grouped: add --groups with DCGD.GROUPS of its run, or take its plain head from "
-            "tools/export_head.py; tools/eval.py without -m reads the groups from the run's config.yaml"
-        )
-    deployed = marks(content).get(DEPLOYED)
-    return f"the {deployed} that its run deploys, which tools/eval.py without -m scores" if deployed else ""
 
 
 def load_trained(dataset: str, model: str, ckpt: str = "pretrain", groups: str = "", device: str = "auto") -> nn.Module:
@@ -119,12 +98,12 @@ def build_distiller(cfg: CN, facts: RunFacts, trained: bool = True) -> Distiller
     return method.from_run(student, teacher, cfg, facts)
 
 
-def untrained_distiller(cfg: CN) -> Distiller:
-    """The distiller of a run for what does not depend on its data: its networks, their names and their cost."""
+def facts_without_data(cfg: CN) -> RunFacts:
+    """The facts of a run with placeholders for what only its data tell; enough for its networks and their cost."""
     facts = RunFacts.of(cfg)
     names = tuple(map(str, range(facts.num_classes)))
     mean, std = facts.mean or (0.0, 0.0, 0.0), facts.std or (1.0, 1.0, 1.0)
-    return build_distiller(cfg, replace(facts, num_data=1, class_names=names, mean=mean, std=std), trained=False)
+    return replace(facts, num_data=1, class_names=names, mean=mean, std=std)
 
 
 def load_deployed(ckpt: Path, device: str = "auto") -> tuple[Distiller, list[str], CN]:
@@ -144,7 +123,7 @@ def load_deployed(ckpt: Path, device: str = "auto") -> tuple[Distiller, list[str
     if not source.is_file():
         raise UserError(f"no config.yaml next to {ckpt} says which network it holds; name it, such as -m resnet20")
     cfg = load_cfg(source)
-    distiller, content = untrained_distiller(cfg), load_checkpoint(ckpt)
+    distiller, content = build_distiller(cfg, facts_without_data(cfg), trained=False), load_checkpoint(ckpt)
     names = list(distiller.deployments())
     if is_of_run(content):
         state = distiller_state(content, ckpt)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 
 import yaml
@@ -10,7 +9,7 @@ from yacs.config import CfgNode as CN
 
 from ..dataset import get_dataset
 from ..distillers import RunFacts, distiller_dict
-from ..engine.build import build_distiller
+from ..engine.build import build_distiller, facts_without_data
 from ..errors import UserError
 from ..models.cost import Cost, network_cost
 
@@ -37,11 +36,10 @@ def method_costs(cfg: CN) -> tuple[dict[str, Cost], int | None]:
 
 
 def _facts(cfg: CN) -> tuple[RunFacts, bool]:
-    """The facts of the run, and whether those that its method needs are known; the data is read only for them."""
-    facts = replace(RunFacts.of(cfg), num_data=1)
+    """The facts of the run, and whether the size of its data is known if its method needs it; else no data is read."""
     if "num_data" not in distiller_dict[cfg.DISTILLER.TYPE].facts_needed(cfg):
-        return facts, True
+        return facts_without_data(cfg), True
     try:
         return RunFacts.of(cfg, get_dataset(cfg)[0]), True
     except (UserError, OSError):
-        return facts, False
+        return facts_without_data(cfg), False

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 from mdistiller.commands.convert import convert
 from mdistiller.commands.eval import evaluate_checkpoint
 from mdistiller.distillers import Distiller, RunFacts, distiller_dict
+from mdistiller.distributed.data_parallel import data_parallel
 from mdistiller.engine.build import build_distiller, build_trainer, deployment_lines
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.files.checkpoint import load_checkpoint
@@ -20,17 +22,7 @@ from mdistiller.errors import UserError
 from mdistiller.experiments.method_cost import method_costs
 from mdistiller.models import cifar_model_dict
 
-
-class Deployed(nn.Module):
-    """The student's pooled feature through a projector, then the teacher's classifier: image -> logits."""
-
-    def __init__(self, student, teacher):
-        super().__init__()
-        self.student, self.classifier = student, teacher.fc
-        self.projector = nn.Linear(64, 64)
-
-    def forward(self, image):
-        return self.classifier(self.projector(self.student(image)[1]["pooled_feat"]))
+from .._networks import Deployed
 
 
 class SimKDLike(Distiller):
@@ -41,7 +33,7 @@ class SimKDLike(Distiller):
 
     def __init__(self, student, teacher, cfg):
         super().__init__(student, teacher)
-        self.deployed = Deployed(student, teacher)
+        self.deployed = Deployed(student, teacher, width=64)
 
     def get_learnable_parameters(self):
         own = [p for name, p in self.student.named_parameters() if not name.startswith("fc.")]
@@ -214,6 +206,46 @@ def test_parameters_without_a_gradient_are_named_in_the_first_step(method, warni
     trainer.train()
     said = capsys.readouterr().err
     assert said.count("get no gradient") == bool(warning) and warning in said
+
+
+def test_several_processes_refuse_parameters_without_a_gradient():
+    """One process of a real group: DistributedDataParallel is the same, with nobody to average with."""
+    cfg = load_cfg("configs/digits/vanilla.yaml", ["EXPERIMENT.DEVICE", "cpu", "LOG.WANDB", "False"])
+    images = [(torch.rand(4, 3, 32, 32), torch.arange(4))]
+    trainer = BaseTrainer("run", Unused(cifar_model_dict["resnet8"][0](num_classes=10)), images, images, cfg)
+    trainer.distiller.train()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trainer.step.module = data_parallel(trainer.distiller, [])
+        before = trainer.distiller.student.fc.weight.clone()
+        with pytest.raises(UserError, match=r"Unused: 2 parameters get no gradient .* several processes"):
+            trainer.step(trainer.prepare_batch(images[0], 1), 1, 1)
+        assert torch.equal(trainer.distiller.student.fc.weight, before)
+    finally:
+        dist.destroy_process_group()
+
+
+class Curious(Distiller):
+    """Needs every fact of the run."""
+
+    needs_run = ("num_classes", "class_names", "image_size", "epochs", "mean", "std")
+
+    def __init__(self, student, teacher, cfg, class_names, **facts):
+        super().__init__(student, teacher)
+        self.names = nn.Embedding(len(class_names), 2)
+
+    def get_extra_parameters(self):
+        return self.names.weight.numel()
+
+
+def test_the_cost_of_a_method_that_needs_what_only_data_tell():
+    distiller_dict["CURIOUS"] = Curious
+    try:
+        overrides = ["DISTILLER.TYPE", "CURIOUS", "DISTILLER.TEACHER", "resnet14"]
+        costs, extra = method_costs(load_cfg("configs/digits/vanilla.yaml", overrides))
+    finally:
+        del distiller_dict["CURIOUS"]
+    assert costs["student"].parameters == 78_042 and extra == 20
 
 
 def test_a_grouped_student_under_a_plain_method_names_what_it_does_not_train(tmp_path, capsys):

@@ -139,7 +139,26 @@ def load_model_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: unreadable, or names or shapes differ; says which.
     """
-    load_state(model, model_state(load_checkpoint(path), path), path)
+    content = load_checkpoint(path)
+    state = model_state(content, path)
+    try:
+        load_state(model, state, path)
+    except UserError as error:
+        held = _held_instead(model, content, state)
+        if not held:
+            raise
+        raise UserError(f"{error}; it holds {held}") from None
+
+
+def _held_instead(model: nn.Module, content: Any, state: State) -> str:
+    """What a checkpoint holds that `model` is not, and what to do with it; nothing if that is not known."""
+    if any(key.startswith("branches.") for key in state.keys() - model.state_dict().keys()):
+        return (
+            "a student that DCGD grouped: add --groups with DCGD.GROUPS of its run, or take its plain head from "
+            "tools/export_head.py; tools/eval.py without -m reads the groups from the run's config.yaml"
+        )
+    deployed = marks(content).get(DEPLOYED)
+    return f"the {deployed} that its run deploys, which tools/eval.py without -m scores" if deployed else ""
 
 
 def load_state(module: nn.Module, state: State, path: str | Path) -> None:
