@@ -13,9 +13,8 @@ from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, POSITIVE
 from ._base import FeatureDistiller, Features, register
-from ._feature_maps import MapPairs, align, probe_pair
+from ._feature_maps import MapPairs, align
 from ._precision import full_precision
-from .facts import image_size_of
 
 
 @full_precision
@@ -101,8 +100,7 @@ class AT(FeatureDistiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.AT)
         self.p = cfg.AT.P
-        features = probe_pair(student, teacher, image_size or image_size_of(cfg))
-        self.pairs = MapPairs(student, teacher, features, cfg, "AT")
+        self.pairs = MapPairs.probed(student, teacher, cfg, image_size, "AT")
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
         return at_loss(*self.pairs(feature_student, feature_teacher), self.p)

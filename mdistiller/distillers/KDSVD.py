@@ -15,9 +15,8 @@ from yacs.config import CfgNode as CN
 from ..ranges import NOT_NEGATIVE, whole
 from ..registry import Registry, unknown_name
 from ._base import FeatureDistiller, Features, register
-from ._feature_maps import MapPairs, align, probe_pair
+from ._feature_maps import MapPairs, align
 from ._precision import full_precision
-from .facts import image_size_of
 
 # KDSVD.AXIS -> a map (B, C, H, W) as a matrix, whose right singular vectors are the map's directions.
 _MATRICES = Registry(
@@ -208,8 +207,7 @@ class KDSVD(FeatureDistiller):
         self.k, self.axis = cfg.KDSVD.K, cfg.KDSVD.AXIS
         if self.axis not in _MATRICES:
             raise unknown_name("KDSVD.AXIS", self.axis, _MATRICES)
-        features = probe_pair(student, teacher, image_size or image_size_of(cfg))
-        self.pairs = MapPairs(student, teacher, features, cfg, "KDSVD", least=2)
+        self.pairs = MapPairs.probed(student, teacher, cfg, image_size, "KDSVD", least=2)
         if self.axis == "channels":
             _require_equal_channels(self.pairs.shapes)
 

@@ -12,9 +12,8 @@ from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE
 from ._base import FeatureDistiller, Features, register
-from ._feature_maps import MapPairs, align, probe_pair
+from ._feature_maps import MapPairs, align
 from ._precision import full_precision
-from .facts import image_size_of
 
 EPS = 1e-12  # lower bound of a channel's norm
 
@@ -93,8 +92,7 @@ class NST(FeatureDistiller):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.NST)
-        features = probe_pair(student, teacher, image_size or image_size_of(cfg))
-        self.pairs = MapPairs(student, teacher, features, cfg, "NST")
+        self.pairs = MapPairs.probed(student, teacher, cfg, image_size, "NST")
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
         return nst_loss(*self.pairs(feature_student, feature_teacher))

@@ -18,9 +18,8 @@ from ..models.cost import count_parameters
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, ODD
 from ._base import FeatureDistiller, Features, register
-from ._feature_maps import MapPairs, probe_pair
+from ._feature_maps import MapPairs
 from ._precision import full_precision
-from .facts import image_size_of
 
 
 @full_precision
@@ -139,8 +138,8 @@ class OFD(FeatureDistiller):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.OFD)
-        features = probe_pair(student, teacher, image_size or image_size_of(cfg))
-        self.pairs = MapPairs(student, teacher, features, cfg, "OFD", ("preact_feats", "preact_feats"))
+        kinds = ("preact_feats", "preact_feats")
+        self.pairs = MapPairs.probed(student, teacher, cfg, image_size, "OFD", kinds=kinds)
         bns = _paired_batchnorms(student, teacher, self.pairs)
         channels_s, channels_t = ([shape[1] for shape in shapes] for shapes in zip(*self.pairs.shapes))
         self.connectors = ConnectorConvBN(channels_s, channels_t, cfg.OFD.CONNECTOR.KERNEL_SIZE)

@@ -13,9 +13,8 @@ from yacs.config import CfgNode as CN
 from ..distributed.gather import gather_batch
 from ..ranges import NOT_NEGATIVE
 from ._base import FeatureDistiller, Features, register
-from ._feature_maps import MapPairs, align, probe_pair
+from ._feature_maps import MapPairs, align
 from ._precision import full_precision
-from .facts import image_size_of
 
 
 @full_precision
@@ -76,8 +75,7 @@ class SP(FeatureDistiller):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.SP)
-        features = probe_pair(student, teacher, image_size or image_size_of(cfg))
-        self.pairs = MapPairs(student, teacher, features, cfg, "SP")
+        self.pairs = MapPairs.probed(student, teacher, cfg, image_size, "SP")
         if not self.pairs.configured:
             self.pairs.keep_deepest(1, "SP", "it compares the last ones")
 

@@ -142,6 +142,14 @@ class MapPairs:
                 f"teacher's {self.counts[1]}, {len(self.indices)} can be paired (DISTILLER.PAIRS names others)"
             )
 
+    @classmethod
+    def probed(
+        cls, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None, method: str, **options: Any
+    ) -> MapPairs:
+        """The pairs, from probing both networks with an image of the run's size; None for the data set's."""
+        features = probe_pair(student, teacher, image_size or image_size_of(cfg))
+        return cls(student, teacher, features, cfg, method, **options)
+
     def keep_deepest(self, count: int, method: str, why: str) -> None:
         """Keep the pairs of the teacher's `count` deepest maps.
 

@@ -55,7 +55,7 @@ def check_parameters(distiller: Distiller) -> None:
         UserError: naming those that are neither.
     """
     method = type(distiller).__name__
-    learnable = set(map(id, flat_parameters(distiller.get_learnable_parameters())))
+    learnable = _learnable_ids(distiller)
     parameters = dict(distiller.named_parameters())
     left_out = [key for key, p in parameters.items() if p.requires_grad and id(p) not in learnable]
     left_out = [key for key in left_out if not _belongs(key, distiller.untrained)]
@@ -69,6 +69,10 @@ def check_parameters(distiller: Distiller) -> None:
         raise UserError(f"{method}.untrained names {_few(unknown)}, but it has no such parameters")
 
 
+def _learnable_ids(distiller: Distiller) -> set[int]:
+    return set(map(id, flat_parameters(distiller.get_learnable_parameters())))
+
+
 def _belongs(key: str, names: Iterable[str]) -> bool:
     """Whether the parameter `key` is one of `names`, or lies in the submodule that one of them names."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
@@ -76,7 +80,7 @@ def _belongs(key: str, names: Iterable[str]) -> bool:
 
 def _check_frozen(distiller: Distiller) -> None:
     """No frozen network has a parameter that would be trained."""
-    learnable = set(map(id, flat_parameters(distiller.get_learnable_parameters())))
+    learnable = _learnable_ids(distiller)
     for name in distiller.frozen:
         own = distiller.get_submodule(name).named_parameters(prefix=name)
         trained = [key for key, p in own if p.requires_grad or id(p) in learnable]

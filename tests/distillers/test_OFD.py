@@ -11,6 +11,7 @@ from mdistiller.distillers import OFD, method_defaults
 from mdistiller.distillers.OFD import feat_loss, feature_margin
 from mdistiller.models import cifar_model_dict
 
+from .._networks import TwoMaps
 from .oracles.ofd import naive_feat_loss
 
 
@@ -153,18 +154,9 @@ def test_refuses_batchnorms_of_other_widths():
 
 
 def test_a_teacher_without_batchnorms_before_the_relu_is_refused():
-    class Plain(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(3, 4, 1)
-
-        def forward(self, x):
-            x = self.conv(x)
-            return x.mean((2, 3)), {"feats": [x, x], "preact_feats": [x, x], "pooled_feat": x.mean((2, 3))}
-
     cfg = CN({"OFD": method_defaults["OFD"].clone()})
-    with pytest.raises(ValueError, match=r"OFD needs a teacher with get_bn_before_relu\(\).* Plain has none"):
-        OFD(cifar_model_dict["resnet8"][0](num_classes=10), Plain(), cfg)
+    with pytest.raises(ValueError, match=r"OFD needs a teacher with get_bn_before_relu\(\).* TwoMaps has none"):
+        OFD(cifar_model_dict["resnet8"][0](num_classes=10), TwoMaps(), cfg)
 
 
 @pytest.mark.parametrize("student, teacher, stages", [("MobileNetV2", "ResNet50", 3), ("resnet8", "resnet14", 3)])

@@ -9,6 +9,7 @@ from mdistiller.distillers.ReviewKD import ABF, build_abfs, hcl_loss, review
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
 
 from .. import _golden
+from .._networks import TwoMaps
 from .oracles.reviewkd import naive_abf, naive_hcl_loss
 
 
@@ -194,16 +195,7 @@ def test_tokens_are_refused_when_it_is_built():
 
 
 def test_a_student_with_fewer_levels():
-    class Short(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(3, 4, 1)
-
-        def forward(self, x):
-            x = self.conv(x)
-            return x.mean((2, 3)), {"feats": [x, x], "preact_feats": [x, x], "pooled_feat": x.mean((2, 3))}
-
-    method = ReviewKD(Short(), *nets("resnet8"), config())
+    method = ReviewKD(TwoMaps(), *nets("resnet8"), config())
     assert method.pairs.indices == [(0, 2), (1, 3)]
     assert [abf.conv2[0].out_channels for abf in method.abfs] == [64, 64, 32]
 

@@ -11,31 +11,7 @@ from mdistiller.distillers.facts import RunFacts
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
 
-CLASSES = 3
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.fc = nn.Linear(4, CLASSES)
-
-    def forward(self, image):
-        pooled = self.conv(image).mean((2, 3))
-        return self.fc(pooled), {"pooled_feat": pooled}
-
-
-class Projected(nn.Module):
-    """A student that runs with a projector and its teacher's classifier."""
-
-    def __init__(self, student, teacher):
-        super().__init__()
-        self.student, self.classifier = student, teacher.fc
-        self.projector = nn.Linear(4, 4)
-
-    def forward(self, image):
-        pooled = self.student(image)[1]["pooled_feat"]
-        return self.classifier(self.projector(pooled))
+from .._networks import CLASSES, Deployed, Net
 
 
 class Method(Distiller):
@@ -85,14 +61,18 @@ class ThawsItsTeacher(Method):
         self.teacher.fc.requires_grad_(True)
 
 
-class ScoresAnother(Method):
+class HasDeployed(Method):
+    """Trains the projector of a network that could be deployed."""
+
     def __init__(self):
         super().__init__()
-        self.deployed = Projected(self.student, self.teacher)
+        self.deployed = Deployed(self.student, self.teacher, width=4)
 
     def get_learnable_parameters(self):
         return [*super().get_learnable_parameters(), *self.deployed.projector.parameters()]
 
+
+class ScoresAnother(HasDeployed):
     def forward_test(self, image):
         return self.deployed(image)
 
@@ -104,15 +84,8 @@ class DeploysIt(ScoresAnother):
         return {"student": self.deployed}
 
 
-class DeploysWithoutScoring(Method):
+class DeploysWithoutScoring(HasDeployed):
     """Inherits the scoring from its deployment."""
-
-    def __init__(self):
-        super().__init__()
-        self.deployed = Projected(self.student, self.teacher)
-
-    def get_learnable_parameters(self):
-        return [*super().get_learnable_parameters(), *self.deployed.projector.parameters()]
 
     def deployments(self):
         return {"student": self.deployed}
@@ -132,7 +105,7 @@ class HeadsOfAnother(DeploysWithoutScoring):
 
 class NewEveryTime(Method):
     def deployments(self):
-        return {"student": Projected(self.student, self.teacher)}
+        return {"student": Deployed(self.student, self.teacher, width=4)}
 
 
 class NoDeployment(Method):
