@@ -151,7 +151,8 @@ def ours(cfg: CN) -> Runner:
     loader.set_epoch(1)
     return Runner(
         batches=lambda: iter(loader),
-        train=lambda batch: trainer.train_iter(trainer.prepare_batch(batch, 1), 1, meters),
+        # The first steps of an epoch also check every weight of the frozen networks.
+        train=lambda batch: trainer.train_iter(trainer.prepare_batch(batch, 1), 1, meters, step=3),
         device=trainer.device,
         keeps_memory=True,
     )

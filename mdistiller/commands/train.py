@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ..analysis.plots.curves import draw_run
 from ..console import one_line_errors, outlive_terminal
 from ..distributed.ranks import joined_ranks
-from ..engine.build import build_trainer, deployment_lines
+from ..engine.build import build_trainer, deployment_lines, frozen_lines
 from ..engine.cfg import load_cfg, show_cfg
 from ..errors import UserError
 from ._arguments import command_parser
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             trainer = build_trainer(cfg, args.opts)
             first = trainer.begin(resume=args.resume, overwrite=args.overwrite)
         if ranks.first:
-            print(show_cfg(cfg), *deployment_lines(trainer), sep="\n", flush=True)
+            print(show_cfg(cfg), *deployment_lines(trainer), *frozen_lines(trainer), sep="\n", flush=True)
         trainer.run(first)
         if ranks.first:
             draw_run(trainer.log_path)

@@ -154,6 +154,12 @@ def deployment_lines(trainer: BaseTrainer) -> list[str]:
     return [f"{name}: {network_cost(net, size)}" for name, net in trainer.distiller.deployments().items()]
 
 
+def frozen_lines(trainer: BaseTrainer) -> list[str]:
+    """What runs in place of each frozen network, one line each: `teacher: a copy with its BatchNorms folded`."""
+    frozen = trainer.step.frozen
+    return [] if frozen is None else [f"{name}: {words}" for name, words in frozen.words.items()]
+
+
 def build_trainer(cfg: CN, overrides: Sequence[str] = ()) -> BaseTrainer:
     """The trainer of a run, with everything checked and nothing written to disk yet.
 

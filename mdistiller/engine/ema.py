@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from ..distillers import Distiller
 from ..models.copies import copy_without_hooks
@@ -29,19 +30,23 @@ class EMA:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.network = copy_without_hooks(network).eval().requires_grad_(False)
+        self._averaged = AveragedModel(copy_without_hooks(network), multi_avg_fn=self._average, use_buffers=True)
+        self._averaged.n_averaged += 1  # at 0 its first update would copy the network; here the start counts too
+        self.network: nn.Module = self._averaged.module.eval().requires_grad_(False)
 
-    @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """Update the average with the present state of `network`."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        pairs = list(zip(self.network.state_dict().values(), network.state_dict().values()))
-        means, states = map(list, zip(*[pair for pair in pairs if pair[0].is_floating_point()]))
-        torch._foreach_lerp_(means, states, 1 - decay)
-        for mean, state in pairs:
-            if not mean.is_floating_point():
-                mean.copy_(state)
+        self._averaged.update_parameters(network)
+
+    @torch.no_grad()
+    def _average(self, means: Any, states: Any, _: Any) -> None:
+        """Update the averages `means` of tensors of one dtype on one device with their present `states`."""
+        if means[0].is_floating_point():
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_(means, states, 1 - decay)
+        else:
+            torch._foreach_copy_(means, states)
 
     def logits(self, distiller: Distiller, image: Tensor) -> Tensor:
         """The first head's logits (B, C) of `distiller` with the averaged weights in its main network."""
@@ -51,6 +56,15 @@ class EMA:
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the number of updates, and the averaged state under "model"."""
         return {"updates": self.updates, "model": self.network.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state.
+
+        Raises:
+            KeyError, RuntimeError: the state belongs to another network.
+        """
+        self.network.load_state_dict(state["model"])
+        self.updates = state["updates"]
 
 
 @contextmanager

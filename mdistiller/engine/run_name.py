@@ -14,8 +14,9 @@ from .overrides import override_pairs
 # between a plan and the finished run that it finds.
 _MACHINE_KEYS = re.compile(
     r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|NUM_WORKERS|TEST\.BATCH_SIZE)$"
-    r"|DISTILLER\.TEACHER_CACHE"
+    r"|DISTILLER\.TEACHER_CACHE(_GIB)?$"
 )
+_CACHE_DTYPE = "DISTILLER.TEACHER_CACHE_DTYPE"
 
 
 def is_machine_key(key: str) -> bool:
@@ -24,9 +25,15 @@ def is_machine_key(key: str) -> bool:
 
 
 def experiment_name(cfg: CN, overrides: Sequence[str] = ()) -> str:
-    """`<project>/<name or tag>` plus `KEY:VALUE` of the overrides, valid as a path."""
+    """`<project>/<name or tag>` plus `KEY:VALUE` of the overrides, valid as a path.
+
+    A run with a teacher cache also names the cache's dtype, which rounds the teacher's outputs.
+    """
     name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
-    name += ",".join(f"{k}:{v}" for k, v in override_pairs(overrides) if not is_machine_key(k))
+    pairs = [(key, value) for key, value in override_pairs(overrides) if not is_machine_key(key)]
+    if cfg.DISTILLER.TEACHER_CACHE and _CACHE_DTYPE not in dict(pairs):
+        pairs.append((_CACHE_DTYPE, cfg.DISTILLER.TEACHER_CACHE_DTYPE))
+    name += ",".join(f"{key}:{value}" for key, value in pairs)
     return f"{_path_part(cfg.EXPERIMENT.PROJECT)}/{_path_part(name)}"
 
 

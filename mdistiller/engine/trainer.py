@@ -234,6 +234,8 @@ class BaseTrainer:
     def validate(self, at: EpochState) -> dict[str, Score]:
         """The scores of every head, and of the averaged weights if there is an EMA."""
         self.ranks.copy_buffers(self.distiller)
+        if self.ema is not None:
+            self.ranks.copy_buffers(self.ema.network)
         self.distiller.eval()
 
         def batches() -> Iterator[dict[str, Any]]:

@@ -80,24 +80,31 @@ def folder_of(prefix):
     return folder
 
 
+def scored(path):
+    """The score of a saved student, computed by this process alone."""
+    student = build_model(cifar_model_dict, "resnet8", 10).eval()
+    load_model_weights(student, path)
+    return evaluate(get_val_loader("digits"), lambda image: {"": student(image)[0]}, torch.device("cpu"))[""]
+
+
 def test_a_run_of_two_ranks_writes_once_and_continues_in_one_process(teacher, tmp_path):
-    status, output = finish(start(2, *training(teacher, tmp_path, "SOLVER.EPOCHS", "1")))
+    settings = ["SOLVER.EPOCHS", "1", "SOLVER.EMA", "0.9", "SOLVER.LR", "0.1"]
+    status, output = finish(start(2, *training(teacher, tmp_path, *settings)))
     assert status == 0, output
     assert output.count("epoch 1/1") == 1
     folder = folder_of(tmp_path)
     rows = (folder / "metrics.csv").read_text().splitlines()
     assert len(rows) == 2
     row = dict(zip(rows[0].split(","), rows[1].split(",")))
-    # Every validation image counts once: one process computes the same accuracy for the saved student.
-    student = build_model(cifar_model_dict, "resnet8", 10).eval()
-    load_model_weights(student, folder / "student_latest")
-    heads = evaluate(get_val_loader("digits"), lambda image: {"": student(image)[0]}, torch.device("cpu"))
-    score = heads[""]
-    assert float(row["test_acc"]) == pytest.approx(score.top1, abs=1e-4)
-    assert float(row["test_loss"]) == pytest.approx(score.loss, rel=1e-4)
+    # Every validation image counts once: one process computes the same accuracy for the saved student, and for its EMA,
+    # whose BatchNorm statistics are other ones on each rank.
+    for file, head in (("student_latest", "student"), ("student_latest_ema", "ema")):
+        score = scored(folder / file)
+        assert float(row[f"test_acc_head_{head}"]) == pytest.approx(score.top1, abs=1e-4)
+    assert float(row["test_loss"]) == pytest.approx(scored(folder / "student_latest").loss, rel=1e-4)
     assert json.loads((folder / "environment.json").read_text())["processes"] == 2
 
-    status, output = finish(start(0, *training(teacher, tmp_path, "SOLVER.EPOCHS", "1"), "--resume"))
+    status, output = finish(start(0, *training(teacher, tmp_path, *settings), "--resume"))
     assert status == 0 and "trained already" in output, output
 
 

@@ -18,6 +18,14 @@ CONFIG = "configs/digits/vanilla.yaml"
         (["EXPERIMENT.PROJECT", "a/b", "EXPERIMENT.NAME", "../x y"], "a_b/__x_y"),
         (["LOG.WANDB", "False", "LOG.PREFIX", "/tmp", "DATASET.ROOT", "/data"], "digits/vanilla,resnet8"),
         (["DATASET.NUM_WORKERS", "0", "EXPERIMENT.DEVICE", "cpu"], "digits/vanilla,resnet8"),
+        (
+            ["DISTILLER.TEACHER_CACHE", "c", "DISTILLER.TEACHER_CACHE_GIB", "1"],
+            "digits/vanilla,resnet8DISTILLER.TEACHER_CACHE_DTYPE:fp16",
+        ),
+        (
+            ["DISTILLER.TEACHER_CACHE", "c", "DISTILLER.TEACHER_CACHE_DTYPE", "fp32", "SOLVER.LR", "1"],
+            "digits/vanilla,resnet8DISTILLER.TEACHER_CACHE_DTYPE:fp32,SOLVER.LR:1",
+        ),
         (["DISTILLER.TEACHER_CKPT", "a/b"], "digits/vanilla,resnet8DISTILLER.TEACHER_CKPT:a_b"),
     ],
 )

@@ -6,9 +6,9 @@ with one row per image and variant, in two memory-mapped files in the cache's fo
     <key>.values   the rows: logits and pooled features, or the one of them that the method reads
     <key>.known    one byte per row: 1 if the row has been written
 
-The key is a digest of the teacher's weights, the data and augmentation, and the layout of a row, so outputs of
-different ones never share a file. Several runs may share a file: each writes the rows it computes, and all runs would
-write the same values.
+The key is a digest of the teacher's architecture and weights, of the arithmetic it runs in, of the data and
+augmentation, and of the layout of a row, so outputs of different ones never share a file. Several runs may share a
+file: each writes the rows it computes, and all runs would write the same values.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class TeacherCache:
         folder: created if missing.
         teacher: its weights determine the names of the files.
         run: the teacher's function: images (B, 3, H, W) -> (logits (B, C), {"pooled_feat": (B, D), ...}).
+        arithmetic: what the rounding of `run` depends on, such as "cpu torch.bfloat16 folded".
         image: (1, 3, H, W), an input of the right size.
         loader: of the training images, with `variants`, `variant(index)` and `fingerprint`.
         outputs: which of "logits" and "pooled_feat" a row holds.
@@ -82,8 +83,8 @@ class TeacherCache:
     """
 
     def __init__(
-        self, folder: Path, teacher: nn.Module, run: Callable[[Tensor], Any], image: Tensor, loader: Any,
-        outputs: Sequence[str], dtype: str, max_bytes: int,
+        self, folder: Path, teacher: nn.Module, run: Callable[[Tensor], Any], arithmetic: str, image: Tensor,
+        loader: Any, outputs: Sequence[str], dtype: str, max_bytes: int,
     ) -> None:  # fmt: skip
         self.run, self.loader = run, loader
         self.outputs = [name for name in OUTPUTS if name in outputs]
@@ -93,8 +94,8 @@ class TeacherCache:
         self.rows = min(len(loader.targets) * loader.variants, max_bytes // bytes_a_row)
         if not self.rows:
             raise UserError(f"DISTILLER.TEACHER_CACHE_GIB is too small for one row of {bytes_a_row} bytes; raise it")
-        form = f"{self.outputs} {self.widths} {dtype}"
-        key = hashlib.sha256(f"{_digest(teacher)} {loader.fingerprint} {form}".encode()).hexdigest()[:32]
+        rows = f"{self.outputs} {self.widths} {dtype}"
+        key = hashlib.sha256(f"{_digest(teacher)} {arithmetic} {loader.fingerprint} {rows}".encode()).hexdigest()[:32]
         values = _mapped(folder / f"{key}.values", self.rows * width, _DTYPES[dtype])
         self._values = values.reshape(self.rows, width)
         self._known = _mapped(folder / f"{key}.known", self.rows, np.uint8)
@@ -140,8 +141,9 @@ class TeacherCache:
 
 
 def _digest(teacher: nn.Module) -> str:
-    """A digest of a network's weights and their names."""
-    digest = hashlib.sha256()
+    """A digest of a network's class and layers, its weights and their names."""
+    kind = type(teacher)
+    digest = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {teacher!r}".encode())
     for name, tensor in sorted(teacher.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import torch.nn as nn
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ...console import note
 from ...dataset import dataset_info
 from ...distillers import Distiller
+from ...distributed.ranks import current_ranks
 from ...errors import UserError
 from ...models.copies import copy_without_hooks, has_hooks
 from ...models.eval_mode import eval_mode
 from ...registry import unknown_name
 from .cache import TeacherCache, require_cacheable
-from .fold_batchnorm import fold_batchnorm
+from .fold_batchnorm import CannotFold, fold_batchnorm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,6 +41,7 @@ class FrozenNetworks:
     Attributes:
         cache: of the teacher's outputs, if DISTILLER.TEACHER_CACHE is set.
         runners: frozen network -> what runs at present: a copy, the cache, or the network itself.
+        words: frozen network -> what became of it, for the log.
 
     Raises:
         UserError: a cache is asked for, but the method, the data or the folder does not allow one.
@@ -47,6 +51,7 @@ class FrozenNetworks:
         self.distiller = distiller
         self.cache: TeacherCache | None = None
         self.runners: dict[str, Callable[[Tensor], Any]] = {}
+        self.words: dict[str, str] = {}
         self._copied: dict[str, _Original] = {}
         self._precision = _Precision(cfg.SOLVER.AMP)
         if cfg.DISTILLER.TEACHER_CACHE:
@@ -57,28 +62,36 @@ class FrozenNetworks:
                 continue
             image = _example(network, cfg)
             _check_outputs(f"{type(distiller).__name__}'s {name}", network, outputs, image)
-            runner = self._runner(network, outputs, image, cfg)
+            form = self._form(network, outputs, image, cfg)
+            runner, self.words[name] = form.run, form.words
             if name == "teacher" and cfg.DISTILLER.TEACHER_CACHE:
                 runner = self.cache = TeacherCache(
-                    Path(cfg.DISTILLER.TEACHER_CACHE), network, runner, image, loader, outputs or (),
-                    cfg.DISTILLER.TEACHER_CACHE_DTYPE, int(cfg.DISTILLER.TEACHER_CACHE_GIB * 2**30),
+                    Path(cfg.DISTILLER.TEACHER_CACHE), network, runner, form.arithmetic(image.device), image, loader,
+                    outputs or (), cfg.DISTILLER.TEACHER_CACHE_DTYPE, int(cfg.DISTILLER.TEACHER_CACHE_GIB * 2**30),
                 )  # fmt: skip
             if outputs is not None:
                 self._copied[name] = _Original(network)
             self.runners[name] = runner
             distiller.run_frozen_by(name, partial(self._run, name))
 
-    def _runner(
-        self, network: nn.Module, outputs: Sequence[str] | None, image: Tensor, cfg: CN
-    ) -> Callable[[Tensor], Any]:
-        if outputs is None or has_hooks(network):
-            return self._precision.around(network)
-        features = [name for name in outputs if name != "logits"]
-        folded = fold_batchnorm(network.eval(), image, features)
-        if folded is not None and cfg.SOLVER.CHANNELS_LAST:
-            folded.to(memory_format=torch.channels_last)
+    def _form(self, network: nn.Module, outputs: Sequence[str] | None, image: Tensor, cfg: CN) -> _Form:
+        """The fastest form of a network, of which the method reads `outputs`."""
+        itself = self._precision.around(network)
+        if outputs is None:
+            return _Form(itself, "itself, as the method does not declare what it reads", False, self._precision.dtype)
+        if has_hooks(network):
+            return _Form(itself, "itself, as it has hooks", False, self._precision.dtype)
+        copied: nn.Module = network
+        words = "a copy with its BatchNorms folded"
+        try:
+            copied = fold_batchnorm(network.eval(), image, [name for name in outputs if name != "logits"])
+        except CannotFold as why:
+            words = f"BatchNorms not folded ({why})"
+        if copied is not network and cfg.SOLVER.CHANNELS_LAST:
+            copied.to(memory_format=torch.channels_last)
         dtype = self._precision.dtype
-        return HalfPrecision(folded or network, dtype, self._precision.full_output) if dtype else folded or network
+        run = HalfPrecision(copied, dtype, self._precision.full_output) if dtype else copied
+        return _Form(run, words, copied is not network, dtype)
 
     def check(self, thoroughly: bool = True) -> None:
         """Run a network itself from now on if it has got hooks, or if its weights have changed.
@@ -101,12 +114,37 @@ class FrozenNetworks:
             raise UserError(f"DISTILLER.TEACHER_CACHE stores the teacher's outputs, but {what}; leave it empty")
         del self._copied[name]
         self.runners[name] = self._precision.around(original.network)
+        self.words[name] = f"itself, as {what}"
+        if current_ranks().first:
+            note(f"from now on the {name} runs without its faster copy, as {what}")
 
     def _run(self, name: str, image: Tensor) -> Any:
         """The output of a frozen network; checked at every call, as a method may change it within a step."""
         if not torch.compiler.is_compiling():
             self._check(name, thoroughly=False)
         return self.runners[name](image)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A form of a frozen network.
+
+    Attributes:
+        run: image (B, 3, H, W) -> (logits, features by name).
+        words: what it is, for the log.
+        folded: whether BatchNorms are folded.
+        dtype: of its convolutions and linear layers; None for float32.
+    """
+
+    run: Callable[[Tensor], Any]
+    words: str
+    folded: bool
+    dtype: torch.dtype | None
+
+    def arithmetic(self, device: torch.device) -> str:
+        """What its outputs' rounding depends on."""
+        tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        return f"{device.type} {self.dtype or torch.float32}{' TF32' if tf32 else ''}{' folded' if self.folded else ''}"
 
 
 def _check_outputs(owner: str, network: nn.Module, outputs: Sequence[str] | None, image: Tensor) -> None:
@@ -154,7 +192,11 @@ class _Original:
         return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors()]
 
     def _sums(self) -> list[float]:
-        return torch.stack([tensor.detach().double().sum() for tensor in self._tensors()]).tolist()
+        # One sum for all tensors of a dtype: one for each would be hundreds of kernels on a GPU.
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in self._tensors():
+            by_dtype.setdefault(tensor.dtype, []).append(tensor.detach().flatten())
+        return torch.stack([torch.cat(own).sum(dtype=torch.float64) for own in by_dtype.values()]).tolist()
 
 
 def _example(network: nn.Module, cfg: CN) -> Tensor:

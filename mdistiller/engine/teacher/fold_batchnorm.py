@@ -7,6 +7,7 @@ work in place if nothing else reads their operand, so that a feature map goes th
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +15,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.fx.experimental.optimization import fuse
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ...console import reason
+from ...models.copies import copy_without_hooks
+
+_FOLDED: dict[Any, Any] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
 _FRESH = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)  # layers whose output is a new tensor
 _RELUS = (F.relu, torch.relu)
 
 
-def fold_batchnorm(
-    network: nn.Module, image: Tensor, features: Sequence[str] | None = None
-) -> nn.Module | None:
+class CannotFold(Exception):
+    """There is no such copy; the message says why."""
+
+
+def fold_batchnorm(network: nn.Module, image: Tensor, features: Sequence[str] | None = None) -> fx.GraphModule:
     """A copy of `network`, for evaluation only, without the BatchNorms that directly follow a convolution.
 
     Args:
@@ -30,23 +37,55 @@ def fold_batchnorm(
         image: (1, 3, H, W); for it the copy must return what `network` returns, up to rounding.
         features: names of the features that the copy returns; None for all of them.
 
-    Returns:
-        The copy; None if torch.fx cannot trace the network's forward, or if the copy computes another function.
+    Raises:
+        CannotFold: torch.fx cannot trace the network's forward, or the copy computes another function.
     """
     try:
         with torch.no_grad():
-            folded: Any = fuse(network, inplace=False)
+            folded = _without_batchnorms(network)
             if features is not None:
                 _keep(folded, features)
             _overwrite(folded)
             folded.recompile()
-            logits, by_name = network(image)
-            if features is not None:
-                by_name = {name: by_name[name] for name in by_name if name in features}
-            same = _agree((logits, by_name), folded(image))
-    except Exception:  # torch.fx runs foreign code here, which may raise anything; without a copy nothing changes
-        return None
-    return folded.requires_grad_(False) if same else None
+            same = _same_function(network, folded, image, features)
+    except Exception as error:  # torch.fx runs foreign code here, which may raise anything
+        raise CannotFold(reason(error)) from None
+    if not same:
+        raise CannotFold("the folded copy computes another function")
+    return folded.requires_grad_(False)
+
+
+def _without_batchnorms(network: nn.Module) -> fx.GraphModule:
+    """A traced copy in which each convolution has taken over the BatchNorm that alone reads it."""
+    folded = fx.symbolic_trace(copy_without_hooks(network))
+    calls = Counter(node.target for node in folded.graph.nodes if node.op == "call_module")
+    for node in list(folded.graph.nodes):
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        layer: Any = folded.get_submodule(str(before.target))
+        norm: Any = folded.get_submodule(str(node.target))
+        # A layer that is called twice cannot take over what follows one of its calls.
+        follows = type(norm) is _FOLDED.get(type(layer))
+        if follows and norm.track_running_stats and calls[before.target] == 1:
+            parent, _, name = str(before.target).rpartition(".")
+            setattr(folded.get_submodule(parent), name, fuse_conv_bn_eval(layer, norm))
+            node.replace_all_uses_with(before)
+            folded.graph.erase_node(node)
+    folded.delete_all_unused_submodules()
+    return folded
+
+
+def _same_function(network: nn.Module, folded: nn.Module, image: Tensor, features: Sequence[str] | None) -> bool:
+    """Whether both return the same in float64, on the CPU.
+
+    In float32 the rounding of a deep network on a GPU, which computes its convolutions in TF32, looks like a fault.
+    """
+    exact = image.detach().cpu().double()
+    logits, by_name = copy_without_hooks(network).cpu().double()(exact)
+    if features is not None:
+        by_name = {name: by_name[name] for name in by_name if name in features}
+    return _agree((logits, by_name), copy_without_hooks(folded).cpu().double()(exact))
 
 
 def _keep(folded: fx.GraphModule, features: Sequence[str]) -> None:
