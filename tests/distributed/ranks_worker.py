@@ -32,6 +32,8 @@ def gradients(method, trainer_name, teacher, groups, branches="auto"):
     train_loader, val_loader, *_ = get_dataset(cfg)
     distiller = build_distiller(cfg, RunFacts.of(cfg, train_loader)).double()
     trainer = trainer_dict[trainer_name]("run", distiller, train_loader, val_loader, cfg)
+    if method == "KD":  # although SYNC_BN converts BatchNorms
+        assert trainer.step.frozen.words["teacher"] == "a copy with its BatchNorms folded"
     batch = trainer.prepare_batch(next(iter(trainer.train_loader)), epoch=1)
     batch["image"] = batch["image"].double()
     trainer.distiller.train()
