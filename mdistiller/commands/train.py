@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     outlive_terminal()
     args = parse_args(arguments, prog)
     with one_line_errors():
+        if args.resume and args.overwrite:
+            raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
         cfg = load_cfg(args.cfg, args.opts)
     with one_line_errors(UserError), joined_ranks(cfg.EXPERIMENT.DEVICE) as ranks:
         with one_line_errors():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +36,10 @@ class Clock:
         """Seconds up to now."""
         return self.before + time.perf_counter() - self.start
 
+    def go_on(self) -> None:
+        """Count from now on: a restored clock stood still up to here."""
+        self.start = time.perf_counter()
+
     def stop_training(self) -> None:
         """End the training time; validation follows."""
         self.training = self.elapsed()
@@ -55,32 +58,34 @@ class Clock:
         }
 
 
-@dataclass
 class EpochState:
     """The progress of an epoch.
 
     Attributes:
-        epoch: from 1.
+        epoch: from 1; 0 before the first one.
         step: number of steps done.
         meters: metrics of the epoch so far.
         recent: metrics since they were last logged to TensorBoard.
     """
 
-    epoch: int
-    step: int = 0
-    meters: Meters = field(default_factory=Meters)
-    recent: Meters = field(default_factory=Meters)
-    clock: Clock = field(default_factory=Clock)
+    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+        self._device, self._ranks = device, ranks
+        self.begin(0)
 
-    def state_dict(self, ranks: Ranks) -> dict[str, Any]:
+    def begin(self, epoch: int) -> None:
+        """Stand at the beginning of `epoch`."""
+        self.epoch, self.step = epoch, 0
+        self.meters, self.recent, self.clock = Meters(), Meters(), Clock()
+
+    def state_dict(self) -> dict[str, Any]:
         """The state for `load_state_dict`; every rank must call this."""
-        meters, recent = (m.over(ranks).state_dict() for m in (self.meters, self.recent))
+        meters, recent = (m.over(self._ranks).state_dict() for m in (self.meters, self.recent))
         return {"step": self.step, "clock": self.clock.state_dict(), "meters": meters, "recent": recent}
 
-    def load_state_dict(self, state: dict[str, Any], ranks: Ranks, device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state. Its sums are over all ranks: the first rank continues them, the others start at zero."""
         for own, saved in ((self.meters, state["meters"]), (self.recent, state["recent"])):
-            own.load_state_dict(saved, device)
-            if not ranks.first:
+            own.load_state_dict(saved, self._device)
+            if not self._ranks.first:
                 own.clear()
-        self.step, self.clock = state["step"], Clock(**state["clock"])
+        self.step, self.clock = int(state["step"]), Clock(**state["clock"])

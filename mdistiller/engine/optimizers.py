@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.optim import Optimizer
 from yacs.config import CfgNode as CN
@@ -51,3 +53,29 @@ def dot_sgd(groups: list[Group], solver: CN) -> DistillationOrientedTrainer:
             "in [0, 1); take a smaller DELTA"
         )
     return DistillationOrientedTrainer(groups, lr=solver.LR, weight_decay=solver.WEIGHT_DECAY, **momenta)
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Restore what the optimizer remembers of each parameter, such as momentum, on its device and in its memory layout.
+
+    All settings stay those that the optimizer was made with: weight decay, momentum, fused kernels, a group's own
+    values. Only the learning rate is the state's, until the schedule sets it at the next step. What else an optimizer
+    keeps in its groups, beside the settings, is not restored.
+
+    Args:
+        state: `Optimizer.state_dict()`, also of a run with other settings, on another device.
+
+    Raises:
+        ValueError, KeyError: the state belongs to other parameters.
+    """
+    saved = state["param_groups"]
+    groups = [
+        {**own, "lr": group["lr"], "params": group["params"]}
+        for own, group in zip(optimizer.state_dict()["param_groups"], saved)
+    ]
+    # torch itself refuses another number of groups or of parameters.
+    optimizer.load_state_dict({**state, "param_groups": groups + saved[len(groups) :]})
+    for p, remembered in optimizer.state.items():
+        for key, value in remembered.items():
+            if isinstance(value, torch.Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                remembered[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 from yacs.config import CfgNode as CN
 
-from ..console import reason, warn
+from ..console import note, one_line, reason, warn
 from ..distillers import Distiller
 from ..distributed.ranks import Ranks
 from ..errors import UserError
@@ -18,40 +19,73 @@ from .ema import EMA
 from .epoch_state import EpochState
 from .files.checkpoint import DEPLOYED, HEAD, SaveError, load_state, save_checkpoint, strip_module
 from .files.run_folder import newest_whole, prune
+from .generators import Generators
 from .nan_watch import NanPolicy, NonFiniteLossError
-from .runtime.seeds import random_state, set_random_state
-from .scores import Score
+from .resume_facts import Facts, compare_facts
+from .scores import ScoreRecord
 from .update import SumUpdate
 
 
+class Resumable(Protocol):
+    """What a run resumes: the entries of `RunState.parts` and `RunState.within`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, of tensors and plain containers. Every rank must call this."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Restore a state, also one that another version wrote."""
+
+
+# Keys of a checkpoint: the progress within an epoch, and the facts of the run.
+_WITHIN, _FACTS = "within_epoch", "facts"
+# The parts whose states lie beside each other in a checkpoint, under the original's keys and those of `within_epoch`.
+# The state of any other part lies under its name.
+_SPREAD = ("optimizer", "scores", "position", "generators")
+
+
 class RunState:
-    """Saves and restores a run's state, also in the middle of an epoch.
+    """Saves and restores a run's state, also in the middle of an epoch. Nothing else saves or restores any of it.
 
     Args:
         folder: the run's folder.
         distiller, update, ema, nan_policy: the objects whose state is saved.
+        facts: see `resume_facts`.
 
     Attributes:
-        best_acc, last_acc: top-1 accuracy of every head, in percent, of the best and of the last epoch.
-        interrupted: the saved progress of an interrupted epoch; empty at the end of an epoch.
+        parts: every object with a state of its own, by name.
+        within: those whose state begins anew with each epoch, so that it is saved within an epoch only.
+        scores: the accuracies of the heads.
+        position: the progress of the present epoch.
+        interrupted: whether the restored checkpoint was saved within an epoch that is still to be taken up.
     """
 
     def __init__(
         self, folder: Path, distiller: Distiller, update: SumUpdate, ema: EMA | None, nan_policy: NanPolicy,
-        device: torch.device, ranks: Ranks, cfg: CN,
+        device: torch.device, ranks: Ranks, cfg: CN, facts: Facts,
     ) -> None:  # fmt: skip
-        self.folder, self.distiller, self.update, self.ema = folder, distiller, update, ema
-        self.nan_policy, self.device, self.ranks, self.log = nan_policy, device, ranks, cfg.LOG
-        self.best_acc: dict[str, float] = {}
-        self.last_acc: dict[str, float] = {}
-        self.interrupted: dict[str, Any] = {}
+        self.folder, self.distiller, self.ema, self.nan_policy = folder, distiller, ema, nan_policy
+        self.ranks, self.log, self.facts = ranks, cfg.LOG, facts
+        self.scores, self.position = ScoreRecord(), EpochState(device, ranks)
+        self.generators = Generators(cfg.EXPERIMENT.SEED, device, ranks)
+        self.parts: dict[str, Resumable] = {
+            "model": _Weights(distiller), "optimizer": update, "scores": self.scores, "nan_policy": nan_policy,
+        }  # fmt: skip
+        if ema is not None:
+            self.parts["ema"] = ema
+        self.within: dict[str, Resumable] = {"position": self.position, "generators": self.generators}
+        self.interrupted = False
+        self._draws: dict[str, Any] = {}
+        self._saved_at = (0, 0)
 
-    def note_scores(self, scores: Mapping[str, Score]) -> list[str]:
-        """Record the last and the best top-1 of every head; returns the heads that reached their best."""
-        self.last_acc = {name: score.top1 for name, score in scores.items()}
-        improved = [name for name, top1 in self.last_acc.items() if top1 >= self.best_acc.get(name, 0.0)]
-        self.best_acc |= {name: self.last_acc[name] for name in improved}
-        return improved
+    @property
+    def best_acc(self) -> dict[str, float]:
+        """Top-1 accuracy of every head, in percent, of its best epoch."""
+        return self.scores.best
+
+    @property
+    def last_acc(self) -> dict[str, float]:
+        """Top-1 accuracy of every head, in percent, of the last epoch."""
+        return self.scores.last
 
     def save(self, epoch: int, improved: list[str]) -> None:
         """After an epoch: write the `best` files of improved heads, `epoch_N` if it is due, and `latest` last.
@@ -91,25 +125,15 @@ class RunState:
             NonFiniteLossError, SaveError: see `_write`.
         """
         self.nan_policy.check()
-        position = {
-            **at.state_dict(self.ranks),
-            "random": self.ranks.gather(random_state()),
-            "nan_policy": self.nan_policy.state_dict(),
-        }
-        self._write({"latest": self._content(at.epoch - 1) | {"within_epoch": position}})
+        if self._saved_at == (at.epoch, at.step):
+            return  # before validation, where the last step has been saved
+        self._write({"latest": self._content(at.epoch - 1) | {_WITHIN: _states(self.within)}})
+        self._saved_at = (at.epoch, at.step)
 
     def _content(self, epoch: int) -> dict[str, Any]:
         """Everything that resuming needs at the end of `epoch`: the original's keys, and more."""
-        content = {
-            "epoch": epoch,
-            "model": self.distiller.state_dict(),
-            **self.update.state_dict(),
-            "best_acc": next(iter(self.best_acc.values()), 0.0),
-            "head_best_acc": self.best_acc,
-            "head_last_acc": self.last_acc,
-            **self._deployed(self.distiller.main_network()),
-        }
-        return content | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
+        deployed = self._deployed(self.distiller.main_network())
+        return {"epoch": epoch, **_states(self.parts), **deployed, _FACTS: self.facts}
 
     def _write(self, files: Mapping[str, Any]) -> None:
         """Write the checkpoints on the first rank, in their order; the other ranks wait.
@@ -138,46 +162,100 @@ class RunState:
     def restore(self) -> int:
         """Restore `latest`, or else the newest intact checkpoint; returns the number of completed epochs.
 
+        Says in one line what has changed since it was saved.
+
         Raises:
-            UserError: there is none, or it belongs to another method or network.
+            UserError: there is none, or it belongs to another run, method or network.
         """
         content, path, damaged = newest_whole(self.folder)
         for line in damaged if self.ranks.first else ():
             warn(f"{line}; resuming from {path}")
-        try:
-            self._restore(content, path)
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise UserError(f"{path} does not fit this run ({reason(error)})") from None
+        changed = self._restore(content, path)
+        if changed and self.ranks.first:
+            note(f"resuming {self.folder} with {changed}")
         return int(content["epoch"])
 
-    def _restore(self, content: dict[str, Any], path: Path) -> None:
-        """Restore a checkpoint's content; only what `load_resumable` checks can be relied on."""
-        load_state(self.distiller, strip_module(content["model"]), path)
-        try:
-            self.update.load_state_dict(content)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path}: its optimizer state does not fit this run ({error})") from None
-        if self.ema is not None:
-            if "ema" not in content:
-                raise UserError(f"{path} has no EMA of the student's weights; resume it with SOLVER.EMA 0")
-            load_state(self.ema.network, content["ema"]["model"], path)
-            self.ema.updates = content["ema"]["updates"]
-        # The original saves one number, because it has only one head.
-        self.best_acc = dict(content.get("head_best_acc", {"": float(content["best_acc"])}))
-        self.last_acc = dict(content.get("head_last_acc", self.best_acc))
-        self.interrupted = content.get("within_epoch", {})
-        self.take_up(1)  # raises if the position does not fit, before training starts
-        self.interrupted = content.get("within_epoch", {})
+    def _restore(self, content: dict[str, Any], path: Path) -> str:
+        """Restore a checkpoint's content, of which only what `load_resumable` checks can be relied on.
+
+        Returns:
+            What has changed since it was saved, in words; "" if nothing has.
+        """
+        with _fitting(path, "recorded"):
+            within = dict(content.get(_WITHIN, {}))
+            changed = compare_facts(dict(content.get(_FACTS, {})), self.facts, within.get("step", 0))
+            # Earlier versions kept it there.
+            content = {"nan_policy": within.get("nan_policy", {})} | content
+        for name, part in self.parts.items():
+            with _fitting(path, name):
+                _load(name, part, content)
+        if self.ema is not None and "ema" not in content:
+            self.ema.load_state_dict({"updates": 0, "model": self.distiller.main_network().state_dict()})
+            changed = ", ".join(filter(None, [changed, "an EMA that starts at the checkpoint's weights"]))
+        self.position.begin(int(content["epoch"]) + 1)
+        for name, part in self.within.items() if within else ():
+            with _fitting(path, name):
+                _load(name, part, within)
+        self.interrupted, self._draws = bool(within), within
+        return changed
 
     def take_up(self, epoch: int) -> EpochState:
-        """The progress of `epoch`: at its beginning, or where it was interrupted."""
-        position, self.interrupted = self.interrupted, {}
-        at = EpochState(epoch)
-        if position:
-            at.load_state_dict(position, self.ranks, self.device)
-            self.nan_policy.load_state_dict(position.get("nan_policy", {}))
-            if len(position["random"]) == self.ranks.world:
-                set_random_state(position["random"][self.ranks.rank])
-        return at
+        """The progress of `epoch`, at its beginning or where it was interrupted; seeds the generators for the epoch."""
+        self.generators.seed(epoch)
+        if self.interrupted:
+            self.position.clock.go_on()
+        else:
+            self.position.begin(epoch)
+        self.interrupted = False
+        return self.position
+
+    def take_up_draws(self) -> None:
+        """Continue the random draws of an interrupted epoch; call it when the loader stands at the epoch's next batch.
+
+        A loader may draw its order when it begins, as at the beginning of an epoch that is not interrupted.
+        """
+        if self._draws:
+            self.generators.load_state_dict(self._draws)
+        self._draws = {}
+
+
+class _Weights:
+    """The distiller's state, under the names that it has without DataParallel."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        self._distiller = distiller
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._distiller.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_state(self._distiller, strip_module(state), "its model")
+
+
+def _states(parts: Mapping[str, Resumable]) -> dict[str, Any]:
+    """The states of `parts` as entries of a checkpoint."""
+    states: dict[str, Any] = {}
+    for name, part in parts.items():
+        states |= part.state_dict() if name in _SPREAD else {name: part.state_dict()}
+    return states
+
+
+def _load(name: str, part: Resumable, content: dict[str, Any]) -> None:
+    """Restore a part from the entries of a checkpoint; one that has no entry there stays as it is."""
+    if name in _SPREAD:
+        part.load_state_dict(content)
+    elif name in content:
+        part.load_state_dict(content[name])
+
+
+@contextmanager
+def _fitting(path: Path, name: str) -> Iterator[None]:
+    """Turn what a checkpoint with unfit entries raises into a UserError that names the file and the part."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: its {name} state does not fit this run ({one_line(error, 200)})") from None
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(f"{path}: its {name} state does not fit this run ({reason(error)})") from None

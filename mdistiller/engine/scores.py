@@ -101,6 +101,41 @@ def _score(shares: list[list[float]], count: int) -> Score:
     return Score(100 * top1, 100 * top5, loss)
 
 
+class ScoreRecord:
+    """The top-1 accuracy of every head, in percent.
+
+    Attributes:
+        best, last: of the best and of the last epoch, by the head's name.
+    """
+
+    def __init__(self) -> None:
+        self.best: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+
+    def note(self, scores: Mapping[str, Score]) -> list[str]:
+        """Record an epoch's scores; returns the heads that reached their best.
+
+        The heads may differ from those so far, as those of a resumed run do if SOLVER.EMA has changed: the main one,
+        which is the first, keeps its best under any name, and a head that is new starts without one.
+        """
+        self.last = {name: score.top1 for name, score in scores.items()}
+        before = {next(iter(scores)): next(iter(self.best.values()), 0.0)} | self.best
+        improved = [name for name, top1 in self.last.items() if top1 >= before.get(name, 0.0)]
+        self.best = {name: max(top1, before.get(name, 0.0)) for name, top1 in self.last.items()}
+        return improved
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state for `load_state_dict`, with the main head's best under the original's key."""
+        main = next(iter(self.best.values()), 0.0)
+        return {"best_acc": main, "head_best_acc": dict(self.best), "head_last_acc": dict(self.last)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state; the original's holds one number, because it has only one head."""
+        best = state.get("head_best_acc", {"": float(state["best_acc"])})
+        last = state.get("head_last_acc", best)
+        self.best, self.last = ({str(name): float(top1) for name, top1 in heads.items()} for heads in (best, last))
+
+
 def evaluate_distiller(loader: Iterable[Any], distiller: Distiller) -> dict[str, Score]:
     """Score every head of a distiller; leaves it in eval mode."""
     distiller.eval()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,12 +17,11 @@ from ..distillers import Distiller
 from ..distillers.contract import check_distiller, learnable_parameters
 from ..distributed.ranks import current_ranks
 from ..distributed.sync_batchnorm import synchronize_batchnorm
-from ..errors import UserError
 from ..registry import Registry
 from .batches import BatchReader
 from .ema import EMA
 from .epoch_state import EpochState
-from .files.run_folder import remove_run
+from .files.run_folder import check_no_run, remove_run
 from .files.run_lock import run_lock
 from .logs.logger import Logger, build_logger
 from .lr_schedule import adjust_learning_rate, learning_rate
@@ -31,10 +29,10 @@ from .meters import Meters
 from .nan_watch import NonFiniteLossError, nan_policy_dict
 from .progress_bar import ProgressBar
 from .resume import RunState
+from .resume_facts import facts_of_run
 from .runtime.device import choose_kernels, peak_memory, pick_device
 from .runtime.environment import record_run
 from .runtime.malloc import keep_freed_memory
-from .runtime.seeds import seed_everything
 from .runtime.signals import Stopped, StopRequest
 from .scores import Score, by_head, epoch_metrics, evaluate
 from .step import Step, check_batch_size
@@ -82,8 +80,10 @@ class BaseTrainer:
         frozen = FrozenNetworks(self.distiller, self.train_loader, cfg)
         self.step = Step(self.distiller, self.update, self.nan_policy, self.ema, frozen, self.device, self.ranks, cfg)
         self.state = RunState(
-            self.log_path, self.distiller, self.update, self.ema, self.nan_policy, self.device, self.ranks, cfg
-        )
+            self.log_path, self.distiller, self.update, self.ema, self.nan_policy, self.device, self.ranks, cfg,
+            facts_of_run(cfg, self.distiller, self.update, self.train_loader, self.ranks),
+        )  # fmt: skip
+        self._replace = False
         self.stop = StopRequest()
 
     def _placed(self, distiller: nn.Module) -> Distiller:
@@ -112,17 +112,16 @@ class BaseTrainer:
 
         Raises:
             UserError: with `resume`, there is no checkpoint or it does not fit; without it, the folder already holds a
-                run, and `overwrite` is not set.
+                run's checkpoint, and `overwrite` is not set.
         """
+        self._replace = overwrite and not resume
         if resume:
             done = self.state.restore()
             # The teacher now has the checkpoint's weights.
             self.step.frozen = FrozenNetworks(self.distiller, self.train_loader, self.cfg)
             return done + 1
-        if (self.log_path / "latest").exists() and not overwrite:
-            raise UserError(
-                f"{self.log_path} already holds a run; add --resume to continue it, or --overwrite to replace it"
-            )
+        if not overwrite:
+            check_no_run(self.log_path)
         return 1
 
     def run(self, first: int) -> None:
@@ -140,10 +139,10 @@ class BaseTrainer:
             self.logger = Logger({})
             if self.ranks.first:
                 stack.enter_context(run_lock(self.log_path))
-                if first == 1 and not self.state.interrupted:
+                if self._replace:
                     remove_run(self.log_path)
                 record_run(self.log_path, self.cfg, device=str(self.device), processes=self.ranks.world)
-                done = (first - 1) * len(self.train_loader) + self.state.interrupted.get("step", 0)
+                done = (first - 1) * len(self.train_loader) + self.state.position.step
                 self.logger = build_logger(self.log_path, self.name, self.cfg, first, done)
             stack.enter_context(self.stop.listening())
             for epoch in range(first, self.cfg.SOLVER.EPOCHS + 1):
@@ -155,14 +154,15 @@ class BaseTrainer:
 
     def train_epoch(self, epoch: int) -> None:
         """One epoch, or the rest of one: its steps, then validation, then the log, then the checkpoints."""
-        seed_everything(self.cfg.EXPERIMENT.SEED, epoch, self.ranks.rank)
+        at = self.state.take_up(epoch)
         if hasattr(self.train_loader, "set_epoch"):
             self.train_loader.set_epoch(epoch)
-        at = self.state.take_up(epoch)
         steps = len(self.train_loader)
         self.distiller.train()
         bar = ProgressBar(epoch, steps, at.step, shown=self.ranks.first)
-        for batch in at.clock.around(_batches_from(self.train_loader, at.step)):
+        batches = _batches_from(self.train_loader, at.step)
+        self.state.take_up_draws()
+        for batch in at.clock.around(batches):
             lr = adjust_learning_rate(epoch, self.cfg, self.optimizer, at.step, steps)
             at.step += 1
             log_now = at.step % self.cfg.LOG.TENSORBOARD_FREQ == 0
@@ -181,6 +181,7 @@ class BaseTrainer:
         means = whole.means()  # waits for the device: the clock stops after it
         at.clock.stop_training()
 
+        self.state.save_within(at)  # so that a run that is stopped within validation loses nothing
         scores = self.validate(at)
         self._end_epoch(epoch, scores, epoch_metrics(means, scores) | at.clock.metrics(steps, whole.count))
         self._stop_if_asked(self.ranks.maximum(self.stop.signal))
@@ -194,7 +195,7 @@ class BaseTrainer:
             metrics["teacher_cache_hits"] = self.step.teacher_cache.hit_rate()
         if self.nan_policy.skipped is not None:
             metrics["skipped_steps"], self.nan_policy.skipped = self.nan_policy.skipped, 0
-        improved = self.state.note_scores(scores)
+        improved = self.state.scores.note(scores)
         self.logger.epoch(epoch, metrics)
         if epoch == self.cfg.SOLVER.EPOCHS:  # before `latest` marks the run as finished
             best, last = self.state.best_acc, self.state.last_acc
@@ -242,8 +243,7 @@ class BaseTrainer:
             fields = fields_of(self.val_loader)
             for batch in self.val_loader:
                 # Ranks may have different numbers of batches, so several ranks stop only after validation.
-                if self.stop.signal and self.ranks.world == 1:
-                    self.state.save_within(at)
+                if self.ranks.world == 1:
                     self._stop_if_asked(self.stop.signal)
                 yield named_batch(batch, fields)
 
@@ -294,4 +294,9 @@ trainer_dict = Registry("trainer", {"base": BaseTrainer, "crd": CRDTrainer, "dot
 
 def _batches_from(loader: Any, start: int) -> Iterator[Any]:
     """The rest of an epoch, from batch number `start` (from 0) on."""
-    return loader.iter_from(start) if hasattr(loader, "iter_from") else islice(loader, start, None)
+    if hasattr(loader, "iter_from"):
+        return loader.iter_from(start)
+    batches = iter(loader)
+    for _ in range(start):
+        next(batches, None)
+    return batches

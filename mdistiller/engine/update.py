@@ -16,8 +16,8 @@ from ..errors import UserError
 from ..models.parameters import Learnable, flat_parameters, parameter_groups
 from ..registry import Registry
 from .dot import DistillationOrientedTrainer
-from .lr_schedule import LR_SCALE, scaled_groups
-from .optimizers import dot_optimizer_dict, optimizer_dict
+from .lr_schedule import scaled_groups
+from .optimizers import dot_optimizer_dict, load_optimizer_state, optimizer_dict
 
 # Names of the task losses; all other losses of a distiller are distillation losses.
 TASK_LOSSES = ("ce", "loss_ce", "loss_multi_ce")
@@ -97,17 +97,12 @@ class SumUpdate:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict() if self.scaler else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state.
+        """Restore a state; the settings stay those of this run, see `load_optimizer_state`.
 
         Raises:
             ValueError, KeyError: the state belongs to other parameters.
         """
-        # The learning rate is this run's, not the checkpoint's, and so are the groups' shares of it.
-        scales = [{LR_SCALE: group[LR_SCALE]} if LR_SCALE in group else {} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, scale in zip(self.optimizer.param_groups, scales):
-            group.pop(LR_SCALE, None)
-            group |= scale
+        load_optimizer_state(self.optimizer, state["optimizer"])
         if self.scaler and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
 

@@ -12,6 +12,7 @@ from typing import Any
 from yacs.config import CfgNode as CN
 
 from ..engine.cfg import load_cfg
+from ..engine.files.run_folder import resumable_files
 from ..engine.run_name import experiment_name, is_machine_key
 from ..errors import UserError
 from .processes import Task, package_environment
@@ -67,7 +68,7 @@ def _flat(cfg: CN, prefix: str = "") -> dict[str, Any]:
 
 
 def task(job: Job) -> Task:
-    """The process that trains the job: `mdistiller train`, with --resume if the run has a `latest` checkpoint."""
-    resume = ["--resume"] if (job.folder / "latest").exists() else []
+    """The process that trains the job: `mdistiller train`, with --resume if the run has a checkpoint."""
+    resume = ["--resume"] if resumable_files(job.folder) else []
     command = [sys.executable, "-m", "mdistiller", "train", "--cfg", str(job.config), *resume, *job.overrides]
     return Task(command, os.getcwd(), package_environment(), (job.folder / LOG).absolute())

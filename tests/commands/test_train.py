@@ -100,6 +100,7 @@ BAD_TRAIN = {
     "temperature of 0": (["KD.TEMPERATURE", "0"], "KD.TEMPERATURE must be positive and finite, not 0"),
     "reversed warm-up": (["REVIEWKD.WARMUP_EPOCHS", "-1"], "WARMUP_EPOCHS must be a whole number >= 0, not -1"),
     "nothing to resume": (["--resume"], "no checkpoint at"),
+    "both": (["--resume", "--overwrite", "--cfg", "none.yaml"], "--overwrite replaces it; give one of them"),
     "no value": (["SOLVER.LR"], "override 'SOLVER.LR' has no value"),
 }  # fmt: skip
 

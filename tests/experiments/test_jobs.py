@@ -32,13 +32,14 @@ def test_a_run_with_another_configuration_is_refused(make_run, tmp_path):
         finished_run(job)
 
 
-def test_a_job_with_a_checkpoint_is_resumed(tmp_path):
+@pytest.mark.parametrize("name", ["latest", "best"])
+def test_a_job_with_a_checkpoint_is_resumed(tmp_path, name):
     job = job_of(tmp_path)
     command = task(job).command
     assert command[1:6] == ["-m", "mdistiller", "train", "--cfg", str(CONFIG)]
     assert command[6:8] == ["LOG.PREFIX", str(tmp_path)]
     job.folder.mkdir(parents=True)
-    (job.folder / "latest").touch()
+    (job.folder / name).touch()
     assert task(job).command[6] == "--resume"
 
 

@@ -89,7 +89,7 @@ def test_resuming_falls_back_to_an_intact_checkpoint_with_a_warning(tmp_path, zy
 def test_resuming_without_an_intact_checkpoint_is_refused_and_harms_nothing(tmp_path, zygote, finished, damage):
     shutil.copytree(finished.folder, tmp_path / "run")
     run = Run(tmp_path / "run", NONE, zygote.launch)
-    for name in ("latest", "best"):
+    for name in ("latest", "latest_previous", "best"):
         DAMAGE[damage](run.log_path / name)
     before = {path.name: path.read_bytes() for path in run.log_path.iterdir() if path.is_file()}
     settings = [word for pair in (SETTINGS | NONE).items() for word in pair]

@@ -80,9 +80,11 @@ class Zygote:
         print(json.dumps(command), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
-    def launch(self, arguments: list[str], folder: Path, output: Path, environment: dict[str, str]) -> Process:
+    def launch(
+        self, arguments: list[str], folder: Path, output: Path, environment: dict[str, str], tool: Path = TOOL
+    ) -> Process:
         """As `launch` above."""
-        return self.start(TOOL, arguments, folder, output, environment)
+        return self.start(tool, arguments, folder, output, environment)
 
     def start(
         self, tool: Path, arguments: list[str], folder: Path, output: Path, environment: dict[str, str]
@@ -90,13 +92,15 @@ class Zygote:
         words = {"tool": str(tool), "arguments": arguments, "folder": str(folder), "output": str(output)}
         return Forked(self, self.ask(start=words | {"environment": environment}))
 
-    def launch_pair(self, arguments: list[str], folder: Path, output: Path, environment: dict[str, str]) -> Process:
+    def launch_pair(
+        self, arguments: list[str], folder: Path, output: Path, environment: dict[str, str], tool: Path = TOOL
+    ) -> Process:
         """Two ranks, as torchrun starts them."""
         with socket.create_server(("127.0.0.1", 0)) as found:
             port = found.getsockname()[1]
         common = environment | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-        return Pair([self.launch(arguments, folder, output, rank) for rank in ranks])
+        return Pair([self.launch(arguments, folder, output, rank, tool) for rank in ranks])
 
     def close(self) -> None:
         self.process.communicate("")

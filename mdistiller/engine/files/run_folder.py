@@ -36,7 +36,7 @@ def load_resumable(path: str | Path) -> dict[str, Any]:
 
 
 def newest_whole(folder: str | Path) -> tuple[dict[str, Any], Path, list[str]]:
-    """The newest intact checkpoint of a run: `latest`, else `latest_previous`, else the newest of `best` and `epoch_N`.
+    """The newest intact checkpoint of a run: `latest`, else the furthest of `latest_previous`, `best` and `epoch_N`.
 
     Returns:
         Its content, its path, and a line for each damaged checkpoint that was tried before it.
@@ -55,13 +55,18 @@ def newest_whole(folder: str | Path) -> tuple[dict[str, Any], Path, list[str]]:
                 if path.exists():
                     damaged.append(str(error))
 
-    found = next(whole("latest", "latest_previous"), None)
+    found = next(whole("latest"), None)
     if found is None:
-        others = whole("best", *(path.name for path in _kept_epochs(folder, "epoch").values()))
-        found = max(others, key=lambda other: other[0]["epoch"], default=None)
+        others = whole(*(name for name in resumable_files(folder) if name != "latest"))
+        found = max(others, key=lambda other: _progress(other[0]), default=None)
     if found is None:
         raise UserError("; ".join(damaged) or f"no checkpoint at {folder / 'latest'}")
     return *found, damaged
+
+
+def _progress(content: dict[str, Any]) -> tuple[int, bool]:
+    """How far a checkpoint is: its epochs, and whether it is within the next one."""
+    return content["epoch"], bool(content.get("within_epoch"))
 
 
 def prune(folder: str | Path, keep: int) -> None:
@@ -73,13 +78,36 @@ def prune(folder: str | Path, keep: int) -> None:
                 kept[epoch].unlink()
 
 
+def check_no_run(folder: str | Path) -> None:
+    """Refuse a folder in which a run's checkpoints stand, for a new run would replace or remove them.
+
+    Raises:
+        UserError: naming one of them and what to do.
+    """
+    resumable, students = resumable_files(folder), _student_files(folder)
+    if not resumable and not students:
+        return
+    proceed = "add --resume to continue it, or --overwrite to replace it" if resumable else (
+        "nothing in it can be resumed; add --overwrite to replace it, or take another EXPERIMENT.NAME"
+    )  # fmt: skip
+    raise UserError(f"{folder} already holds a run; {proceed} ({[*resumable, *students][0]} stands there)")
+
+
+def resumable_files(folder: str | Path) -> list[str]:
+    """Names of the files in `folder` that a run may be resumed from, `latest` first."""
+    names = ["latest", "latest_previous", "best"]
+    names += [path.name for path in _kept_epochs(Path(folder), "epoch").values()]
+    return [name for name in names if (Path(folder) / name).exists()]
+
+
+def _student_files(folder: str | Path) -> list[str]:
+    return sorted(path.name for path in Path(folder).glob("student_*"))
+
+
 def remove_run(folder: str | Path) -> None:
     """Remove a run's checkpoints before a new run uses its folder, so that the new run cannot resume from them."""
-    folder = Path(folder)
-    names = ["latest_previous", "best", *(path.name for path in folder.glob("student_*"))]
-    names += [path.name for path in _kept_epochs(folder, "epoch").values()]
-    for name in (*names, "latest"):  # `latest` last: until then, it marks the folder as holding a run
-        (folder / name).unlink(missing_ok=True)
+    for name in (*resumable_files(folder), *_student_files(folder)):
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _kept_epochs(folder: Path, stem: str) -> dict[int, Path]:

@@ -41,6 +41,15 @@ def test_a_damaged_latest_falls_back_to_the_newest_intact_checkpoint_and_says_so
         newest_whole(tmp_path)
 
 
+@pytest.mark.parametrize("best, expected", [(3, "latest_previous"), (4, "best")])
+def test_instead_of_a_damaged_latest_the_furthest_checkpoint_is_taken(tmp_path, best, expected):
+    """The one before may lie within an epoch that another one has finished."""
+    save_checkpoint(resumable(3) | {"within_epoch": {"step": 7}}, tmp_path / "latest_previous")
+    save_checkpoint(resumable(best), tmp_path / "best")
+    (tmp_path / "latest").write_bytes(b"")
+    assert newest_whole(tmp_path)[1].name == expected
+
+
 def test_a_missing_latest_falls_back_too_and_for_an_empty_folder_the_missing_file_is_named(tmp_path):
     save_checkpoint(resumable(2), tmp_path / "latest_previous")
     state, path, damaged = newest_whole(tmp_path)

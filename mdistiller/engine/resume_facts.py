@@ -1,0 +1,113 @@
+"""What a run is, recorded in its checkpoints and compared when the run is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from yacs.config import CfgNode as CN
+
+from ..distillers import Distiller, method_defaults
+from ..distributed.ranks import Ranks
+from ..errors import UserError
+from .overrides import shown
+from .run_name import is_machine_key
+from .update import SumUpdate
+
+Facts = dict[str, Any]
+
+
+class Change(Enum):
+    """What becomes of a run that is resumed with another value of a fact."""
+
+    REFUSED = "the checkpoint's state belongs to the old value"
+    BETWEEN_EPOCHS = "within an epoch, images would be left out or seen twice; at its end the run goes on"
+    SAID = "the run goes on with the new value, and says so"
+
+
+# Every fact and every setting that is not listed may change, and the change is said. A setting that only says where a
+# run is executed is not a fact of it, but for those of `_EXECUTION`.
+CHANGES: dict[str, Change] = {
+    "DATASET.TYPE": Change.REFUSED,
+    "DATASET.VAL_FRACTION": Change.REFUSED,  # `best` is of the old validation images, and the new ones were trained on
+    "DISTILLER.TYPE": Change.REFUSED,
+    "DISTILLER.TEACHER": Change.REFUSED,
+    "DISTILLER.STUDENT": Change.REFUSED,
+    "SOLVER.TYPE": Change.REFUSED,
+    "the update rule of SOLVER.TRAINER": Change.REFUSED,
+    "the number of classes": Change.REFUSED,
+    "the student's groups": Change.REFUSED,
+    "DATASET.TRAIN_FRACTION": Change.BETWEEN_EPOCHS,
+    "EXPERIMENT.SEED": Change.BETWEEN_EPOCHS,
+    "SOLVER.BATCH_SIZE": Change.BETWEEN_EPOCHS,
+    "the number of training images": Change.BETWEEN_EPOCHS,
+    "the number of steps in an epoch": Change.BETWEEN_EPOCHS,
+    # A step's batch is the same over any number of processes.
+    "the number of processes": Change.SAID,
+}
+_EXECUTION = ("EXPERIMENT.DEVICE", "DATASET.NUM_WORKERS")
+
+
+def facts_of_run(cfg: CN, distiller: Distiller, update: SumUpdate, train_loader: Any, ranks: Ranks) -> Facts:
+    """The facts of a run: its settings by their keys, and what its data, networks and processes tell.
+
+    A fact that is not known, such as the number of images of a loader without `targets`, is left out.
+    """
+    unused = method_defaults.keys() - distiller.config_sections(cfg)
+    settings = {
+        key: value
+        for key, value in _settings(cfg).items()
+        if key.partition(".")[0] not in unused and (not is_machine_key(key) or key in _EXECUTION)
+    }
+    if not distiller.needs_teacher:
+        settings = {key: value for key, value in settings.items() if not key.startswith("DISTILLER.TEACHER")}
+    known = {
+        "the update rule of SOLVER.TRAINER": type(update).__name__,
+        "the number of classes": _length(getattr(train_loader, "class_names", None)),
+        "the student's groups": getattr(distiller.student, "groups", None),
+        "the number of training images": _length(getattr(train_loader, "targets", None)),
+        "the number of steps in an epoch": len(train_loader),
+        "the number of processes": ranks.world,
+    }
+    return settings | {name: value for name, value in known.items() if value is not None}
+
+
+def compare_facts(saved: Mapping[str, Any], own: Mapping[str, Any], step: int = 0) -> str:
+    """What has changed since a checkpoint was saved: `SOLVER.LR 0.01 (was 0.05), ...`; "" if nothing has.
+
+    A fact that only one of the two has is not compared: the other version of this library did not know it.
+
+    Args:
+        step: number of steps done in an epoch that is not finished.
+
+    Raises:
+        UserError: the run cannot go on with a change; names both values and the next step.
+    """
+    changed = {name: CHANGES.get(name, Change.SAID) for name in own if name in saved and own[name] != saved[name]}
+    both = {name: f"{name} was {shown(saved[name])} and is now {shown(own[name])}" for name in changed}
+    refused = [both[name] for name, change in changed.items() if change is Change.REFUSED]
+    if refused:
+        raise UserError(
+            f"this is another run: {'; '.join(refused)}; set it back, or train anew under another EXPERIMENT.NAME"
+        )
+    waiting = [both[name] for name, change in changed.items() if step and change is Change.BETWEEN_EPOCHS]
+    if waiting:
+        raise UserError(
+            f"it was saved after step {step} of an epoch whose images could not all be seen once: "
+            f"{'; '.join(waiting)}; set it back until the epoch is done"
+        )
+    return ", ".join(f"{name} {shown(own[name])} (was {shown(saved[name])})" for name in changed)
+
+
+def _settings(cfg: CN, prefix: str = "") -> dict[str, Any]:
+    """The configuration as one dict with dotted keys: {"SOLVER.LR": 0.05, ...}."""
+    settings: dict[str, Any] = {}
+    for key, value in cfg.items():
+        settings |= _settings(value, f"{prefix}{key}.") if isinstance(value, CN) else {f"{prefix}{key}": value}
+    return settings
+
+
+def _length(values: Any) -> int | None:
+    """Number of `values`; None if there are none."""
+    return len(values) if values is not None and len(values) else None
