@@ -247,7 +247,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All measurements, as --json prints them."""
     device = pick_device(args.device)
     result: dict[str, Any] = {
-        "machine": describe_run(), "device": str(device), "bfloat16_units": bfloat16_units(device),
+        "machine": describe_run(str(device)), "device": str(device), "bfloat16_units": bfloat16_units(device),
         "data": use_data(args.data), "batch": args.batch, "steps": args.steps, "rounds": args.rounds,
         "workers": args.workers, "races": [],
     }  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..registry import Registry
 from .batch import FIELDS
+from .workers import worker_counts
 
 Batch = tuple[Tensor, ...]
 
@@ -93,14 +94,18 @@ class Loader(ABC):
         index   (B,) int64, the image's index in `targets`
 
     All randomness comes from (seed, epoch, index): an epoch is the same on every device, with any number of
-    workers, over any number of ranks, and from whichever batch it is resumed. Without `set_epoch` every pass yields
-    the same batches.
+    workers, over any number of ranks, and from whichever batch it is resumed. The first pass is epoch 1, the next one
+    epoch 2, and so on: `for batch in loader` sees new orders and augmentations. Once `set_epoch` has been called, every
+    pass is that epoch until the next call.
+
+    `batch.host_index(index)` tells a training batch's indices, and the next batch's, without waiting for the device.
 
     Attributes:
         targets: (N,) int64 labels of all images, on the CPU.
         class_names: the name of every class, by label; empty if they are unknown.
         mean, std: per channel, of values in [0, 1], by which the images are normalised; empty if unknown.
         batch_size: B, over all ranks together in training.
+        epoch: of the last pass that began, from 1, or what `set_epoch` has chosen.
         rank, world: this process's rank and the number of processes that share the images; see `shard`.
         variants: how many different images augmentation can make of one image, if they are few; else None.
     """
@@ -128,6 +133,7 @@ class Loader(ABC):
         self.train = train
         self.seed = seed
         self.epoch = 1
+        self._next_epoch: int | None = 1  # None: `set_epoch` decides
         self.device = torch.device("cpu")
         self.rank, self.world = 0, 1
         self._check_count()
@@ -144,13 +150,23 @@ class Loader(ABC):
     def __iter__(self) -> Iterator[Batch]:
         return self.iter_from(0)
 
-    @abstractmethod
     def iter_from(self, batch: int) -> Iterator[Batch]:
-        """The epoch's batches from number `batch` on (from 0, over all ranks): the rest of an interrupted epoch."""
+        """Begin a pass at batch number `batch` (from 0, over all ranks): the rest of an interrupted epoch.
+
+        The epoch is settled here, not at the first batch.
+        """
+        if self.train and self._next_epoch is not None:
+            self.epoch = self._next_epoch
+            self._next_epoch += 1
+        return self._batches(self._shares(batch))
+
+    @abstractmethod
+    def _batches(self, shares: list[slice]) -> Iterator[Batch]:
+        """The batches of `self.epoch` as it is at the call; each share is a slice of the epoch's order."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the augmentation of the next pass."""
-        self.epoch = epoch
+        """Choose the order and the augmentation of the passes from now on."""
+        self.epoch, self._next_epoch = epoch, None
 
     def to(self, device: torch.device | str) -> Loader:
         """Yield the batches on `device` from now on; returns self."""
@@ -239,7 +255,8 @@ def get_dataloaders(
     """Training loader, validation loader and number of training images of data set `name`.
 
     Args:
-        num_workers: processes that read images; 0 reads them in this one. Data sets held in memory ignore it.
+        num_workers: processes that read training images, for all ranks on this machine; `workers.worker_counts` gives
+            each loader its number. 0 reads them in this process. Data sets held in memory ignore it.
         root: the folder of the data sets' folders.
         seed: of the order and the augmentation, >= 0.
         train_fraction: train on this fixed fraction of every class, in (0, 1].
@@ -262,5 +279,6 @@ def get_dataloaders(
         val = info.read(folder, False, skip_broken)
     if train_fraction < 1:
         train = train.select(stratified_split(train.targets, train_fraction)[0])
-    train_loader = train.loader(batch_size, num_workers, train=True, seed=seed)
-    return train_loader, val.loader(val_batch_size, num_workers, train=False), len(train.targets)
+    train_workers, val_workers = worker_counts(num_workers)
+    train_loader = train.loader(batch_size, train_workers, train=True, seed=seed)
+    return train_loader, val.loader(val_batch_size, val_workers, train=False), len(train.targets)

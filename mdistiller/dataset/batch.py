@@ -1,10 +1,14 @@
-"""What a batch holds, by name. A loader names the items of its tuples in `fields`, or yields dictionaries."""
+"""What a batch holds, by name. A loader names the items of its tuples in `fields`, or yields dictionaries.
+
+Also how its tensors reach the device without waiting for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -77,3 +81,43 @@ def labelled(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         named = named_batch(batch, fields)
         check_fields(named, FIELDS[:2])
         yield named["image"], named["target"]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; to a GPU from pinned memory, because a copy from other memory waits for the GPU's work."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class HostIndex(NamedTuple):
+    """The indices of a batch as they are known on the CPU.
+
+    Attributes:
+        now: (B,) int64, of this batch.
+        following: (B',) int64, of the next batch of this pass, as far as the loader knows; empty if it does not.
+    """
+
+    now: Tensor
+    following: Tensor
+
+
+def with_host_index(index: Tensor, host: HostIndex) -> Tensor:
+    """Let the tensor `index` carry what the CPU knows of it; returns `index`. No operation on it passes this on."""
+    index.__dict__["host_index"] = host
+    return index
+
+
+def host_index(index: Tensor) -> HostIndex:
+    """What `index` carries; of one that carries nothing, a copy, which waits for the device if it is there."""
+    carried: HostIndex | None = index.__dict__.get("host_index")
+    return carried or HostIndex(index.cpu(), torch.empty(0, dtype=torch.int64))
+
+
+def batch_on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a named batch on `device`; `index` carries what the CPU knows of it."""
+    fields = {name: to_device(item, device) for name, item in batch.items() if isinstance(item, Tensor)}
+    index = batch.get("index")
+    if isinstance(index, Tensor) and ("host_index" in index.__dict__ or index.device.type == "cpu"):
+        with_host_index(fields["index"], host_index(index))
+    return fields

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import UserError
 from ._base import Batch, Loader, mix_seed
+from .batch import HostIndex, to_device, with_host_index
 from .image_file import BrokenImageError, silent_pillow, warn_of_broken
 from .in_memory import Normalize
+from .workers import started
 
 View = Callable[[str], Tensor]
 
@@ -160,31 +163,47 @@ class FolderLoader(Loader):
         self._data = data
         self._normalize: Normalize | None = None
         self._keys: list[tuple[int, Tensor]] = []
-        self._loader: DataLoader[Any] = DataLoader(
-            _Batches(data, train, seed),
+        self._num_workers = num_workers
+
+    @cached_property
+    def _loader(self) -> DataLoader[Any]:
+        """Made at the first pass, when the device is known: only a GPU takes batches from pinned memory."""
+        return DataLoader(
+            _Batches(self._data, self.train, self.seed),
             sampler=self._keys,
             batch_size=None,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            num_workers=self._num_workers,
+            persistent_workers=self._num_workers > 0,
+            pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # so that the global generator is not used
         )
 
-    def iter_from(self, batch: int) -> Iterator[Batch]:
-        """The epoch's batches from number `batch` on (from 0, counted over all ranks).
+    def to(self, device: torch.device | str) -> FolderLoader:
+        """Yield the batches on `device` from now on; returns self. Workers that run already are replaced."""
+        if torch.device(device) != self.device:
+            self.__dict__.pop("_loader", None)
+        super().to(device)
+        return self
+
+    def _batches(self, shares: list[slice]) -> Iterator[Batch]:
+        order = self._order()
+        return self._read([(self.epoch, order[share]) for share in shares])
+
+    def _read(self, keys: list[tuple[int, Tensor]]) -> Iterator[Batch]:
+        """Read the batches of `keys` and bring them to the device.
 
         Raises:
             UserError: a file is broken and `skip_broken` is off, or all files are broken.
         """
-        order = self._order()
-        self._keys[:] = [(self.epoch, order[share]) for share in self._shares(batch)]
+        self._keys[:] = keys
+        following = (indices for _, indices in [*keys[1:], (0, torch.empty(0, dtype=torch.int64))])
         met: dict[str, str] = {}
-        for fields, broken in self._loader:
+        for (fields, broken), foreseen in zip(self._started(), following):
             met |= broken
             if broken and not self._data.skip_broken:
                 raise BrokenImageError(next(iter(broken.values())) + ", or set DATASET.SKIP_BROKEN True")
             if fields:
-                yield self._on_device(*fields)[: 3 if self.train else 2]
+                yield self._on_device(fields, foreseen)
             elif self.train:
                 raise UserError(f"none of the {len(self.targets)} training images can be read: {met.popitem()[1]}")
         self.broken |= met
@@ -192,11 +211,21 @@ class FolderLoader(Loader):
             what = "were replaced by the next intact ones" if self.train else "were left out"
             warn_of_broken(met, len(self.targets), f"{what} (DATASET.SKIP_BROKEN)")
 
-    def _on_device(self, image: Tensor, *fields: Tensor) -> Batch:
-        image, *others = (field.to(self.device, non_blocking=True) for field in (image, *fields))
+    def _started(self) -> Iterator[tuple[Batch, dict[str, str]]]:
+        if self.device.type != "cuda":
+            return started(self._loader)
+        with torch.cuda.device(self.device):  # the thread that pins memory works on the current one
+            return started(self._loader)
+
+    def _on_device(self, fields: Batch, foreseen: Tensor) -> Batch:
+        image, target, index = fields
+        image, target = to_device(image, self.device), to_device(target, self.device)
         if self._normalize is None:
             self._normalize = Normalize(self._data.mean, self._data.std, pixels=image[0, :, :, 0].numel())
-        return self._normalize.to(self.device)(image), *others
+        image = self._normalize.to(self.device)(image)
+        if not self.train:
+            return image, target
+        return image, target, with_host_index(to_device(index, self.device), HostIndex(index, foreseen))
 
     def _order(self) -> Tensor:
         count = len(self.targets)

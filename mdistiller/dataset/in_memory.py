@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._base import Batch, Loader, mix_seed
 from .augment import Augment, CropFlip
+from .batch import HostIndex, to_device, with_host_index
 
 CROP_AND_FLIP = CropFlip()
 
@@ -98,10 +99,11 @@ class InMemoryLoader(Loader):
         return torch.randperm(count, generator=generator), *self.augment.draw(count, generator)
 
     def _draws(self) -> tuple[Tensor, ...]:
-        """`draw()` on the device, made once an epoch."""
+        """`draw()`, made once an epoch: the order on the CPU, the rest on the device."""
         key = self.seed, self.epoch
         if self._drawn is None or self._drawn[0] != key:
-            self._drawn = key, tuple(t.to(self.device) for t in self.draw())
+            order, *draws = self.draw()
+            self._drawn = key, (order, *(to_device(t, self.device) for t in draws))
         return self._drawn[1]
 
     def variant(self, index: Tensor) -> Tensor:
@@ -122,15 +124,13 @@ class InMemoryLoader(Loader):
         digest.update(self._recipe.encode())
         return digest.hexdigest()
 
-    def iter_from(self, batch: int) -> Iterator[Batch]:
-        """The epoch's batches from number `batch` on (from 0, counted over all ranks)."""
-        shares = self._shares(batch)
-        return self._train_batches(shares) if self.train else self._val_batches(shares)
+    def _batches(self, shares: list[slice]) -> Iterator[Batch]:
+        return self._train_batches(shares, *self._draws()) if self.train else self._val_batches(shares)
 
-    def _train_batches(self, shares: list[slice]) -> Iterator[Batch]:
-        order, *draws = self._draws()
-        for share in shares:
-            index = order[share]
+    def _train_batches(self, shares: list[slice], order: Tensor, *draws: Tensor) -> Iterator[Batch]:
+        on_device = to_device(order, self.device)
+        for share, following in zip(shares, [*shares[1:], slice(0)]):
+            index = with_host_index(on_device[share], HostIndex(order[share], order[following]))
             images = self.augment.apply(self._images[index], *(drawn[index] for drawn in draws))
             yield self._normalize(images), self._labels[index], index
 

@@ -50,6 +50,10 @@ class Ranks:
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_host_group())
         return int(numbers)
 
+    def late_maximum(self) -> LateMaximum:
+        """A `maximum` for every step, which does not wait for the others; see there."""
+        return LateMaximum(self)
+
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, in the order of the ranks, on all of them."""
         if self.world == 1:
@@ -79,6 +83,36 @@ class Ranks:
             dist.barrier(group=_host_group())
 
 
+class LateMaximum:
+    """`maximum`, one call late: a call starts to compare its numbers, and returns the result of the call before.
+
+    So no rank waits for the others to come as far as itself, only for them to have come as far as its previous call.
+    The n-th call returns the same number on all ranks, which must call it equally often. A single rank has its own
+    number at once.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def __call__(self, number: int) -> int:
+        if self.ranks.world == 1:
+            return number
+        before = self.settle()
+        numbers = torch.tensor(number)
+        work = dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_host_group(), async_op=True)
+        self._pending = work, numbers
+        return before
+
+    def settle(self) -> int:
+        """Wait for the last call's result and return it; 0 if there is none. Every rank must call this alike."""
+        if self._pending is None:
+            return 0
+        (work, numbers), self._pending = self._pending, None
+        work.wait()
+        return int(numbers)
+
+
 def joined() -> bool:
     """Whether this process belongs to a process group, as those that torchrun started do."""
     return dist.is_available() and dist.is_initialized()
@@ -88,7 +122,11 @@ def current_ranks() -> Ranks:
     """The `Ranks` of this process; outside `joined_ranks`, those of a single process."""
     if not joined():
         return Ranks()
-    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    return Ranks(dist.get_rank(), dist.get_world_size(), _of_environment("LOCAL_RANK", 0))
+
+
+def _of_environment(name: str, otherwise: int) -> int:
+    return int(os.environ.get(name, otherwise))
 
 
 # Numbers and barriers go over gloo between the CPUs, which does not wait for the work queued on the GPUs.
@@ -108,21 +146,15 @@ def joined_ranks(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks
         timeout: seconds to wait for another rank before an error.
 
     Raises:
-        UserError: more processes on this machine than GPUs.
+        UserError: more processes on this machine than GPUs, or `device` is one GPU for all of them.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _of_environment("WORLD_SIZE", 1)
     if world == 1 or "RANK" not in os.environ:
         yield Ranks()
         return
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"torchrun started more processes on this machine than it has GPUs ({torch.cuda.device_count()}); "
-                "set --nproc_per_node to their number, or EXPERIMENT.DEVICE cpu"
-            )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(_own_gpu(device, torch.cuda.device_count()))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     if cuda:
         _HOSTS.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))  # type: ignore[arg-type]
@@ -131,3 +163,26 @@ def joined_ranks(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks
     finally:
         _HOSTS.clear()
         dist.destroy_process_group()
+
+
+def _own_gpu(device: str, count: int) -> int:
+    """The number of this rank's GPU, of `count` on this machine, where `device` is "auto", "cuda" or "cuda:N".
+
+    Raises:
+        UserError: several ranks would share a GPU.
+    """
+    local, processes = _of_environment("LOCAL_RANK", 0), _of_environment("LOCAL_WORLD_SIZE", 1)
+    named = device.partition(":")[2]
+    if named.isdecimal() and processes > 1:
+        raise UserError(
+            f"EXPERIMENT.DEVICE {device} is one GPU, but torchrun started {processes} processes on this machine; "
+            "set it to auto, which gives each process its own"
+        )
+    if named.isdecimal():
+        return int(named)
+    if local >= count:
+        raise UserError(
+            f"torchrun started more processes on this machine than it has GPUs ({count}); "
+            "set --nproc_per_node to their number, or EXPERIMENT.DEVICE cpu"
+        )
+    return local

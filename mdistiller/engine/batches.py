@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ..dataset.batch import fields_of, named_batch
+from ..dataset.batch import batch_on_device, fields_of, host_index, named_batch
 from ..dataset.contrastive import ContrastiveSampler
+from ..dataset.workers import started
 from ..distillers import Distiller
 from ..errors import UserError
 from ..registry import Registry, unknown_name
@@ -39,8 +40,29 @@ def contrastive_index(
             f"contrastive_index is drawn from the labels of all images, but {type(loader).__name__} has no `targets`; "
             "set that attribute of the training loader to the (N,) labels, or let the loader yield contrastive_index"
         )
-    sampler = ContrastiveSampler(targets, cfg.CRD.NCE.K, cfg.CRD.MODE, cfg.EXPERIMENT.SEED).to(device)
-    return lambda fields, epoch: sampler(fields["index"], epoch)
+    return DrawnAhead(ContrastiveSampler(targets, cfg.CRD.NCE.K, cfg.CRD.MODE, cfg.EXPERIMENT.SEED).to(device))
+
+
+class DrawnAhead:
+    """The `contrastive_index` of each batch, drawn while the step before it runs, where the loader tells the order.
+
+    It never waits for the device: indices are read on the CPU, and what is drawn goes to a GPU from pinned memory.
+    """
+
+    def __init__(self, sampler: ContrastiveSampler) -> None:
+        self.sampler = sampler
+        self._ahead: tuple[Tensor, int, Callable[[], Tensor]] | None = None
+
+    def __call__(self, fields: Fields, epoch: int) -> Tensor:
+        now, following = host_index(fields["index"])
+        ahead, self._ahead = self._ahead, None
+        # Not what was foreseen: another pass began, or a broken image was replaced.
+        if ahead is None or ahead[1] != epoch or not torch.equal(ahead[0], now):
+            ahead = now, epoch, self.sampler.begin(now, epoch)
+        drawn = ahead[2]()
+        if len(following):
+            self._ahead = following, epoch, self.sampler.begin(following, epoch)
+        return drawn
 
 
 class BatchReader:
@@ -76,7 +98,7 @@ class BatchReader:
             UserError: a field that the method needs is not in it.
         """
         named = named_batch(batch, self.fields)
-        fields = {k: v.to(self.device, non_blocking=True) for k, v in named.items() if isinstance(v, Tensor)}
+        fields = batch_on_device(named, self.device)
         for name in ("image", "target", *self.needs):
             if name not in fields and name not in self.added:
                 raise UserError(
@@ -92,7 +114,24 @@ class BatchReader:
 
 def _fields_of_first(loader: Any, fields: tuple[str, ...]) -> tuple[str, ...]:
     """The names of what a loader without `fields` yields, by its first batch; `fields` for one that has one pass."""
-    iterator = iter(loader)
+    iterator = started(loader)
     if iterator is loader:
         return fields
     return tuple(named_batch(next(iterator, {}), fields)) or fields
+
+
+def calling(batches: Iterable[Any], call: Callable[[], None], rounds: int | None = None) -> Iterator[Any]:
+    """`batches`, with a `call` before each one.
+
+    Args:
+        rounds: make exactly so many calls, the rest of them after the last batch: several ranks, of which some have
+            fewer batches, then call equally often.
+    """
+    calls = 0
+    for batch in batches:
+        if rounds is None or calls < rounds:
+            calls += 1
+            call()
+        yield batch
+    for _ in range(calls, rounds or 0):
+        call()

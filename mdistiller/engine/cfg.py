@@ -42,7 +42,9 @@ CFG.DATASET = CN()
 CFG.DATASET.TYPE = "cifar100"
 # The folder that contains the folders cifar-100-python, tiny-imagenet-200 and imagenet.
 CFG.DATASET.ROOT = "./data"
-# Processes that read images; 0: the training process reads them. Data sets held in memory ignore this.
+# Processes that read training images, for all ranks on a machine together; 0: the training processes read them. A rank
+# starts NUM_WORKERS / (ranks on its machine), at least one and at most the CPUs that it may use, and a quarter as many,
+# at least one, for validation. Data sets held in memory ignore this.
 CFG.DATASET.NUM_WORKERS = 2
 # Train on this fraction of the training images of every class; the choice does not depend on the seed.
 CFG.DATASET.TRAIN_FRACTION = 1.0

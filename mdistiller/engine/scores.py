@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dataset.batch import labelled
+from ..dataset.batch import labelled, to_device
 from ..distillers import Distiller
 from ..distributed.ranks import Ranks
 from ..errors import UserError
@@ -81,7 +81,7 @@ def evaluate(loader: Iterable[Any], heads: Heads, device: torch.device, ranks: R
     count = 0
     with torch.inference_mode():
         for image, target in labelled(loader):
-            image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
+            image, target = to_device(image, device), to_device(target, device)
             count += len(target)
             for name, logits in heads(image).items():
                 loss = F.cross_entropy(logits.float(), target, reduction="sum").double()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,12 +14,13 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..dataset.batch import fields_of, named_batch
+from ..dataset.workers import started
 from ..distillers import Distiller
 from ..distillers.contract import check_distiller, learnable_parameters
 from ..distributed.ranks import current_ranks
 from ..distributed.sync_batchnorm import synchronize_batchnorm
 from ..registry import Registry
-from .batches import BatchReader
+from .batches import BatchReader, calling
 from .ema import EMA
 from .epoch_state import EpochState
 from .files.run_folder import check_no_run, remove_run
@@ -85,6 +87,7 @@ class BaseTrainer:
         )  # fmt: skip
         self._replace = False
         self.stop = StopRequest()
+        self._agreed_stop = self.ranks.late_maximum()
 
     def _placed(self, distiller: nn.Module) -> Distiller:
         """The distiller on the device, in the memory layout and with the BatchNorms that the configuration asks for."""
@@ -238,16 +241,11 @@ class BaseTrainer:
         if self.ema is not None:
             self.ranks.copy_buffers(self.ema.network)
         self.distiller.eval()
-
-        def batches() -> Iterator[dict[str, Any]]:
-            fields = fields_of(self.val_loader)
-            for batch in self.val_loader:
-                # Ranks may have different numbers of batches, so several ranks stop only after validation.
-                if self.ranks.world == 1:
-                    self._stop_if_asked(self.stop.signal)
-                yield named_batch(batch, fields)
-
-        return evaluate(batches(), self._heads, self.device, self.ranks)
+        # Ranks may have different numbers of batches, but must ask for signals equally often.
+        rounds = self.ranks.maximum(len(self.val_loader)) if self.ranks.world > 1 else None
+        batches = calling(started(self.val_loader), partial(self._save_or_stop, at, save=False), rounds)
+        fields = fields_of(self.val_loader)
+        return evaluate((named_batch(batch, fields) for batch in batches), self._heads, self.device, self.ranks)
 
     def _heads(self, image: Tensor) -> dict[str, Tensor]:
         heads = self.distiller.forward_heads(image)
@@ -256,12 +254,15 @@ class BaseTrainer:
         averaged = self.ema.logits(self.distiller, image)
         return {name or "student": logits for name, logits in heads.items()} | {"ema": averaged}
 
-    def _save_or_stop(self, at: EpochState) -> None:
-        """After a step: write `latest` if it is due, and stop if a signal asked for it."""
+    def _save_or_stop(self, at: EpochState, save: bool = True) -> None:
+        """After a step or a batch of validation: stop if a signal asked for it; if `save`, write `latest` if it is due.
+
+        On several ranks it is the signals of the call before, so that no rank waits for another here, and all of them
+        stop after the same step.
+        """
+        signal = self._agreed_stop(self.stop.signal)
         every = self.cfg.LOG.SAVE_CHECKPOINT_ITERS
-        # Read once: a signal that arrives later takes effect after the next step, on every rank alike.
-        signal = self.ranks.maximum(self.stop.signal)
-        if signal or (every and at.step % every == 0):
+        if signal or (save and every and at.step % every == 0):
             self.state.save_within(at)
         self._stop_if_asked(signal)
 
@@ -296,7 +297,7 @@ def _batches_from(loader: Any, start: int) -> Iterator[Any]:
     """The rest of an epoch, from batch number `start` (from 0) on."""
     if hasattr(loader, "iter_from"):
         return loader.iter_from(start)
-    batches = iter(loader)
+    batches = started(loader)
     for _ in range(start):
         next(batches, None)
     return batches

@@ -1,4 +1,4 @@
-"""Ranks: together they yield the epoch of a single process, bit for bit, and no image twice."""
+"""Ranks: together they yield the epoch of a single process, bit for bit, and no image twice. Passes: which epoch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from mdistiller.dataset._base import Loader
+from mdistiller.dataset.batch import host_index
 from mdistiller.dataset.folders import ImageFiles
 from mdistiller.dataset.image_file import read_image, read_pixels, to_pixels
 from mdistiller.dataset.in_memory import ImageArray
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:Deprecati
 
 @pytest.fixture(params=["memory", "files", "files, a worker"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
-    """(batch size, train) -> a loader of the same 21 images of 8x8 pixels, at epoch 3."""
+    """(batch size, train, epoch) -> a loader of the same 21 images of 8x8 pixels, by default at epoch 3."""
     images = torch.randint(0, 256, (COUNT, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     targets = torch.arange(COUNT) % 5
     data: ImageArray | ImageFiles = ImageArray(images, targets, (0.5,) * 3, (0.25,) * 3)
@@ -38,9 +39,10 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
         files = [(str(path), int(target)) for path, target in zip(paths, targets)]
         data = ImageFiles.of(files, lambda path: AUGMENT(read_image(path)), read_pixels, (0.5,) * 3, (0.25,) * 3)
 
-    def loader(batch_size: int, train: bool) -> Loader:
+    def loader(batch_size: int, train: bool, epoch: int | None = 3) -> Loader:
         made = data.loader(batch_size, 1 if "worker" in request.param else 0, train, seed=4)
-        made.set_epoch(3)
+        if epoch is not None:
+            made.set_epoch(epoch)
         return made
 
     return loader
@@ -181,3 +183,63 @@ def test_batches_that_cannot_be_shared_are_refused(make: Make) -> None:
 def test_shard_returns_the_loader(make: Make) -> None:
     loader = make(4, True)
     assert loader.shard(0, 1) is loader and (loader.rank, loader.world) == (0, 1)
+
+
+def epochs(make: Make, *numbers: int, world: int = 1) -> list[list[tuple[Tensor, ...]]]:
+    return [list(make(6, True, number).shard(world - 1, world)) for number in numbers]
+
+
+def equal(a: list[tuple[Tensor, ...]], b: list[tuple[Tensor, ...]]) -> bool:
+    return len(a) == len(b) and all(same(list(x), list(y)) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_without_set_epoch_each_pass_is_the_next_epoch(make: Make, world: int) -> None:
+    """A loop in the original's manner, `for batch in loader`, as over a DataLoader that shuffles."""
+    loader = make(6, True, epoch=None).shard(world - 1, world)
+    wanted = epochs(make, 1, 2, 3, world=world)
+    first = list(loader)
+    assert loader.epoch == 1
+    next(iter(loader))  # given up after a batch
+    assert equal(first, wanted[0]) and equal(list(loader), wanted[2]) and loader.epoch == 3
+    assert not equal(wanted[0], wanted[1])
+    for one, other in zip(*(sorted(torch.cat([i for *_, i in epoch]).tolist()) for epoch in wanted[:2])):
+        assert world > 1 or one == other  # each image once, in each pass
+
+
+def test_the_rest_of_an_epoch_is_a_pass(make: Make) -> None:
+    loader = make(6, True, epoch=None)
+    assert equal(list(loader.iter_from(2)), epochs(make, 1)[0][2:]) and equal(list(loader), epochs(make, 2)[0])
+
+
+def test_after_set_epoch_every_pass_is_that_epoch(make: Make) -> None:
+    loader = make(6, True, epoch=None)
+    list(loader)
+    for number in (5, 2):
+        loader.set_epoch(number)
+        (wanted,) = epochs(make, number)
+        assert equal(list(loader), wanted) and equal(list(loader.iter_from(1)), wanted[1:]) and loader.epoch == number
+
+
+def test_a_pass_stays_in_the_epoch_in_which_it_began(make: Make) -> None:
+    loader = make(6, True, epoch=None)
+    begun = iter(loader)
+    loader.set_epoch(9)
+    assert equal(list(begun), epochs(make, 1)[0]) and equal(list(loader), epochs(make, 9)[0])
+
+
+def test_every_validation_pass_is_the_same(make: Make) -> None:
+    loader = make(6, False, epoch=None)
+    assert equal(list(loader), list(loader)) and loader.epoch == 1
+
+
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_batch_tells_its_indices_and_the_next_ones(make: Make, world: int, start: int) -> None:
+    loader = make(6, True).shard(world - 1, world)
+    foreseen = None
+    for *_, index in loader.iter_from(start):
+        now, following = host_index(index)
+        assert torch.equal(now, index) and (foreseen is None or torch.equal(foreseen, now))
+        foreseen = following
+    assert foreseen is not None and not len(foreseen)

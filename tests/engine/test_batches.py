@@ -1,11 +1,16 @@
 """Named batches: by the loader's `fields`, by dictionaries, and the fields that the trainer adds."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mdistiller.dataset import ImageArray
+from mdistiller.dataset.batch import batch_on_device, host_index, with_host_index
+from mdistiller.dataset.contrastive import ContrastiveSampler
 from mdistiller.distillers import CRD, Distiller
-from mdistiller.engine.batches import BatchReader
+from mdistiller.engine.batches import BatchReader, calling
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
 
@@ -117,3 +122,99 @@ def test_contrastive_index_needs_the_labels_of_all_images():
 
 def test_a_distiller_needs_image_and_target_alone():
     assert Distiller.needs_batch == ()
+
+
+class Recorded(ContrastiveSampler):
+    """Notes for which images draws are begun."""
+
+    begun: ClassVar[list[list[int]]] = []
+
+    def begin(self, index, epoch):
+        self.begun.append(index.tolist())
+        return super().begin(index, epoch)
+
+
+def ours(count=20):
+    data = ImageArray(torch.zeros(count, 8, 8, 3, dtype=torch.uint8), torch.arange(count) % 4, [0.5] * 3, [0.25] * 3)
+    return data.loader(8, 0, train=True)
+
+
+def negatives_of(made):
+    """What draws the negatives of the batches of a loader, and a sampler that draws the same."""
+    draw = BatchReader(Needs("contrastive_index"), made, CPU, crd_config()).added["contrastive_index"]
+    return draw, ContrastiveSampler(made.targets, 3)
+
+
+def unreadable(index):
+    """The indices on a device from which nothing can be read; the CPU knows what they carry."""
+    return with_host_index(index.to("meta"), host_index(index))
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_negatives_are_drawn_a_batch_ahead_without_reading_the_device(monkeypatch, start):
+    monkeypatch.setattr("mdistiller.engine.batches.ContrastiveSampler", Recorded)
+    made = ours()
+    draw, plain = negatives_of(made)
+    for epoch in (1, 2):
+        made.set_epoch(epoch)
+        order = [index.tolist() for *_, index in made.iter_from(start)]
+        for number, (*_, index) in enumerate(made.iter_from(start)):
+            Recorded.begun.clear()
+            drawn = draw({"index": unreadable(index)}, epoch)
+            assert torch.equal(drawn, plain(index, epoch))
+            first = [order[0]] if number == 0 else []
+            assert Recorded.begun == first + order[number + 1 : number + 2]
+
+
+def test_negatives_of_other_images_than_foreseen_are_drawn_anew():
+    """As where a broken image file is replaced, or a pass is given up and another epoch begins."""
+    made = ours()
+    draw, plain = negatives_of(made)
+    (*_, first), (*_, second), _ = made
+    draw({"index": first}, 1)
+    other = second.flip(0)
+    assert torch.equal(draw({"index": other}, 1), plain(other, 1))
+    draw({"index": first}, 1)
+    assert torch.equal(draw({"index": second}, 2), plain(second, 2))
+
+
+def test_an_index_on_the_cpu_is_not_read_back_from_the_device():
+    index = torch.tensor([3, 1])
+    batch = {"image": torch.zeros(2, 3, 4, 4), "index": index, "name": ["a", "b"]}
+    fields = batch_on_device(batch, torch.device("meta"))
+    assert list(fields) == ["image", "index"] and all(field.is_meta for field in fields.values())
+    assert host_index(fields["index"]).now is index
+
+
+@pytest.mark.parametrize("rounds", [None, 0, 2, 3, 5])
+def test_ranks_with_fewer_batches_call_equally_often(rounds):
+    calls = []
+    for number, batch in enumerate(calling("abc", lambda: calls.append(1), rounds), start=1):
+        assert batch == "abc"[number - 1] and len(calls) == min(number, 3 if rounds is None else rounds)
+    assert len(calls) == (3 if rounds is None else rounds)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("form", ["memory", "files", "a worker", "DataLoader"])
+def test_no_batch_waits_for_the_gpu(form, tmp_path):
+    gpu = torch.device("cuda")
+    if form == "memory":
+        made = ours(200).to(gpu)
+    elif form == "DataLoader":
+        made = loader(targets=torch.arange(8) % 2)
+    else:
+        from tests.reliability import train_on_files
+
+        train_on_files.write_images(tmp_path)
+        made = train_on_files.read(tmp_path, True).loader(16, int(form == "a worker"), train=True).to(gpu)
+    reader = BatchReader(Needs("contrastive_index"), made, gpu, crd_config())
+    plain = ContrastiveSampler(made.targets, 3)
+    for _ in range(2):  # in the first pass, constants are made and pinned memory is allocated
+        try:
+            for batch in made:
+                fields = reader(batch, 1)
+                torch.cuda.set_sync_debug_mode("error")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert fields["image"].is_cuda
+    assert torch.equal(fields["contrastive_index"].cpu(), plain(fields["index"].cpu(), 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -18,27 +19,27 @@ from ... import __version__
 from ..files.atomic import write_whole
 
 
-def record_run(folder: Path, cfg: CN, **facts: Any) -> None:
+def record_run(folder: Path, cfg: CN, device: str, **facts: Any) -> None:
     """Write config.yaml and environment.json into a run's `folder`: what one needs to repeat it.
 
     Args:
+        device: on which the run computes, such as "cuda:1".
         facts: further entries of environment.json.
 
     Raises:
         SaveError: one of them cannot be written.
     """
     write_whole(cfg.dump().encode(), folder / "config.yaml")
-    record = json.dumps({"seed": cfg.EXPERIMENT.SEED, **facts, **describe_run()}, indent=2)
+    record = json.dumps({"seed": cfg.EXPERIMENT.SEED, "device": device, **facts, **describe_run(device)}, indent=2)
     write_whole(f"{record}\n".encode(), folder / "environment.json")
 
 
-def describe_run(command: list[str] | None = None) -> dict[str, Any]:
-    """What one needs to know to repeat a run: command, versions, hardware and the code's commit."""
-    cuda = torch.cuda.is_available()
+def describe_run(device: str) -> dict[str, Any]:
+    """What one needs to know to repeat a run on `device`: command, versions, hardware and the code's commit."""
     return {
-        "command": " ".join(command if command is not None else sys.argv),
+        "command": " ".join(sys.argv),
         "mdistiller": __version__,
-        "git_commit": _git_commit(),
+        "git_commit": commit_of(Path(__file__)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -46,7 +47,7 @@ def describe_run(command: list[str] | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
     }
 
 
@@ -58,12 +59,26 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _git_commit() -> str | None:
+def commit_of(source: Path) -> str | None:
+    """The commit of the repository that tracks the file `source`, with "-dirty" if something there has changed.
+
+    None if there is none: a repository that merely encloses it, as one does a virtual environment's packages, says
+    nothing of it.
+    """
+    source = source.resolve()
+    if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
+        return None
+    return _git(source.parent, "describe", "--always", "--dirty", "--abbrev=40")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints, run in `folder`; None if it fails or prints nothing."""
+    # Within a hook of git, such variables name another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
+            ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return found.stdout.strip() or None if found.returncode == 0 else None

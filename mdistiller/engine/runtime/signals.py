@@ -6,11 +6,15 @@ import ctypes
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A second signal this soon after the first is the same one: `timeout` signals its child and then the child's group.
+ONE_REQUEST = 0.1  # seconds
+_END = b"\0"  # of what the reader reads; no signal has this number
 # The pipes of the requests that are listening.
 _pipes: set[int] = set()
 
@@ -38,10 +42,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Treat the first signal as a request to stop; a second one ends the process at once."""
+        """Treat the first signal as a request to stop; a second one ends the process at once.
+
+        Not under torchrun, which passes on what it receives: a rank receives a signal to the whole job twice, and
+        another one when a rank has stopped before it. torchrun kills what has not stopped after its own grace period.
+        """
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
             return
@@ -59,18 +68,25 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
             _pipes.discard(write)
-            os.close(write)  # ends the reader
+            os.write(write, _END)  # closing it would not end the reader: forked workers hold it, too
             reader.join()
+            os.close(write)
             os.close(read)
 
     def _read(self, pipe: int) -> None:
-        while received := os.read(pipe, 1):
+        while (received := os.read(pipe, 1)) != _END:
             number = received[0]
-            if number in SIGNALS and self.signal:
+            if number not in SIGNALS:
+                continue
+            if not self.signal:
+                self.signal, self._since = number, time.monotonic()
+            elif time.monotonic() - self._since > ONE_REQUEST and not _under_torchrun():
                 ctypes.pythonapi.PyOS_setsig(number, None)  # SIG_DFL; signal.signal() is for the main thread alone
                 os.kill(os.getpid(), number)
-            elif number in SIGNALS:
-                self.signal = number
+
+
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,6 @@
 """Signals as requests to stop, in real processes: also during one long operation, and in forked children."""
 
+import os
 import signal
 import subprocess
 import time
@@ -24,9 +25,9 @@ print(stop.signal, flush=True)
 """
 
 
-def start(body):
+def start(body, **environment):
     """A process that has printed "up" from inside `listening`."""
-    process = light(LISTENING.format(body=body), stdout=subprocess.PIPE)
+    process = light(LISTENING.format(body=body), stdout=subprocess.PIPE, env=os.environ | environment)
     assert process.stdout.readline() == "up\n"
     return process
 
@@ -67,6 +68,43 @@ def test_a_forked_childs_signals_are_not_the_parents():
     """
     process = start(body.strip())
     assert process.communicate(timeout=30)[0] == "0\n" and process.returncode == 0
+
+
+def test_listening_ends_while_a_forked_child_lives():
+    """A loader's persistent workers, which inherit the pipe, outlive the training."""
+    body = """
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+os.kill(child, signal.SIGKILL)
+    """
+    with start(body.strip()) as process:
+        try:
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+def test_the_same_signal_twice_at_once_is_one_request():
+    """`timeout` signals its child and then the group of both."""
+    body = """
+    sys.modules[StopRequest.__module__].ONE_REQUEST = 20  # the test must not depend on a busy machine
+    while not stop.signal: time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    """
+    process = start(body.strip())
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[0] == "15\n" and process.returncode == 0
+
+
+def test_under_torchrun_a_second_signal_changes_nothing():
+    process = start("while not stop.signal: time.sleep(0.01)\n    time.sleep(1)", TORCHELASTIC_RUN_ID="run")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[0] == "15\n" and process.returncode == 0
 
 
 def test_afterwards_everything_is_as_before():

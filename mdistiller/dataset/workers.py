@@ -1,0 +1,116 @@
+"""Worker processes of loaders: how many there are, and that a signal to the whole process group leaves them alone.
+
+`docker stop`, `scancel`, `timeout` and torchrun send SIGTERM to every process of a run. The training process finishes
+its step and saves; for that it needs its workers. So a worker ignores SIGTERM, unless its own training process sends
+it, and SIGINT; it ends when its training process has ended, however that came about.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CHECK_SECONDS = 1.0  # how often a worker looks whether its training process lives
+
+
+def worker_counts(num_workers: int) -> tuple[int, int]:
+    """How many workers the training and the validation loader of this process start.
+
+    Args:
+        num_workers: for the training loaders of all ranks on this machine together; 0: no workers at all.
+
+    Returns:
+        This rank's share, at least one and at most the CPUs that this process may use; and a quarter of that, at
+        least one: the validation loader's workers stay beside the others, idle while these work.
+    """
+    if num_workers <= 0:
+        return num_workers, num_workers
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, as torchrun tells them
+    train = max(1, min(num_workers // ranks, _usable_cpus()))
+    return train, max(1, train // 4)
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def started(loader: Any) -> Iterator[Any]:
+    """`iter(loader)`; the workers that a torch DataLoader starts for it are guarded against signals."""
+    if not isinstance(loader, DataLoader) or not loader.num_workers:
+        return iter(loader)
+    own = loader.worker_init_fn
+    loader.worker_init_fn = _Guarded(own.own if isinstance(own, _Guarded) else own)  # anew: this process may be a fork
+    with _held():
+        return iter(loader)
+
+
+@contextmanager
+def _held() -> Iterator[None]:
+    """Hold back the signals from processes started in this context, until `_guard` takes them over there.
+
+    In this process, its other threads receive them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Guarded:
+    """A DataLoader's `worker_init_fn`: `_guard`, then the loader's own, if it has one."""
+
+    def __init__(self, own: Callable[[int], None] | None) -> None:
+        self.own, self.owner = own, os.getpid()
+
+    def __call__(self, worker: int) -> None:
+        _guard(self.owner)
+        if self.own is not None:
+            self.own(worker)
+
+
+def _guard(owner: int) -> None:
+    """In a worker: take over SIGTERM and SIGINT, and end with the process `owner`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigtimedwait"):  # macOS; there torch's own check ends the worker
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return
+    # In place of torch's handler, which would end the process if another thread received the signal.
+    signal.signal(signal.SIGTERM, _do_nothing)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+
+
+def _end_with(owner: int) -> None:
+    """End this process when `owner` sends SIGTERM, as it does to a worker that hangs, or is gone."""
+    parent = os.getppid()  # the owner, or the server that forks for it
+    while os.getppid() == parent and _exists(owner):
+        received = signal.sigtimedwait({signal.SIGTERM}, CHECK_SECONDS)
+        if received is not None and received.si_pid == owner:
+            break
+    os._exit(0)
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """A signal handler."""
