@@ -146,6 +146,7 @@ class ContrastMemory(nn.Module):
         self.register_buffer("memory_v1", torch.empty(num_data, dim).uniform_(-bound, bound))
         self.register_buffer("memory_v2", torch.empty(num_data, dim).uniform_(-bound, bound))
         self._z_known = False  # not read from `params` at every step: the host would wait for the device
+        self._seen: tuple[Tensor, ...] | None = None  # of the last forward pass, for `update`
 
     params: Tensor
     memory_v1: Tensor
@@ -154,7 +155,7 @@ class ContrastMemory(nn.Module):
     def forward(self, v_student: Tensor, v_teacher: Tensor, index: Tensor, contrastive_index: Tensor) -> Tensor:
         """Sum of `nce_loss` of the student against the teacher's bank and of the teacher against the student's bank.
 
-        Updates both banks afterwards.
+        Changes nothing; `update` does.
 
         Args:
             v_student: (B, D) of unit length.
@@ -162,27 +163,42 @@ class ContrastMemory(nn.Module):
             index: (B,) int64, each image's row in the banks. If an image occurs twice, the last one counts.
             contrastive_index: (B, K + 1) int64, rows of the banks, the positive first.
         """
-        if not self._z_known:
-            # Read once more in the second step, as the NaN policy may have undone the first one.
-            self._z_known = bool((self.params[2:4] > 0).all())
-            self._set_z(v_student, v_teacher, contrastive_index)
         _, temperature, z_student, z_teacher, _ = self.params.unbind()
+        self._seen = index, v_student.detach(), v_teacher.detach()
+        if not self.z_known():
+            z_student = self._z(z_student, v_student, self.memory_v2, contrastive_index)
+            z_teacher = self._z(z_teacher, v_teacher, self.memory_v1, contrastive_index)
+            self._seen += (torch.stack([z_student, z_teacher]),)
         loss_student = nce_loss(v_student, self.memory_v2, contrastive_index, temperature, z_student)
         loss_teacher = nce_loss(v_teacher, self.memory_v1, contrastive_index, temperature, z_teacher)
-        # Every rank writes the images of all ranks, so that all ranks have the same banks.
-        index = gather_batch(index)
-        self._update(self.memory_v1, gather_batch(v_student.detach()), index)
-        self._update(self.memory_v2, gather_batch(v_teacher.detach()), index)
         return loss_student + loss_teacher
 
+    def z_known(self) -> bool:
+        """Whether a first batch, or a checkpoint, has set both normalising constants."""
+        if not (self._z_known or torch.compiler.is_compiling()):
+            self._z_known = bool((self.params[2:4] > 0).all())
+        return self._z_known
+
     @torch.no_grad()
-    def _set_z(self, v_student: Tensor, v_teacher: Tensor, contrastive_index: Tensor) -> None:
-        """Z = N times the mean of exp(score / temperature) over the first batch, unless a checkpoint set it."""
-        for place, embed, bank in ((2, v_student, self.memory_v2), (3, v_teacher, self.memory_v1)):
-            if self.params[place] < 0:
-                chunks = _scores(embed, bank, contrastive_index)
-                total = torch.stack([scores.div_(self.params[1]).exp_().sum() for scores, _ in chunks]).sum()
-                self.params[place] = mean_over_ranks(total / contrastive_index.numel()) * len(bank)
+    def update(self) -> None:
+        """Write the embeddings of the last forward pass into both banks and, in the first step, set Z."""
+        if self._seen is None:
+            return
+        (index, v_student, v_teacher, *z), self._seen = self._seen, None
+        if z:
+            self.params[2:4] = z[0]
+        # Every rank writes the images of all ranks, so that all ranks have the same banks.
+        index = gather_batch(index)
+        self._update(self.memory_v1, gather_batch(v_student), index)
+        self._update(self.memory_v2, gather_batch(v_teacher), index)
+
+    @torch.no_grad()
+    def _z(self, known: Tensor, embed: Tensor, bank: Tensor, contrastive_index: Tensor) -> Tensor:
+        """Z () = N times the mean of exp(score / temperature) over the batch; the `known` one if it is above 0."""
+        chunks = _scores(embed, bank, contrastive_index)
+        total = torch.stack([scores.div_(self.params[1]).exp_().sum() for scores, _ in chunks]).sum()
+        z = mean_over_ranks(total / contrastive_index.numel()) * len(bank)
+        return torch.where(known > 0, known, z.to(known.dtype))
 
     @torch.no_grad()
     def _update(self, bank: Tensor, embed: Tensor, index: Tensor) -> None:
@@ -258,6 +274,12 @@ class CRD(Distiller):
         """Parameters of the two embeddings and, as in the original's count, every element of the memory's buffers."""
         memory = sum(buffer.numel() for buffer in self.contrast.buffers())
         return count_parameters(self.embed_s) + count_parameters(self.embed_t) + memory
+
+    def settled(self) -> bool:
+        return self.contrast.z_known()
+
+    def after_step(self) -> None:
+        self.contrast.update()
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits_student, feature_student = self.student(image)

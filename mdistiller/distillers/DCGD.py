@@ -160,6 +160,12 @@ class DCGD(Distiller):
         """Those of the base method; the branches are part of the student."""
         return self.method.get_extra_parameters()
 
+    def settled(self) -> bool:
+        return self.method.settled()
+
+    def after_step(self) -> None:
+        self.method.after_step()
+
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         with _outputs(self.student.base, image) as of_student, self._teacher_once:
             logits_single, losses = self.method.forward_train(image, target, **kwargs)

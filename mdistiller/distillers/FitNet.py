@@ -85,8 +85,8 @@ class FitNet(FeatureDistiller):
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits_student, losses = super().forward_train(image, target, **kwargs)
-        if kwargs.get("epoch", 1) <= self.init_epochs:
-            losses["loss_ce"] = 0 * losses["loss_ce"]
+        if self.init_epochs:
+            losses["loss_ce"] = losses["loss_ce"] * (kwargs.get("epoch", 1) > self.init_epochs)
         return logits_student, losses
 
 

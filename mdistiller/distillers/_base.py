@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, overload
 
 import torch
 import torch.nn as nn
@@ -14,6 +15,7 @@ from yacs.config import CfgNode as CN
 from ..models.parameters import Group
 from ..ranges import Range
 from ..registry import Registry
+from ._compiled import CompiledForward
 from ._declared import declared
 from .facts import RunFacts
 
@@ -76,8 +78,17 @@ def declare_defaults(section: str, defaults: CN, ranges: Mapping[str, Range] | N
     method_ranges[section] = dict(ranges or {})
 
 
-def warm_up(epoch: int, epochs: int) -> float:
-    """The factor in (0, 1] of a loss weight that grows linearly over the first `epochs` epochs; 1 for `epochs` 0."""
+@overload
+def warm_up(epoch: int, epochs: int) -> float: ...
+@overload
+def warm_up(epoch: Tensor, epochs: int) -> Tensor: ...
+def warm_up(epoch: int | Tensor, epochs: int) -> float | Tensor:
+    """The factor in (0, 1] of a loss weight that grows linearly over the first `epochs` epochs; 1 for `epochs` 0.
+
+    A number for a number, a tensor () for the tensor () that a compiled step gets as its epoch.
+    """
+    if isinstance(epoch, Tensor):
+        return (epoch / max(epochs, 1)).clamp(max=1.0)
     return min(epoch / epochs, 1.0) if epochs > 0 else 1.0
 
 
@@ -85,8 +96,9 @@ class Distiller(nn.Module):
     """A student, frozen networks (the teacher) and the loss between them; docs/methods.md is the guide.
 
     A subclass defines `forward_train(image, target, **kwargs)`, which returns the student's logits (B, C) and a
-    dict of named scalar losses; the trainer minimises their sum. `kwargs` holds `epoch` (int, from 1) and the other
-    fields of the batch: `index` (B,) int64, each image's index in the training set, and those that `needs_batch` names.
+    dict of named scalar losses; the trainer minimises their sum. `kwargs` holds `epoch` (int, from 1; a tensor () in a
+    compiled step) and the other fields of the batch: `index` (B,) int64, each image's index in the training set, and
+    those that `needs_batch` names. `after_step` changes what a step changes besides the parameters: a memory bank.
 
     A method with additional layers adds their parameters to `get_learnable_parameters()` and their number to
     `get_extra_parameters()`. `contract.check_distiller` checks a method when its trainer is built.
@@ -132,7 +144,8 @@ class Distiller(nn.Module):
         # Frozen network -> what is called instead of it. In a dict, so that a runner that is a module becomes no
         # submodule and is not saved in checkpoints.
         self._runners: dict[str, Callable[[Tensor], Any]] = {}
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: CompiledForward | None = None
+        self._in_step = False
         self._output_checked = False
         self.student = student
         self.add_frozen("teacher", teacher, self.teacher_outputs)
@@ -197,9 +210,37 @@ class Distiller(nn.Module):
             delattr(self, name)
             object.__setattr__(self, name, network)  # in no state dict or module list; train() leaves it alone
 
-    def compile_training(self, **options: Any) -> None:
-        """Run `forward_train` through torch.compile from now on; `options` are those of torch.compile."""
-        self._compiled = torch.compile(self.forward_train, **options)
+    def compile_training(self, sizes: Collection[int], *args: Any, **options: Any) -> None:
+        """Run `forward_train` of batches of these sizes through torch.compile from now on; see `CompiledForward`."""
+        self._compiled = CompiledForward(self.forward_train, sizes, *args, **options)
+
+    def settled(self) -> bool:
+        """Whether `forward_train` computes what it will compute from now on, so that it can be compiled.
+
+        False while a first step sets what depends on the data, as CRD's does.
+        """
+        return True
+
+    def after_step(self) -> None:
+        """Called without gradients once the parameters have been updated; not after a skipped step.
+
+        Here a method changes what is neither a parameter nor a layer's own buffer: a memory bank, a moving average of
+        the student. In `forward_train` that would happen also where the step is skipped, and once for each micro-batch,
+        and a compiled step would compute gradients with the changed values. `forward_train` keeps what this needs in
+        plain attributes.
+        """
+
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """A context in which the caller calls `after_step`. Outside of it, `forward` does, after each `forward_train`.
+
+        So a training loop that knows nothing of `after_step` still trains the method as it is.
+        """
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
 
     def run_frozen_by(self, name: str, runner: Callable[[Tensor], Any] | None) -> None:
         """Call `runner`, a faster implementation of the same function, instead of a frozen network; None: no longer."""
@@ -261,13 +302,20 @@ class Distiller(nn.Module):
         return {name: logits_of(network(image)) for name, network in networks.items()}
 
     def forward(self, **kwargs: Any) -> Any:
-        """`forward_train` in training mode, else `forward_test` of `image`."""
+        """`forward_train` in training mode, else `forward_test` of `image`. See `one_step`."""
         if not self.training:
             return self.forward_test(kwargs["image"])
-        output = (self._compiled or self.forward_train)(**kwargs)
+        compiled = self._compiled
+        if compiled is not None and compiled.takes(kwargs) and self.settled():
+            output = compiled(kwargs)
+        else:
+            output = self.forward_train(**kwargs)
         if not self._output_checked:
             _check_output(type(self).__name__, output, kwargs["target"])
             self._output_checked = True
+        if not self._in_step:
+            with torch.no_grad():
+                self.after_step()
         return output
 
 

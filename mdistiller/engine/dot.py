@@ -81,16 +81,40 @@ class DistillationOrientedTrainer(Optimizer):
 
     def gradients(self) -> list[Tensor]:
         """The sum of both gradients, of every parameter that has one."""
-        sums = []
+        task, kd, alone = [], [], []
         for p in (p for group in self.param_groups for p in group["params"]):
-            grads = [g for g in (p.grad, self._kd_grads.get(p)) if g is not None]
-            if grads:
-                sums.append(sum(grads[1:], grads[0]))
-        return sums
+            of_kd = self._kd_grads.get(p)
+            if p.grad is not None and of_kd is not None:
+                task.append(p.grad)
+                kd.append(of_kd)
+            elif p.grad is not None or of_kd is not None:
+                alone.append(p.grad if of_kd is None else of_kd)
+        return [*(torch._foreach_add(task, kd) if task else ()), *alone]
+
+    def kd_gradients(self) -> list[Tensor]:
+        """The gradients that `step_kd` stored, in the order of the parameters."""
+        return [self._kd_grads[p] for group in self.param_groups for p in group["params"] if p in self._kd_grads]
 
     def has_kd(self, p: Tensor) -> bool:
         """Whether `step_kd` stored a gradient of the parameter `p`."""
         return p in self._kd_grads
+
+    def ready(self) -> bool:
+        """Whether a step has shown which of the two gradients each parameter receives."""
+        return bool(self.state)
+
+    def drop_zeros_for_none(self) -> None:
+        """Drop the gradients of a kind that a parameter has received in no step so far.
+
+        For a compiled graph, whose backward pass returns zeros to every parameter that any of its losses reaches. The
+        first step must not be compiled, see `ready`.
+        """
+        for p in (p for group in self.param_groups for p in group["params"] if self.state):
+            received = self.state.get(p, {})
+            if TASK not in received:
+                p.grad = None
+            if KD not in received:
+                self._kd_grads.pop(p, None)
 
     def drop_kd(self) -> None:
         """Drop the gradients that `step_kd` stored."""

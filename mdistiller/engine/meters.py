@@ -9,51 +9,65 @@ from torch import Tensor
 
 from ..distributed.ranks import Ranks
 
+Names = tuple[str, ...]
+
 
 class Meters:
-    """Weighted means of named tensors; adding does not synchronise with the device, reading does once."""
+    """Weighted means of named numbers; adding does not synchronise with the device, reading does once."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        # One vector for each set of names, so that adding is one operation. A method may return other losses later.
+        self._sums: dict[Names, Tensor] = {}
         self.count = 0
 
-    def add(self, count: int, totals: dict[str, Tensor]) -> None:
-        """Add scalar tensors () that are totals over `count` images."""
+    def add(self, count: int, names: Names, sums: Tensor) -> None:
+        """Add `sums` (len(names),) float64, which are totals over `count` images."""
         self.count += count
-        for name, total in totals.items():
-            self.sums[name] = self.sums[name] + total.double() if name in self.sums else total.double()
+        # Not in place: several meters may be given the same tensor.
+        self._sums[names] = self._sums[names] + sums if names in self._sums else sums
+
+    def set_mean(self, name: str, value: Tensor) -> None:
+        """Let `value` () be the mean of `name` over all images added so far."""
+        self._sums[name,] = value.double().reshape(1) * self.count
+
+    def sums(self) -> dict[str, Tensor]:
+        """Every name's sum ()."""
+        every: dict[str, Tensor] = {}
+        for names, sums in self._sums.items():
+            for name, total in zip(names, sums.unbind()):
+                every[name] = every[name] + total if name in every else total
+        return every
 
     def over(self, ranks: Ranks) -> Meters:
         """The meters summed over all ranks. Every rank must call this, with the same names."""
-        whole = Meters()
-        if self.sums:
-            *totals, count = ranks.sum(torch.stack([*self.sums.values(), self._count_tensor()])).unbind()
-            whole.sums, whole.count = dict(zip(self.sums, totals)), int(count)
+        whole, every = Meters(), self.sums()
+        if every:
+            totals = torch.stack(list(every.values()))
+            totals = ranks.sum(torch.cat([totals, totals.new_full((1,), self.count)]))
+            whole.count = int(totals[-1])
+            whole._sums = {tuple(every): totals[:-1]}
         return whole
 
     def means(self) -> dict[str, float]:
         """The mean of every name over all images added so far."""
-        if not self.sums:
+        every = self.sums()
+        if not every:
             return {}
-        values = (torch.stack(list(self.sums.values())) / self.count).tolist()
-        return dict(zip(self.sums, values))
-
-    def _count_tensor(self) -> Tensor:
-        return next(iter(self.sums.values())).new_tensor(self.count)
+        return dict(zip(every, (torch.stack(list(every.values())) / self.count).tolist()))
 
     def reset(self) -> None:
         """Remove all names and sums."""
-        self.sums, self.count = {}, 0
+        self._sums, self.count = {}, 0
 
     def clear(self) -> None:
         """Set all sums to zero; the names stay."""
-        self.sums, self.count = {name: torch.zeros_like(total) for name, total in self.sums.items()}, 0
+        self._sums, self.count = {names: torch.zeros_like(sums) for names, sums in self._sums.items()}, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for `load_state_dict`."""
-        return {"count": self.count, "sums": dict(self.sums)}
+        """The state for `load_state_dict`: the count, and each name's sum ()."""
+        return {"count": self.count, "sums": {name: total.clone() for name, total in self.sums().items()}}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore a state."""
-        self.count = state["count"]
-        self.sums = {name: total.to(device) for name, total in state["sums"].items()}
+        self.count, sums = state["count"], state["sums"]
+        self._sums = {tuple(sums): torch.stack(list(sums.values())).to(device)} if sums else {}

@@ -1,9 +1,11 @@
-"""What a run does at a loss that is NaN or infinite: SOLVER.NAN_POLICY."""
+"""What a run does at a loss or a gradient that is NaN or infinite: SOLVER.NAN_POLICY."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +18,7 @@ from ..console import warn
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..registry import Registry
+from .kept_buffers import KeptBuffers
 
 # Steps between two readings of the losses on a GPU; each reading makes the host wait for the device.
 _EVERY = 50
@@ -25,7 +28,32 @@ nan_policy_dict = Registry("SOLVER.NAN_POLICY")
 
 
 class NonFiniteLossError(UserError):
-    """A loss became NaN or infinite; names the epoch, the iteration and every loss term."""
+    """A loss or a gradient became NaN or infinite; names the epoch, the iteration and every loss term."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What decides whether a step is sound, once all its micro-batches have gone backward.
+
+    Attributes:
+        epoch: from 1.
+        step: number of the step in its epoch, from 1.
+        names: of the loss terms.
+        losses: (len(names),) their means over this rank's images.
+        norm: () of the gradients, see `SumUpdate.unexplained`.
+        index: (B,) indices of this rank's images.
+    """
+
+    epoch: int
+    step: int
+    names: tuple[str, ...]
+    losses: Tensor
+    norm: Tensor
+    index: Tensor
+
+    def values(self) -> Tensor:
+        """(len(names) + 1,) the losses and the norm."""
+        return torch.cat([self.losses, self.norm.reshape(1).to(self.losses)])
 
 
 class NanPolicy(Protocol):
@@ -40,19 +68,15 @@ class NanPolicy(Protocol):
     def begin_step(self) -> None:
         """Called at the beginning of a step."""
 
-    def drops(self, epoch: int, step: int, losses: dict[str, Tensor], index: Tensor) -> bool:
-        """Whether to drop the step because of its losses ().
-
-        Args:
-            step: number of the step in its epoch, from 1.
-            index: (B,) indices of the images of the batch.
+    def drops(self, outcome: Outcome) -> bool:
+        """Whether to drop the step, on all ranks alike. Called once a step, before the update.
 
         Raises:
             NonFiniteLossError: the run must stop.
         """
 
     def check(self) -> None:
-        """Check every loss that has not been read yet; raises like `drops`."""
+        """Check every step that has not been read yet; raises like `drops`."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state for `load_state_dict`."""
@@ -63,36 +87,37 @@ class NanPolicy(Protocol):
 
 @nan_policy_dict.register("stop")
 class StopAtNan:
-    """Stop the run. On a GPU the losses are read every 50 steps, so that the host does not wait at every step.
+    """Stop the run. On a GPU the values are read every 50 steps, so that the host does not wait at every step.
 
     Args:
-        folder: where the images of a bad batch are listed, in `non_finite.json`.
+        folder: where the images of a bad batch are listed, see `non_finite`.
         device: where the losses are.
     """
 
     skipped = None
 
     def __init__(self, folder: Path, distiller: nn.Module, device: torch.device, ranks: Ranks, cfg: CN) -> None:
-        self.folder = folder
+        self.folder, self.ranks = folder, ranks
         self.every = 1 if device.type == "cpu" else _EVERY
-        self._pending: list[tuple[int, int, list[str], Tensor, Tensor]] = []
+        self._pending: list[Outcome] = []
 
     def begin_step(self) -> None:
         pass
 
-    def drops(self, epoch: int, step: int, losses: dict[str, Tensor], index: Tensor) -> bool:
-        values = torch.stack([loss.detach().mean().float() for loss in losses.values()])
-        self._pending.append((epoch, step, list(losses), values, index))
+    def drops(self, outcome: Outcome) -> bool:
+        self._pending.append(outcome)
         if len(self._pending) >= self.every:
             self.check()
         return False
 
     def check(self) -> None:
         pending, self._pending = self._pending, []
-        if not pending or torch.cat([values for *_, values, _ in pending]).isfinite().all():
+        if not pending or torch.cat([outcome.values() for outcome in pending]).isfinite().all():
             return
-        epoch, step, names, values, index = next(p for p in pending if not p[3].isfinite().all())
-        raise non_finite(self.folder, epoch, step, dict(zip(names, values.tolist())), index)
+        for outcome in pending:
+            values = outcome.values().tolist()
+            if not all(map(math.isfinite, values)):
+                raise non_finite(self.folder, outcome, values, self.ranks)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -106,28 +131,32 @@ class SkipNan:
     """Skip the step without any effect, on all ranks alike, at most SOLVER.NAN_LIMIT times in a row."""
 
     def __init__(self, folder: Path, distiller: nn.Module, device: torch.device, ranks: Ranks, cfg: CN) -> None:
-        self.folder, self.distiller, self.ranks = folder, distiller, ranks
+        self.folder, self.ranks = folder, ranks
         self.limit = cfg.SOLVER.NAN_LIMIT
         self.skipped = self.in_a_row = 0
-        self._before: list[Tensor] = []
+        self._buffers = KeptBuffers(distiller)
 
     def begin_step(self) -> None:
-        # What a bad batch changes in addition to the gradients: BatchNorm's statistics, CRD's memory banks.
-        self._before = [buffer.clone() for buffer in self.distiller.buffers()]
+        # What a bad batch changes besides the gradients: BatchNorm's statistics.
+        self._buffers.keep()
 
-    def drops(self, epoch: int, step: int, losses: dict[str, Tensor], index: Tensor) -> bool:
-        values = {name: float(loss.detach().mean()) for name, loss in losses.items()}
-        if not self.ranks.maximum(not all(map(math.isfinite, values.values()))):
+    def drops(self, outcome: Outcome) -> bool:
+        values = outcome.values()
+        bad = self.ranks.sum(values.isfinite().logical_not().any().to(values).reshape(1))
+        # The only reading of this step: the host waits for the device here.
+        *numbers, bad_ranks = torch.cat([values, bad]).tolist()
+        if not bad_ranks:
             self.in_a_row = 0
+            self._buffers.learn()
             return False
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row > self.limit:
-            raise non_finite(self.folder, epoch, step, values, index)
-        for buffer, before in zip(self.distiller.buffers(), self._before):
-            buffer.copy_(before)
+            raise non_finite(self.folder, outcome, numbers, self.ranks)
+        self._buffers.restore()
         if self.ranks.first:
-            warn(f"epoch {epoch}, iteration {step} is skipped, its losses are {values}")
+            at, named = f"epoch {outcome.epoch}, iteration {outcome.step}", _named(outcome, numbers)
+            warn(f"{at} is skipped, {named}" + _elsewhere(numbers))
         return True
 
     def check(self) -> None:
@@ -141,15 +170,40 @@ class SkipNan:
         self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
 
 
-def non_finite(folder: Path, epoch: int, step: int, losses: dict[str, float], index: Tensor) -> NonFiniteLossError:
-    """The error for a loss that is not finite; writes the images of its batch to `folder`/non_finite.json."""
+def _named(outcome: Outcome, values: list[float]) -> str:
+    """The losses, and the gradients' norm if the losses do not tell enough."""
+    *losses, norm = values
+    named = [f"{name} = {value}" for name, value in zip(outcome.names, losses)]
+    if all(map(math.isfinite, losses)) and not math.isfinite(norm):
+        named.append(f"the gradients' norm is {norm}")
+    return ", ".join(named)
+
+
+def _elsewhere(values: list[float]) -> str:
+    return "" if not all(map(math.isfinite, values)) else " (another process's losses are not finite)"
+
+
+def non_finite(folder: Path, outcome: Outcome, values: list[float], ranks: Ranks) -> NonFiniteLossError:
+    """The error for a step that is not sound; writes this rank's images to `folder`/non_finite.json.
+
+    Ranks other than the first write non_finite_rank1.json and so on.
+
+    Args:
+        values: `outcome.values()`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "non_finite.json"
-    terms = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
-    record = {"epoch": epoch, "iteration": step, "losses": terms, "index": index.tolist()}
+    note = folder / ("non_finite.json" if ranks.first else f"non_finite_rank{ranks.rank}.json")
+    *losses, norm = (value if math.isfinite(value) else str(value) for value in values)
+    record: Mapping[str, Any] = {
+        "epoch": outcome.epoch,
+        "iteration": outcome.step,
+        "losses": dict(zip(outcome.names, losses)),
+        "grad_norm": norm,
+        "index": outcome.index.tolist(),
+    }
     note.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    named = ", ".join(f"{name} = {value}" for name, value in losses.items())
     return NonFiniteLossError(
-        f"epoch {epoch}, iteration {step}: {named}; the batch's images are listed in {note}, earlier checkpoints "
-        "are kept; try a lower SOLVER.LR, SOLVER.CLIP_GRAD_NORM, or SOLVER.NAN_POLICY skip"
+        f"epoch {outcome.epoch}, iteration {outcome.step}: {_named(outcome, values)}{_elsewhere(values)}; the batch's "
+        f"images are listed in {note}, earlier checkpoints are kept; try a lower SOLVER.LR, SOLVER.CLIP_GRAD_NORM, or "
+        "SOLVER.NAN_POLICY skip"
     )

@@ -17,7 +17,8 @@ from ..distributed.data_parallel import averaging, data_parallel, is_data_parall
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from .ema import EMA
-from .nan_watch import NanPolicy
+from .meters import Names
+from .nan_watch import NanPolicy, Outcome
 from .scores import correct_counts
 from .teacher.cache import TeacherCache
 from .teacher.fast_teacher import DTYPES, FrozenNetworks
@@ -25,6 +26,8 @@ from .update import SumUpdate
 
 Batch = dict[str, Tensor]
 
+# The metrics of every step before its losses; see `Step._run_micro_batch`.
+_METRICS = ("train_acc", "train_acc_top5", "train_loss")
 _NO_GRADIENT = "train what uses them, such as a grouped student by DCGD, or name them in the method's `untrained`"
 
 
@@ -34,13 +37,15 @@ class StepResult:
 
     Attributes:
         images: number of images on this rank.
-        sums: accuracies, total loss and loss terms, each () summed over the images.
-        grad_norm: () L2 norm of the gradients, if it was computed.
+        names: of the accuracies, the total loss and the loss terms.
+        sums: (len(names),) float64, each summed over the images.
+        grad_norm: () L2 norm of the gradients before clipping.
     """
 
     images: int
-    sums: dict[str, Tensor]
-    grad_norm: Tensor | None
+    names: Names
+    sums: Tensor
+    grad_norm: Tensor
 
 
 class Step:
@@ -71,21 +76,32 @@ class Step:
     def _module(self) -> nn.Module:
         """The module that the step calls: the distiller, compiled and data-parallel if the run asks for it."""
         if self.compiled:
-            # "reduce-overhead" uses CUDA graphs.
-            self.distiller.compile_training(mode="reduce-overhead" if self.device.type == "cuda" else None)
+            whole: Batch = {"target": torch.empty(self.full_batch)}
+            sizes = {len(part["target"]) for part in split_batch(whole, self.micro_batches, self.full_batch)}
+            passes = 1 if self.update.one_backward else 2
+            mode = "reduce-overhead" if self._cuda_graphs() else None
+            self.distiller.compile_training(sizes, passes, self.update.ready_to_compile, mode=mode)
         if self.ranks.world == 1 or not self.update.one_backward:
             return self.distiller
         return data_parallel(self.distiller, not_averaged(self.distiller))
 
-    def __call__(self, batch: Batch, epoch: int, number: int, measure: bool = False) -> StepResult | None:
+    def _cuda_graphs(self) -> bool:
+        """Whether CUDA graphs can run the step: each pass runs once, and nothing that it returns is needed after that.
+
+        Their outputs are overwritten by the next run. The gradients of a micro-batch must outlast the next one, and
+        those of DOT's first backward pass the second; DistributedDataParallel sends them while the pass goes on.
+        """
+        once = self.micro_batches == 1 and self.update.one_backward and self.ranks.world == 1
+        return once and self.device.type == "cuda"
+
+    def __call__(self, batch: Batch, epoch: int, number: int) -> StepResult | None:
         """Take the step; None where the NaN policy skips it.
 
         Args:
             number: the step's number in its epoch, from 1.
-            measure: also compute the norm of the gradients.
 
         Raises:
-            NonFiniteLossError: a loss is not finite, and the NaN policy says stop.
+            NonFiniteLossError: a loss or a gradient is not finite, and the NaN policy says stop.
             UserError: in the first step, see `_check_gradients`.
         """
         # In every epoch, so that the second step sees what the first one changes. A network checks itself when it is
@@ -93,22 +109,20 @@ class Step:
         if self.frozen is not None and (number <= 2 or self.compiled):
             self.frozen.check(thoroughly=number <= 2)
         self.nan_policy.begin_step()
-        images = len(batch["target"])
-        sums: dict[str, Tensor] = {}
-        micro_batches = split_batch(batch, self.micro_batches, self.full_batch)
-        for count, micro_batch in enumerate(micro_batches, start=1):
-            # A short batch may give fewer micro-batches than asked for.
-            weight, last = len(micro_batch["target"]) / images, count == len(micro_batches)
-            losses, totals = self._run_micro_batch(micro_batch, epoch, weight, last)
-            if self.nan_policy.drops(epoch, number, losses, micro_batch.get("index", micro_batch["target"][:0])):
-                self.update.drop()
-                return None
-            sums = {name: sums[name] + value if sums else value for name, value in totals.items()}
+        with self.distiller.one_step():
+            names, sums = self._run_micro_batches(batch, epoch)
         self._check_gradients()
-        norm = self.update.step(measure)
+        images, norm = len(batch["target"]), self.update.norm()
+        losses, index = sums[len(_METRICS) :] / images, batch.get("index", batch["target"][:0])
+        if self.nan_policy.drops(Outcome(epoch, number, names, losses, self.update.unexplained(norm), index)):
+            self.update.skip()
+            return None
+        self.update.step(norm)
+        with torch.no_grad():
+            self.distiller.after_step()
         if self.ema is not None:
             self.ema.update(self.distiller.main_network())
-        return StepResult(images, sums, norm)
+        return StepResult(images, (*_METRICS, *(f"loss/{name}" for name in names)), sums, norm)
 
     @property
     def teacher_cache(self) -> TeacherCache | None:
@@ -131,10 +145,23 @@ class Step:
         if gap and self.ranks.first:
             warn(f"{gap}, and keep their values; {_NO_GRADIENT}")
 
-    def _run_micro_batch(
-        self, micro_batch: Batch, epoch: int, weight: float, last: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Forward and backward pass of a micro-batch; returns its losses, and its metrics as sums over its images."""
+    def _run_micro_batches(self, batch: Batch, epoch: int) -> tuple[Names, Tensor]:
+        """Forward and backward passes of a batch; returns the names of its losses, and its metrics summed over images.
+
+        The metrics are those of `_METRICS`, then the losses: float64, as StepResult's.
+        """
+        micro_batches = split_batch(batch, self.micro_batches, self.full_batch)
+        names: Names = ()
+        sums: list[Tensor] = []
+        for count, micro_batch in enumerate(micro_batches, start=1):
+            # A short batch may give fewer micro-batches than asked for.
+            weight, last = len(micro_batch["target"]) / len(batch["target"]), count == len(micro_batches)
+            names, own = self._run_micro_batch(micro_batch, epoch, weight, last)
+            sums.append(own)
+        return names, sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
+
+    def _run_micro_batch(self, micro_batch: Batch, epoch: int, weight: float, last: bool) -> tuple[Names, Tensor]:
+        """`_run_micro_batches` for one of them."""
         if self.teacher_cache is not None:
             self.teacher_cache.look_up(micro_batch["index"])
         dtype = self.autocast_dtype
@@ -143,9 +170,9 @@ class Step:
                 logits, losses = self.module(**micro_batch, epoch=epoch)
             total = self.update.backward(losses, weight)
         target = micro_batch["target"]
-        top1, top5 = correct_counts(logits.detach(), target).unbind()
-        totals = {"train_acc": 100 * top1, "train_acc_top5": 100 * top5, "train_loss": total * len(target)}
-        return losses, totals | {f"loss/{k}": loss.detach().mean() * len(target) for k, loss in losses.items()}
+        hits = correct_counts(logits.detach(), target).double() * 100
+        values = [loss.detach().mean() if loss.ndim else loss.detach() for loss in losses.values()]
+        return tuple(losses), torch.cat([hits, torch.stack([total, *values]).double() * len(target)])
 
 
 def split_batch(batch: Batch, parts: int, full: int = 0) -> list[Batch]:

@@ -226,14 +226,14 @@ class BaseTrainer:
             step: number of the step in its epoch, from 1, for the message if a loss is not finite.
             measure: also add the norm of the gradients to `recent`.
         """
-        result = self.step(batch, epoch, step, measure)
+        result = self.step(batch, epoch, step)
         if result is None:
             return
-        meters.add(result.images, result.sums)
+        meters.add(result.images, result.names, result.sums)
         if recent is not None:
-            recent.add(result.images, result.sums)
-            if result.grad_norm is not None:
-                recent.sums["grad_norm"] = result.grad_norm.double() * recent.count
+            recent.add(result.images, result.names, result.sums)
+            if measure:
+                recent.set_mean("grad_norm", result.grad_norm)
 
     def validate(self, at: EpochState) -> dict[str, Score]:
         """The scores of every head, and of the averaged weights if there is an EMA."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from yacs.config import CfgNode as CN
 
-from ..distributed.gather import mean_over_ranks
+from ..distributed.gather import mean_over_ranks, world_size
 from ..errors import UserError
 from ..models.parameters import Learnable, flat_parameters, parameter_groups
 from ..registry import Registry
@@ -65,32 +65,59 @@ class SumUpdate:
         (self.scaler.scale(weighted) if self.scaler else weighted).backward()
         return total.detach()
 
-    def step(self, measure: bool = False) -> Tensor | None:
-        """Update the parameters and drop the gradients; returns the gradients' L2 norm () if `measure`."""
-        norm = None
-        if measure or self.max_norm:
-            if self.scaler:
-                self.scaler.unscale_(self.optimizer)
-            norm = self._norm()
+    def ready_to_compile(self) -> bool:
+        """Whether the next step may be compiled."""
+        return True
+
+    def norm(self) -> Tensor:
+        """The L2 norm () of the gradients, before clipping and without fp16's scale. Call it once a step at most."""
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        return _norm_of([p.grad for p in self.parameters if p.grad is not None])
+
+    def unexplained(self, norm: Tensor) -> Tensor:
+        """`norm` (), from `norm()`; 0 where fp16's search for its scale may be why it is not finite.
+
+        The scaler itself skips such steps, and halves the scale. Below a scale of 1 it is not the scale's fault.
+        """
+        if self.scaler is None:
+            return norm
+        return norm.where(self.scaler.scale(torch.ones_like(norm)) < 1, torch.zeros_like(norm))
+
+    def step(self, norm: Tensor | None = None) -> None:
+        """Clip the gradients if CLIP_GRAD_NORM is set, update the parameters and drop the gradients.
+
+        Args:
+            norm: what `norm()` has returned in this step; None if it was not called.
+        """
+        if self.max_norm:
+            self._clip(self.norm() if norm is None else norm)
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.step()
-        self.drop()
-        return norm
+        self._drop()
 
     def without_gradient(self) -> list[nn.Parameter]:
         """The parameters that the backward passes since the last step gave no gradient; zero is one."""
         return [p for p in self.parameters if p.grad is None]
 
-    def drop(self) -> None:
+    def skip(self) -> None:
+        """Drop the gradients instead of the step."""
+        if self.scaler:
+            self.scaler.update(self.scaler.get_scale())  # so that it forgets that `norm` has removed the scale
+        self._drop()
+
+    def _drop(self) -> None:
         """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _norm(self) -> Tensor:
-        """The gradients' L2 norm () before clipping; clips them if CLIP_GRAD_NORM is set."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm or float("inf"))
+    def _clip(self, norm: Tensor) -> None:
+        """Scale the gradients to a norm of at most CLIP_GRAD_NORM, as torch's clip_grad_norm_ does."""
+        factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grads in _by_kind([p.grad for p in self.parameters if p.grad is not None]):
+            torch._foreach_mul_(grads, factor.to(grads[0].device))
 
     def state_dict(self) -> dict[str, Any]:
         """The state for `load_state_dict`: the optimizer's, and the loss scale of fp16."""
@@ -124,6 +151,10 @@ class DotUpdate(SumUpdate):
         if cfg.SOLVER.AMP == "fp16":
             raise UserError("SOLVER.AMP fp16 scales one gradient, DOT has two; take bf16 or fp16-teacher")
         super().__init__(learnable, cfg)
+        self.compiled = cfg.SOLVER.COMPILE
+
+    def ready_to_compile(self) -> bool:
+        return self.optimizer.ready()
 
     def backward(self, losses: dict[str, Tensor], weight: float = 1.0) -> Tensor:
         """One backward pass for the distillation losses and one for the task losses; returns the total loss ().
@@ -140,29 +171,50 @@ class DotUpdate(SumUpdate):
             )
         loss_task, loss_kd = _total(task), _total(distillation)
         loss_kd.backward(retain_graph=True)
-        self._average()
         self.optimizer.step_kd()
         loss_task.backward()
+        if self.compiled:
+            self.optimizer.drop_zeros_for_none()
         self._average()
         return (loss_task + loss_kd).detach()
 
     def _average(self) -> None:
-        """Average the gradients over the ranks."""
-        for p in self.parameters:
-            if p.grad is not None:
-                mean_over_ranks(p.grad)
+        """Average both gradients over the ranks: one exchange for each dtype."""
+        if world_size() == 1:
+            return
+        task = [p.grad for p in self.parameters if p.grad is not None]
+        for grads in _by_kind([*self.optimizer.kd_gradients(), *task]):
+            flat = mean_over_ranks(torch.cat([grad.flatten() for grad in grads]))
+            pieces = flat.split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [piece.view(grad.shape) for piece, grad in zip(pieces, grads)])
 
-    def _norm(self) -> Tensor:
+    def norm(self) -> Tensor:
         """The L2 norm () of the sum of both gradients."""
-        return torch.stack(torch._foreach_norm(self.optimizer.gradients())).norm()
+        return _norm_of(self.optimizer.gradients())
 
     def without_gradient(self) -> list[nn.Parameter]:
         return [p for p in super().without_gradient() if not self.optimizer.has_kd(p)]
 
-    def drop(self) -> None:
+    def _drop(self) -> None:
         self.optimizer.drop_kd()
-        super().drop()
+        super()._drop()
 
 
 def _total(losses: Iterable[Tensor]) -> Tensor:
-    return torch.stack([loss.mean() for loss in losses]).sum()
+    return torch.stack([loss.mean() if loss.ndim else loss for loss in losses]).sum()
+
+
+def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors in groups of one device and one dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(groups.values())
+
+
+def _norm_of(grads: list[Tensor]) -> Tensor:
+    """The L2 norm () of all gradients together; 0 if there are none."""
+    if not grads:
+        return torch.zeros(())
+    norms = [norm for group in _by_kind(grads) for norm in torch._foreach_norm(group)]
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()

@@ -121,7 +121,10 @@ def test_memory_agrees_with_the_loops():
         index = contrastive[:, 0]
         if constants is None:
             constants = naive_z(v_s, bank_t, contrastive, 0.25), naive_z(v_t, bank_s, contrastive, 0.25)
+        before = module.memory_v1.clone(), module.memory_v2.clone()
         value = module(v_s, v_t, index, contrastive)
+        assert torch.equal(module.memory_v1, before[0]) and torch.equal(module.memory_v2, before[1])  # not yet
+        module.update()
         expected = naive_nce(v_s, bank_t, contrastive, 0.25, constants[0])
         expected += naive_nce(v_t, bank_s, contrastive, 0.25, constants[1])
         bank_s, bank_t = naive_update(bank_s, v_s, index, 0.5), naive_update(bank_t, v_t, index, 0.5)
@@ -148,13 +151,16 @@ def test_z_follows_the_loaded_state():
     trained, fresh = memory(), memory()
     untouched = fresh.state_dict()
     untouched = {k: x.clone() for k, x in untouched.items()}
-    trained(v, v, contrastive[:, 0], contrastive)
-    fresh.load_state_dict(trained.state_dict())
-    fresh(v, v, contrastive[:, 0], contrastive)
+    for module in (trained, fresh):
+        if module is fresh:
+            fresh.load_state_dict(trained.state_dict())
+        module(v, v, contrastive[:, 0], contrastive)
+        module.update()
     assert torch.equal(fresh.params, trained.params)
     fresh.load_state_dict(untouched)
     assert fresh.params[2] == -1
     fresh(v, v, contrastive[:, 0], contrastive)
+    fresh.update()
     assert torch.equal(fresh.params, trained.params)
 
 
@@ -257,14 +263,33 @@ def test_the_gpu_agrees(num_data):
     torch.testing.assert_close(nce_loss(*(t.cuda() for t in tensors)).cpu(), nce_loss(*tensors), rtol=1e-12, atol=0)
 
 
-def test_the_normalising_constant_is_set_again_when_the_first_step_is_undone():
-    """SOLVER.NAN_POLICY skip puts the buffers back: Z is then unset, as before the first step."""
-    torch.manual_seed(0)
-    memory = ContrastMemory(4, 8, 3, 0.07, 0.5)
-    embeds = [torch.nn.functional.normalize(torch.randn(2, 4), dim=1) for _ in range(2)]
-    index, drawn = torch.arange(2), torch.randint(8, (2, 4))
-    before = [buffer.clone() for buffer in memory.buffers()]
-    memory(*embeds, index, drawn)
-    for buffer, kept in zip(memory.buffers(), before):
-        buffer.copy_(kept)
-    assert memory(*embeds, index, drawn).isfinite() and (memory.params[2:4] > 0).all()
+def test_a_step_that_is_skipped_leaves_the_memory_as_it_is():
+    """Without `update`, the next step is the first one again: it computes Z once more, from its own batch."""
+    v_s, _, contrastive = draw(DENSE)
+    skipped, plain = memory(), memory()
+    before = {k: x.clone() for k, x in skipped.state_dict().items()}
+    skipped(v_s * math.nan, v_s, contrastive[:, 0], contrastive)
+    assert all(torch.equal(x, before[k]) for k, x in skipped.state_dict().items())
+    values = []
+    for module in (skipped, plain):
+        values.append(module(v_s, v_s.roll(1, 0), contrastive[:, 0], contrastive))
+        module.update()
+    assert torch.equal(*values) and torch.equal(skipped.params, plain.params) and skipped.params[2] > 0
+    assert torch.equal(skipped.memory_v1, plain.memory_v1)
+
+
+def test_a_step_s_memory_is_updated_after_it_by_the_engine_or_by_forward():
+    """A loop that knows nothing of `after_step` has the banks of one that calls it."""
+    engine, plain = build(), build()
+    before = engine.contrast.memory_v1.clone()
+    with engine.one_step():
+        engine(**batch())
+    assert torch.equal(engine.contrast.memory_v1, before) and not engine.contrast.z_known()
+    engine.after_step()
+    plain(**batch())
+    for key, value in engine.contrast.state_dict().items():
+        assert torch.equal(value, plain.contrast.state_dict()[key])
+    assert not torch.equal(engine.contrast.memory_v1, before)
+    updated = engine.contrast.memory_v1.clone()
+    engine.after_step()  # once only
+    assert torch.equal(engine.contrast.memory_v1, updated)

@@ -169,6 +169,9 @@ def test_any_method_is_a_base_by_configuration_alone(base, groups_file):
     assert set(losses) == {*expected, "loss_multi_kd", "loss_multi_ce"}
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-12, atol=1e-12)
+    for name, buffer in method.named_buffers():  # also what `after_step` changes
+        if not name.startswith(("student.", "teacher.")):
+            torch.testing.assert_close(distiller.method.get_buffer(name), buffer, rtol=1e-12, atol=1e-12)
 
     # Each learnable parameter once, and each of the distiller's trainable parameters among them.
     learnable = distiller.get_learnable_parameters()

@@ -41,7 +41,7 @@ def gradients(method, trainer_name, teacher, groups, branches="auto"):
 
     grads = {}
 
-    def note(measure=False):
+    def note(norm):
         names = {p: name for name, p in trainer.distiller.named_parameters()}
         for p in trainer.update.parameters:
             own = [g for g in (p.grad, getattr(trainer.optimizer, "_kd_grads", {}).get(p)) if g is not None]

@@ -91,7 +91,7 @@ def test_the_gradients_of_micro_batches_add_up_to_that_of_the_batch(method, file
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         grads = found[micro_batches] = {}
-        trainer.update.step = lambda measure=False, grads=grads, trainer=trainer: grads.update(
+        trainer.update.step = lambda norm, grads=grads, trainer=trainer: grads.update(
             {n: p.grad.clone() for n, p in trainer.distiller.named_parameters() if p.requires_grad}
         )
         meters = Meters()
@@ -178,7 +178,7 @@ def test_a_compiled_step_is_the_plain_step(files):
             for batch in batches[: 3 if epoch == 1 else 2]:
                 trainer.train_iter(batch, epoch, meters)
         found.append(dict(trainer.distiller.student.named_parameters()))
-    assert hasattr(trainer.distiller._compiled, "_torchdynamo_orig_callable")
+    assert hasattr(trainer.distiller._compiled.function, "_torchdynamo_orig_callable")
     assert 0 < distance(*found) < 1e-4
 
 

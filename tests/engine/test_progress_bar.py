@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 
 def meters():
     filled = Meters()
-    filled.add(4, {"train_loss": torch.tensor(8.0), "loss/loss_kd": torch.tensor(2.0)})
+    filled.add(4, ("train_loss", "loss/loss_kd"), torch.tensor([8.0, 2.0], dtype=torch.float64))
     return filled
 
 

@@ -79,7 +79,7 @@ def test_gradients_are_averaged_in_the_last_micro_batch_alone(images, count, mon
     step = Step(distiller, update, policy, None, None, device, ranks, cfg)
     result = step({"image": torch.rand(images, 3, 32, 32), "target": torch.arange(images) % 10}, epoch=1, number=1)
     assert averaged == [False] * (count - 1) + [True]
-    assert result is not None and result.images == images and result.sums["train_loss"] > 0
+    assert result is not None and result.images == images and dict(zip(result.names, result.sums))["train_loss"] > 0
 
 
 def test_fields_that_are_not_by_image_go_whole_into_every_micro_batch():

@@ -110,6 +110,7 @@ class TeacherCache:
         """Set the images of the next call by their `index` (B,) in the training set."""
         self._places = (index * self.loader.variants + self.loader.variant(index)).cpu().numpy()
 
+    @torch.compiler.disable  # reads files, and would be compiled anew whenever a counter changes
     def __call__(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, C) and features of `image`, as the teacher computes them, rounded to the cache's dtype."""
         places = self._places
