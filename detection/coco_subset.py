@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdistiller.console import one_line_errors
 from mdistiller.errors import UserError
+from mdistiller.user_files import read_text, writing
 
 ANNOTATIONS = Path("annotations/instances_train2017.json")
 
@@ -30,18 +31,21 @@ def copy_subset(source: Path, target: Path, count: int, max_objects: int) -> lis
     """
     if (target / ANNOTATIONS).exists():
         raise UserError(f"{target / ANNOTATIONS} already exists: choose another folder")
-    data = json.loads((source / ANNOTATIONS).read_text())
+    try:
+        data = json.loads(read_text(source / ANNOTATIONS, "annotations", "--source must be a folder of COCO 2017"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{source / ANNOTATIONS} is not a JSON file: {error}") from None
     objects = Counter(annotation["image_id"] for annotation in data["annotations"])
     images = sorted((i for i in data["images"] if 1 <= objects[i["id"]] <= max_objects), key=lambda i: i["id"])[:count]
     if len(images) < count:
         raise UserError(f"{source} has only {len(images)} images of 1 to {max_objects} objects")
     chosen = {image["id"] for image in images}
     data |= {"images": images, "annotations": [a for a in data["annotations"] if a["image_id"] in chosen]}
-    (target / "train2017").mkdir(parents=True, exist_ok=True)
     for image in images:
-        shutil.copyfile(source / "train2017" / image["file_name"], target / "train2017" / image["file_name"])
-    (target / ANNOTATIONS).parent.mkdir(exist_ok=True)
-    (target / ANNOTATIONS).write_text(json.dumps(data))
+        with writing(target / "train2017" / image["file_name"]):
+            shutil.copyfile(source / "train2017" / image["file_name"], target / "train2017" / image["file_name"])
+    with writing(target / ANNOTATIONS):
+        (target / ANNOTATIONS).write_text(json.dumps(data))
     return sorted(chosen)
 
 

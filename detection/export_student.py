@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdistiller.console import one_line_errors
+from mdistiller.user_files import writing
 
 with one_line_errors():
     import detection  # noqa: F401  (reports how to install detectron2 if it is missing)
@@ -34,7 +35,8 @@ def main() -> None:
         cfg = load_cfg(args.config_file, args.opts)
         count = export(args.weights, args.output)
         config = args.output.with_suffix(".yaml")
-        config.write_text(student_cfg(cfg, args.output).dump())
+        with writing(config):
+            config.write_text(student_cfg(cfg, args.output).dump())
     print(f"wrote {args.output} ({count} tensors) and {config}")
 
 

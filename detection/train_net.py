@@ -65,7 +65,7 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> Any:
     """Train or evaluate, in each process."""
-    with one_line_errors(UserError):
+    with one_line_errors():
         cfg = read_cfg(args)
         default_setup(cfg, args)
         if args.eval_only:

@@ -1,14 +1,25 @@
-"""Terminal output: one-line notes, warnings and errors, and output that survives a closed terminal."""
+"""What is said to the user: the log, one-line errors, and output that survives a closed terminal.
+
+The package logs through `logging.getLogger("mdistiller")`, and the progress of a run through its child
+"mdistiller.progress". A tool prints both on the terminal. Whoever imports the package sees warnings on stderr, as the
+module `logging` prints them, and silences or redirects the log as that of any library.
+"""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
+
+from .errors import UserError
+
+LOG = logging.getLogger("mdistiller")
+PROGRESS = logging.getLogger("mdistiller.progress")
 
 # The reader of a pipe has exited, the terminal was closed, the file was closed.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
@@ -25,33 +36,60 @@ def reason(error: BaseException) -> str:
 
 
 def warn(text: str) -> None:
-    """Print `warning: text` to stderr, as one line."""
-    _print_line(f"warning: {one_line(text)}")
+    """Log `text`, as one line, at level WARNING; a tool prints `warning: text` on stderr."""
+    LOG.warning("%s", one_line(text))
 
 
 def note(text: str) -> None:
-    """Print `note: text` to stderr, as one line."""
-    _print_line(f"note: {one_line(text)}")
+    """Log `text`, as one line, at level INFO; a tool prints `note: text` on stderr."""
+    LOG.info("%s", one_line(text))
 
 
-def _print_line(line: str) -> None:
-    with suppress(OSError, ValueError):  # stderr may be closed; a warning must not stop the run
-        print(line, file=sys.stderr, flush=True)
+def progress(line: str) -> None:
+    """Log a line about how a run is getting on, at level INFO; a tool prints it on stdout."""
+    PROGRESS.info("%s", line)
+
+
+class Terminal(logging.Handler):
+    """Prints the log as the tools do: progress on stdout, other lines on stderr, `warning: ...` and `note: ...`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        plain = record.name == PROGRESS.name
+        kind = "" if plain else "warning: " if record.levelno >= logging.WARNING else "note: "
+        with suppress(OSError, ValueError):  # the stream may be closed; a lost line must not stop the run
+            print(f"{kind}{line}", file=sys.stdout if plain else sys.stderr, flush=True)
+
+
+def log_to_terminal() -> None:
+    """Print the package's log on the terminal, and only there. A second call changes nothing."""
+    if not any(isinstance(handler, Terminal) for handler in LOG.handlers):
+        LOG.addHandler(Terminal())
+        LOG.propagate = False  # a library may give the root logger a handler, which would print every line again
+        if LOG.level == logging.NOTSET:
+            LOG.setLevel(logging.INFO)
 
 
 @contextmanager
-def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn an exception of these `kinds` into one line on stderr, `error: ...`, and exit status 2.
+def one_line_errors() -> Iterator[None]:
+    """Turn a UserError into one line on stderr, `error: ...`, and exit status 2.
 
-    The default, ValueError and OSError, is for reading the input and building the run. Around training use UserError
-    alone: any other exception there is a bug, whose traceback is needed.
+    Any other exception is a fault, of this package or of a user's own method, and its traceback is needed. So whatever
+    reads a file turns the errors of the disk and of the content into UserErrors itself; see `user_files`.
     """
-    caught = kinds or (ValueError, OSError)
     try:
         yield
-    except caught as error:
+    except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def tool() -> Iterator[None]:
+    """Around a tool's main(), also as a decorator: `log_to_terminal` and `one_line_errors`."""
+    log_to_terminal()
+    with one_line_errors():
+        yield
 
 
 def outlive_terminal() -> None:

@@ -1,6 +1,8 @@
-"""Runs written by hand, in a temporary folder."""
+"""Runs written by hand, in a temporary folder; the log on the terminal."""
 
 import pytest
+
+from mdistiller.console import log_to_terminal
 
 from .experiments.hand_made import write_run
 
@@ -13,3 +15,9 @@ def make_run(tmp_path):
         return write_run(folder or tmp_path / name, rows, *overrides, config=config)
 
     return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def the_log_is_on_the_terminal():
+    """As in every tool: `capsys` sees warnings on stderr, and the progress of a run on stdout."""
+    log_to_terminal()

@@ -110,3 +110,47 @@ def test_two_calls_have_the_effect_of_one(tmp_path):
     process = light(code, tmp_path / "done", stdout=subprocess.PIPE)
     out, _ = process.communicate(timeout=30)
     assert out.splitlines() == ["begun", *(f"step {step}" for step in range(50))]
+
+
+LOGGED = """
+import logging
+from mdistiller import console
+{setup}
+console.warn("two\\nlines")
+console.note("noted")
+console.progress("epoch 1/2: all is well")
+"""
+
+
+@pytest.mark.parametrize(
+    "setup, out, err",
+    [
+        ("console.log_to_terminal()", "epoch 1/2: all is well\n", "warning: two lines\nnote: noted\n"),
+        ("console.log_to_terminal(); console.log_to_terminal()", "epoch 1/2: all is well\n",
+         "warning: two lines\nnote: noted\n"),
+        # A library gives the root logger a handler: nothing is printed twice.
+        ("console.log_to_terminal(); logging.basicConfig(level=logging.INFO)", "epoch 1/2: all is well\n",
+         "warning: two lines\nnote: noted\n"),
+        # Whoever imports the package: as any library.
+        ("", "", "two lines\n"),
+        ("logging.basicConfig(level=logging.INFO, format='%(name)s %(levelname)s %(message)s')", "",
+         "mdistiller WARNING two lines\nmdistiller INFO noted\nmdistiller.progress INFO epoch 1/2: all is well\n"),
+        ("logging.getLogger('mdistiller').addHandler(logging.NullHandler())", "", ""),
+        ("logging.getLogger('mdistiller').setLevel(logging.ERROR); console.log_to_terminal()", "", ""),
+        ("logging.getLogger('mdistiller.progress').disabled = True; console.log_to_terminal()", "",
+         "warning: two lines\nnote: noted\n"),
+    ],
+)  # fmt: skip
+def test_the_log_is_on_a_tools_terminal_and_an_importer_redirects_or_silences_it(setup, out, err):
+    process = light(LOGGED.format(setup=setup), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.communicate(timeout=30) == (out, err)
+
+
+def test_a_line_for_a_closed_terminal_is_lost_without_an_error():
+    code = LOGGED.format(setup="console.log_to_terminal(); sys.stdin.read()") + "print('the end')"
+    process = light(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stderr.close()
+    process.stdin.close()
+    with process.stdout:
+        assert process.stdout.read() == "epoch 1/2: all is well\nthe end\n"
+    assert process.wait(timeout=30) == 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mdistiller.engine.files.checkpoint import save_checkpoint
 from mdistiller.errors import UserError
+from mdistiller.user_files import writing
 
 from .. import HERE
 from .weights import Placed, place, read_weights
@@ -84,8 +85,8 @@ def merge(cfg: CfgNode, teacher: str | Path, student: str | Path | None, output:
     if student:
         _require([k for k in in_student.missing if k.startswith(BACKBONE)], f"{student} is not the student's network")
     merged = in_student.weights | {TEACHER + name: value for name, value in in_teacher.weights.items()}
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint({"model": {name: value.contiguous() for name, value in merged.items()}}, output)
+    with writing(output):
+        save_checkpoint({"model": {name: value.contiguous() for name, value in merged.items()}}, output)
     return in_teacher, in_student
 
 
@@ -112,8 +113,8 @@ def export(weights: str | Path, output: str | Path) -> int:
     student = student_part(read_weights(weights)[0])
     if not student:
         raise UserError(f"{weights} holds no student: nothing except teacher.* and kd_*")
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint({"model": student}, output)
+    with writing(output):
+        save_checkpoint({"model": student}, output)
     return len(student)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from ..engine.cfg import show_cfg
+from ..engine.cfg import cfg_text
 from ..errors import UserError
 from ..experiments.runs import Run, read_run
 from ..experiments.summary import Table, load_table
 from ..experiments.table_text import footnotes, pair_heading, table_cells
+from ..user_files import reading
 from .plots.bars import bars_figure
 from .plots.curves import curves_figure
 
@@ -36,7 +38,7 @@ def report(path: Path) -> str:
         UserError: `path` is neither.
     """
     file = path if path.suffix == ".json" else path / "table.json"
-    return render(_table_content(load_table(file)) if file.is_file() else _run_content(read_run(path)))
+    return render(_table_content(load_table(file)) if os.path.isfile(file) else _run_content(read_run(path)))
 
 
 def render(content: Mapping[str, Any]) -> str:
@@ -62,11 +64,13 @@ def _run_content(run: Run) -> dict[str, Any]:
         "seed": cfg.EXPERIMENT.SEED,
     }
     files = {caption: run.folder / "inspect" / f"{name}.png" for name, caption in PICTURES.items()}
+    with reading(f"the plots in {run.folder / 'inspect'}", "tools/inspect_features.py draws them again"):
+        pictures = {c: base64.b64encode(f.read_bytes()).decode() for c, f in files.items() if f.is_file()}
     return {
         "title": f"{cfg.EXPERIMENT.PROJECT}: {run.folder.name}",
         "facts": facts,
         "curves": {"Accuracy, loss and learning rate by epoch": _embedded(curves_figure({run.folder.name: run}))},
-        "pictures": {c: base64.b64encode(f.read_bytes()).decode() for c, f in files.items() if f.is_file()},
+        "pictures": pictures,
         "runs": [_one_run(run.folder.name, run)],
     }
 
@@ -104,7 +108,7 @@ def _one_run(name: str, run: Run) -> dict[str, Any]:
     columns = run.columns
     return {
         "name": name,
-        "configuration": show_cfg(run.cfg),
+        "configuration": cfg_text(run.cfg),
         "environment": run.environment,
         "columns": columns,
         "epochs": [[f"{row[c]:g}" if c in row else "" for c in columns] for row in run.epochs],

@@ -9,10 +9,11 @@ Every command that reads a checkpoint also reads .safetensors.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..console import one_line_errors
+from ..console import tool
 from ..engine.files.checkpoint import load_checkpoint, marks, model_state, save_checkpoint
 from ..engine.files.safetensors_file import SUFFIX, write_safetensors
 from ..errors import UserError
@@ -33,7 +34,7 @@ def convert(source: Path, target: Path) -> str:
     """
     checkpoint = load_checkpoint(source)
     state = model_state(checkpoint, source)
-    if target.exists() and target.samefile(source):
+    if os.path.exists(target) and target.samefile(source):
         raise UserError(f"{target} would be written over itself; name another file")
     if target.suffix == SUFFIX:
         write_safetensors(state, target, marks(checkpoint))
@@ -51,6 +52,6 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     return parser.parse_args(arguments)
 
 
+@tool()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    with one_line_errors():
-        print(convert(**vars(parse_args(arguments, prog))))
+    print(convert(**vars(parse_args(arguments, prog))))

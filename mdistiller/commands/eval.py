@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.nn as nn
 from torch import Tensor
 
-from ..console import one_line_errors
+from ..console import tool
 from ..dataset import dataset_info, get_val_loader
 from ..engine.build import load_deployed, load_trained
 from ..engine.scores import Heads, evaluate, model_heads
@@ -114,6 +114,6 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     return parser.parse_args(arguments)
 
 
+@tool()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    with one_line_errors():
-        print(evaluate_checkpoint(**vars(parse_args(arguments, prog))))
+    print(evaluate_checkpoint(**vars(parse_args(arguments, prog))))

@@ -10,15 +10,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
-from ..console import one_line_errors
+from ..console import tool
 from ..dataset import dataset_info
 from ..engine.build import model_dict
 from ..engine.files.checkpoint import load_checkpoint, load_state, model_state, save_checkpoint
 from ..errors import UserError
 from ..models import build_model
 from ..models.grouped import published_students
+from ..user_files import read_yaml, writing
 from ._arguments import command_parser
 
 PREFIX = "base."
@@ -54,17 +53,17 @@ def export_head(ckpt: Path, out: Path, model: str | None = None, dataset: str | 
     if not state:
         raise UserError(f"{ckpt} holds no grouped student (no entry begins with {PREFIX!r})")
     load_state(build_model(model_dict(dataset), model, dataset_info[dataset].num_classes), state, ckpt)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint({"model": state}, out)
+    with writing(out):
+        save_checkpoint({"model": state}, out)
     return f"wrote {out}; score it with tools/eval.py -m {model} -d {dataset} -c {out}"
 
 
 def _run_of(ckpt: Path) -> tuple[str | None, str | None]:
     """DISTILLER.STUDENT and DATASET.TYPE in the config.yaml next to `ckpt`; None for both if it cannot be read."""
     try:
-        cfg = yaml.safe_load((ckpt.parent / "config.yaml").read_text(encoding="utf-8"))
+        cfg = read_yaml(ckpt.parent / "config.yaml", "config", "name the network by -m")
         return cfg["DISTILLER"]["STUDENT"], cfg["DATASET"]["TYPE"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None, None
 
 
@@ -79,6 +78,6 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     return parser.parse_args(arguments)
 
 
+@tool()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    with one_line_errors():
-        print(export_head(**vars(parse_args(arguments, prog))))
+    print(export_head(**vars(parse_args(arguments, prog))))

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..console import one_line_errors, warn
+from ..console import tool, warn
 from ..dataset import Loader, dataset_info, get_val_loader, stratified_split
 from ..dataset.batch import labelled
 from ..engine.build import load_trained
@@ -181,6 +181,6 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     return parser.parse_args(arguments)
 
 
+@tool()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    with one_line_errors():
-        print(group_classes(**vars(parse_args(arguments, prog))))
+    print(group_classes(**vars(parse_args(arguments, prog))))

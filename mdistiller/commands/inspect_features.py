@@ -30,12 +30,14 @@ from ..analysis.measures import (
 )
 from ..analysis.outputs import Outputs, collect, tsne
 from ..analysis.plots.networks import cka_figure, matrices_figure, reliability_figure, tsne_figure
-from ..console import one_line_errors
+from ..console import tool
 from ..dataset import get_val_loader
 from ..distillers import distiller_dict
 from ..engine.build import load_trained
+from ..errors import UserError
 from ..experiments.runs import read_run
 from ..grouping import count_confusions
+from ..user_files import writing
 from ._arguments import check_batch_size, command_parser, trained_network_arguments
 
 
@@ -123,13 +125,16 @@ def inspect_network(
         The metrics, for the terminal.
 
     Raises:
-        UserError: an unknown name, missing data, a checkpoint that does not fit.
+        UserError: an unknown name, missing data, a checkpoint that does not fit, a number out of range.
     """
+    if tsne_images < 0 or not 0 <= seed < 2**32:
+        raise UserError(
+            f"--tsne-images must be at least 0, and --seed from 0 to 2**32 - 1; they are {tsne_images} and {seed}"
+        )
     nets = {model: network_outputs(model, ckpt, dataset, head=head, groups=groups, **loading)}
     if teacher:
         name = teacher if teacher != model else f"{teacher} (teacher)"
         nets[name] = network_outputs(teacher, teacher_ckpt, dataset, **loading)
-    out.mkdir(parents=True, exist_ok=True)
     targets = nets[model].targets
     calibrations = {name: calibration(o.logits, targets, bins) for name, o in nets.items()}
     values: dict[str, Any] = {
@@ -139,14 +144,15 @@ def inspect_network(
             name: {"top1": accuracy(o.logits, targets), "ece": calibrations[name].ece} for name, o in nets.items()
         },
     }
-    reliability_figure(calibrations).savefig(out / "reliability.png", dpi=110)
-    _write_calibrations(out / "reliability.csv", calibrations)
-    _draw_confusion(out, nets[model])
-    if tsne_images:
-        _draw_tsne(out, nets, tsne_images, seed)
-    if teacher:
-        values |= _compare(out, *nets.items())
-    (out / "figures.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with writing(out / "figures.json"):
+        reliability_figure(calibrations).savefig(out / "reliability.png", dpi=110)
+        _write_calibrations(out / "reliability.csv", calibrations)
+        _draw_confusion(out, nets[model])
+        if tsne_images:
+            _draw_tsne(out, nets, tsne_images, seed)
+        if teacher:
+            values |= _compare(out, *nets.items())
+        (out / "figures.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     lines = [f"{name}: top-1 {v['top1']:.2f}, ECE {v['ece']:.2f} %" for name, v in values["networks"].items()]
     lines += [f"agreement with the teacher: {values['agreement']:.2f} %"] if teacher else []
     return "\n".join([*lines, f"{len(targets)} images; plots and values are in {out}"])
@@ -222,15 +228,13 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
         "-o", "--out", type=Path, default=Path("output/inspect"),
         help="the plots' folder (default: inspect in the run's folder with --run, else output/inspect)",
     )  # fmt: skip
-    with one_line_errors():
-        networks = run_networks(run.run) if run.run else {}
+    networks = run_networks(run.run) if run.run else {}
     from_run = [f"--{name.replace('_', '-')}={value}" for name, value in networks.items()]
     args = parser.parse_args([*from_run, *rest])
     del args.run
     return args
 
 
+@tool()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    args = parse_args(arguments, prog)
-    with one_line_errors():
-        print(inspect_network(**vars(args)))
+    print(inspect_network(**vars(parse_args(arguments, prog))))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..console import one_line_errors
+from ..console import tool
 from ..registry import unknown_name
 
 COMMANDS = {
@@ -38,6 +38,7 @@ def usage() -> str:
     ])  # fmt: skip
 
 
+@tool()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the first of `arguments` (default: the command line) names."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -47,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name == "--version":
         print(__version__)
         return
-    with one_line_errors():
-        if name not in COMMANDS:
-            raise unknown_name("command", name, COMMANDS)
+    if name not in COMMANDS:
+        raise unknown_name("command", name, COMMANDS)
     command = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     command.main(rest, prog=f"mdistiller {name}")

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..analysis.plots.curves import draw_curves
-from ..console import one_line_errors
+from ..console import tool
 from ..experiments.runs import read_runs
+from ..user_files import writing
 from ._arguments import command_parser
 
 
@@ -27,14 +28,14 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     return parser.parse_args(arguments)
 
 
+@tool()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     args = parse_args(arguments, prog)
-    with one_line_errors():
-        runs = read_runs(args.runs)
-        alone = next(iter(runs.values())).folder
-        out = args.out or (alone if len(runs) == 1 else Path("output")) / "curves"
-        paths = [out] if out.suffix in (".png", ".svg") else [Path(f"{out}.png"), Path(f"{out}.svg")]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for path in paths:
+    runs = read_runs(args.runs)
+    alone = next(iter(runs.values())).folder
+    out = args.out or (alone if len(runs) == 1 else Path("output")) / "curves"
+    paths = [out] if out.suffix in (".png", ".svg") else [Path(f"{out}.png"), Path(f"{out}.svg")]
+    for path in paths:
+        with writing(path):
             draw_curves(runs, path)
     print("wrote", " and ".join(map(str, paths)))

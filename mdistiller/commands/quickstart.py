@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..analysis.plots.curves import draw_curves
+from ..console import tool
 from ..engine.cfg import load_cfg
 from ..engine.run_name import experiment_name
 from ..experiments.processes import package_environment
 from ..experiments.runs import read_run
 from ..experiments.table_text import runs_table
+from ..user_files import writing
 from ._arguments import command_parser
 
 EXPERIMENTS = {"teacher": "teacher", "plain student": "vanilla", "student by KD": "kd", "student by DKD": "dkd"}
@@ -34,6 +36,7 @@ def command(*arguments: str) -> None:
         raise SystemExit(done.returncode)
 
 
+@tool()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     command_parser(__doc__, prog).parse_args(arguments)
     runs = {}
@@ -46,9 +49,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         command("eval", "-m", cfg.DISTILLER.STUDENT, "-d", "digits", "-c", f"{folder}/student_best")
         runs[label] = read_run(folder)
 
-    out = Path("output/quickstart")
-    out.mkdir(exist_ok=True)
-    table = runs_table(runs)
-    (out / "table.md").write_text(table + "\n", encoding="utf-8")
-    draw_curves(runs, out / "curves.png")
-    print(f"\nTop-1 in percent of the test images:\n\n{table}\n\nCurves: {out}/curves.png")
+    table, text, curves = runs_table(runs), Path("output/quickstart/table.md"), Path("output/quickstart/curves.png")
+    with writing(text):
+        text.write_text(table + "\n", encoding="utf-8")
+        draw_curves(runs, curves)
+    print(f"\nTop-1 in percent of the test images:\n\n{table}\n\nCurves: {curves}")

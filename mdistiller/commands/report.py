@@ -10,11 +10,13 @@ if that was run before.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..analysis.html_report import report
-from ..console import one_line_errors
+from ..console import tool
+from ..user_files import writing
 from ._arguments import command_parser
 
 
@@ -25,11 +27,11 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     return parser.parse_args(arguments)
 
 
+@tool()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     args = parse_args(arguments, prog)
-    with one_line_errors():
-        page = report(args.path)
-        out = args.out or (args.path.parent if args.path.is_file() else args.path) / "report.html"
-        out.parent.mkdir(parents=True, exist_ok=True)
+    page = report(args.path)
+    out = args.out or (args.path.parent if os.path.isfile(args.path) else args.path) / "report.html"
+    with writing(out):
         out.write_text(page, encoding="utf-8")
     print(f"wrote {out}")

@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..analysis.plots.bars import draw_bars
-from ..console import one_line_errors
+from ..console import tool
 from ..errors import UserError
 from ..experiments.jobs import Job, finished_run, task
 from ..experiments.launch import run_here, run_on_ray, visible_gpus
 from ..experiments.plan import Plan, read_plan
 from ..experiments.summary import save_table, summarise
 from ..experiments.table_text import table_markdown, write_csv
+from ..user_files import writing
 from ._arguments import command_parser
 
 
@@ -44,6 +45,10 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     args = parser.parse_intermixed_args(arguments)
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs must be at least 1, not {args.jobs}")
+    try:
+        re.compile(args.only)
+    except re.error as error:
+        parser.error(f"--only {args.only!r} is not a regular expression: {error}")
     return args
 
 
@@ -81,39 +86,39 @@ def run(jobs: list[Job], args: argparse.Namespace, failed: dict[str, str]) -> No
 
 def write_table(plan: Plan, args: argparse.Namespace, out: Path) -> None:
     table = summarise(plan, args.opts)
-    out.mkdir(parents=True, exist_ok=True)
     text = table_markdown(table)
-    (out / "table.md").write_text(text, encoding="utf-8")
-    write_csv(table, out / "table.csv")
-    save_table(table, out / "table.json")
-    draw_bars(table, out / "table.png")
+    with writing(out / "table.md"):
+        (out / "table.md").write_text(text, encoding="utf-8")
+        write_csv(table, out / "table.csv")
+        save_table(table, out / "table.json")
+        draw_bars(table, out / "table.png")
     print(f"\n{text}\nwrote {out}/table.md, .csv, .json, .png")
 
 
+@tool()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     args = parse_args(arguments, prog)
     failed: dict[str, str] = {}
-    with one_line_errors():
-        plan = read_plan(args.plan)
-        jobs = [job for pair in plan.pairs for name in plan.methods for job in plan.jobs(pair, name, args.opts)]
-        folders = [job.folder for job in jobs]
-        for job in jobs:
-            if folders.count(job.folder) > 1:
-                raise UserError(f"plan {args.plan}: two runs would share {job.folder}; give their methods other names")
-        chosen = [job for job in jobs if re.search(args.only, job.label)]
-        if not chosen:
-            raise UserError(f"--only {args.only!r} matches no run; the first run is {jobs[0].label!r}")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if not args.no_run:
-            try:
-                run(plan.before, args, failed)
-                if not failed:
-                    run(chosen, args, failed)
-            except KeyboardInterrupt:
-                print("interrupted; the same command continues with the missing runs", file=sys.stderr)
-                raise SystemExit(130) from None
-        if not args.dry_run:
-            write_table(plan, args, args.out or jobs[0].folder.parent)
+    plan = read_plan(args.plan)
+    jobs = [job for pair in plan.pairs for name in plan.methods for job in plan.jobs(pair, name, args.opts)]
+    folders = [job.folder for job in jobs]
+    for job in jobs:
+        if folders.count(job.folder) > 1:
+            raise UserError(f"plan {args.plan}: two runs would share {job.folder}; give their methods other names")
+    chosen = [job for job in jobs if re.search(args.only, job.label)]
+    if not chosen:
+        raise UserError(f"--only {args.only!r} matches no run; the first run is {jobs[0].label!r}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not args.no_run:
+        try:
+            run(plan.before, args, failed)
+            if not failed:
+                run(chosen, args, failed)
+        except KeyboardInterrupt:
+            print("interrupted; the same command continues with the missing runs", file=sys.stderr)
+            raise SystemExit(130) from None
+    if not args.dry_run:
+        write_table(plan, args, args.out or jobs[0].folder.parent)
     if failed:
         print(f"{len(failed)} run(s) failed: {'; '.join(failed)}", file=sys.stderr)
         raise SystemExit(1)

@@ -11,10 +11,10 @@ import argparse
 from collections.abc import Sequence
 
 from ..analysis.plots.curves import draw_run
-from ..console import one_line_errors, outlive_terminal
+from ..console import outlive_terminal, tool
 from ..distributed.ranks import joined_ranks
 from ..engine.build import build_trainer, deployment_lines, frozen_lines
-from ..engine.cfg import load_cfg, show_cfg
+from ..engine.cfg import cfg_text, load_cfg
 from ..errors import UserError
 from ._arguments import command_parser
 
@@ -32,19 +32,18 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     return parser.parse_intermixed_args(arguments)
 
 
+@tool()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     outlive_terminal()
     args = parse_args(arguments, prog)
-    with one_line_errors():
-        if args.resume and args.overwrite:
-            raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
-        cfg = load_cfg(args.cfg, args.opts)
-    with one_line_errors(UserError), joined_ranks(cfg.EXPERIMENT.DEVICE) as ranks:
-        with one_line_errors():
-            trainer = build_trainer(cfg, args.opts)
-            first = trainer.begin(resume=args.resume, overwrite=args.overwrite)
+    if args.resume and args.overwrite:
+        raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
+    cfg = load_cfg(args.cfg, args.opts)
+    with joined_ranks(cfg.EXPERIMENT.DEVICE) as ranks:
+        trainer = build_trainer(cfg, args.opts)
+        first = trainer.begin(resume=args.resume, overwrite=args.overwrite)
         if ranks.first:
-            print(show_cfg(cfg), *deployment_lines(trainer), *frozen_lines(trainer), sep="\n", flush=True)
+            print(cfg_text(cfg), *deployment_lines(trainer), *frozen_lines(trainer), sep="\n", flush=True)
         trainer.run(first)
         if ranks.first:
             draw_run(trainer.log_path)

@@ -9,10 +9,10 @@ from yacs.config import CfgNode as CN
 from . import digits  # noqa: F401  (it registers itself)
 from ._base import DatasetInfo, Loader, Split, dataset_dict, get_dataloaders, stratified_split
 from .batch import fields_of, named_batch
-from .cifar100 import get_cifar100_dataloaders
-from .imagenet import get_imagenet_dataloaders, get_imagenet_val_loader
+from .cifar100 import get_cifar100_dataloaders, get_cifar100_dataloaders_sample
+from .imagenet import get_imagenet_dataloaders, get_imagenet_dataloaders_sample, get_imagenet_val_loader
 from .in_memory import ImageArray, InMemoryLoader
-from .tiny_imagenet import get_tinyimagenet_dataloader
+from .tiny_imagenet import get_tinyimagenet_dataloader, get_tinyimagenet_dataloader_sample
 
 # The same registry, named after what its entries hold: num_classes, image_size, model_family.
 dataset_info = dataset_dict
@@ -62,11 +62,14 @@ __all__ = [
     "dataset_info",
     "fields_of",
     "get_cifar100_dataloaders",
+    "get_cifar100_dataloaders_sample",
     "get_dataloaders",
     "get_dataset",
     "get_imagenet_dataloaders",
+    "get_imagenet_dataloaders_sample",
     "get_imagenet_val_loader",
     "get_tinyimagenet_dataloader",
+    "get_tinyimagenet_dataloader_sample",
     "get_val_loader",
     "named_batch",
     "stratified_split",

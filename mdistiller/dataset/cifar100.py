@@ -14,10 +14,13 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
+from torchvision import transforms
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import download_url
 
+from ..user_files import reading
 from ._base import get_dataloaders, missing, register
+from ._original import dataloaders_with_negatives, to_normalized
 from .in_memory import ImageArray
 
 MEAN = (0.5071, 0.4867, 0.4408)
@@ -31,11 +34,12 @@ def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
 
     Its images are bytes in one checked file: none is broken alone.
     """
-    try:
-        data = CIFAR100(root, train)
-    except RuntimeError:
-        _download(root)
-        data = CIFAR100(root, train)
+    with reading(f"CIFAR-100 in {root / CIFAR100.base_folder}", "let this user read it, or copy it there again"):
+        try:
+            data = CIFAR100(root, train)
+        except RuntimeError:
+            _download(root)
+            data = CIFAR100(root, train)
     images, targets = torch.from_numpy(data.data), torch.tensor(data.targets)
     return ImageArray(images, targets, MEAN, STD, class_names=tuple(data.classes))
 
@@ -80,5 +84,16 @@ def _quiet() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-# The original's name.
+# The original's names, here and below.
 get_cifar100_dataloaders = partial(get_dataloaders, "cifar100")
+get_cifar100_dataloaders_sample = partial(dataloaders_with_negatives, "cifar100")
+
+
+def get_cifar100_train_transform() -> transforms.Compose:
+    """The augmentation of the training images, for PIL images; the loader does the same a batch at a time."""
+    return to_normalized(MEAN, STD, transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip())
+
+
+def get_cifar100_test_transform() -> transforms.Compose:
+    """The normalisation of the test images, for PIL images."""
+    return to_normalized(MEAN, STD)

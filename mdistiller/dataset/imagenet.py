@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
+from torchvision import transforms
 from torchvision.transforms import v2
 
 from ._base import Loader, get_dataloaders, missing, register
+from ._original import dataloaders_with_negatives, to_normalized
 from .folders import ImageFiles, class_folders, labelled_files
 from .image_file import read_image, read_pixels, to_pixels
 
@@ -33,7 +37,7 @@ def val_view(path: str) -> Tensor:
 def read(root: Path, train: bool, skip_broken: bool = False) -> ImageFiles:
     """`root`/imagenet/train or val, with a folder <wnid> for each class."""
     folder = root / "imagenet" / ("train" if train else "val")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise missing("ImageNet", folder, "put its class folders n01440764, ... there")
     classes = class_folders(folder, NUM_CLASSES)
     files = labelled_files(folder, classes)
@@ -42,6 +46,17 @@ def read(root: Path, train: bool, skip_broken: bool = False) -> ImageFiles:
 
 # Names from the original code, here and below.
 get_imagenet_dataloaders = partial(get_dataloaders, "imagenet")
+get_imagenet_dataloaders_sample = partial(dataloaders_with_negatives, "imagenet")
+
+
+def get_imagenet_train_transform(mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> transforms.Compose:
+    """The augmentation of the training images, for PIL images."""
+    return to_normalized(mean, std, transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip())
+
+
+def get_imagenet_test_transform(mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> transforms.Compose:
+    """The view of the validation images, for PIL images."""
+    return to_normalized(mean, std, transforms.Resize(256), transforms.CenterCrop(224))
 
 
 def get_imagenet_val_loader(val_batch_size: int, num_workers: int = 4, root: str = "./data") -> Loader:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..errors import UserError
+from ..user_files import read_text
 from ._base import get_dataloaders, missing, register
+from ._original import dataloaders_with_negatives
 from .augment import RotateFlip
 from .decoded import read_decoded
 from .folders import class_folders, labelled_files
@@ -18,6 +21,7 @@ NUM_CLASSES = 200
 SIZE = 64
 MEAN = (0.4802, 0.4481, 0.3975)
 STD = (0.2302, 0.2265, 0.2262)
+AGAIN = "unpack tiny-imagenet-200.zip again"
 AUGMENT = RotateFlip(degrees=20, size=SIZE)
 
 
@@ -29,7 +33,7 @@ def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
     """
     home = root / "tiny-imagenet-200"
     folder = home / ("train" if train else "val")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise missing("Tiny-ImageNet", folder, f"unpack tiny-imagenet-200.zip in {root}")
     classes = _classes(home, folder)
     in_class_folders = train or any((folder / wnid).is_dir() for wnid in classes)
@@ -44,9 +48,9 @@ def _classes(home: Path, folder: Path) -> list[str]:
     listed = home / "wnids.txt"
     if not listed.is_file():
         return class_folders(home / "train" if (home / "train").is_dir() else folder, NUM_CLASSES)
-    wnids = sorted(set(listed.read_text().split()))
+    wnids = sorted(set(read_text(listed, "class list", AGAIN).split()))
     if len(wnids) != NUM_CLASSES:
-        raise UserError(f"{listed} lists {len(wnids)} classes, expected {NUM_CLASSES}; unpack the zip again")
+        raise UserError(f"{listed} lists {len(wnids)} classes, expected {NUM_CLASSES}; {AGAIN}")
     return wnids
 
 
@@ -54,19 +58,20 @@ def annotated_files(part: Path, classes: list[str]) -> list[tuple[str, int]]:
     """(path, label) of the images that `part`/val_annotations.txt lists: a line holds file, wnid and a box."""
     annotations = part / "val_annotations.txt"
     if not annotations.is_file():
-        raise missing("Tiny-ImageNet's val_annotations.txt", annotations, "unpack tiny-imagenet-200.zip again")
+        raise missing("Tiny-ImageNet's val_annotations.txt", annotations, AGAIN)
     label = {wnid: i for i, wnid in enumerate(classes)}
     files = []
-    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(annotations, "annotations", AGAIN).splitlines(), start=1):
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in label:
             raise UserError(f"{annotations}, line {number}: {wnid!r} is not a class; a line must hold file, wnid, box")
         files.append((str(part / "images" / name), label[wnid]))
     if not files:
-        raise UserError(f"{annotations} lists no image; unpack tiny-imagenet-200.zip again")
+        raise UserError(f"{annotations} lists no image; {AGAIN}")
     return files
 
 
-# The name from the original code.
+# The names from the original code.
 get_tinyimagenet_dataloader = partial(get_dataloaders, "tiny_imagenet")
+get_tinyimagenet_dataloader_sample = partial(dataloaders_with_negatives, "tiny_imagenet")

@@ -90,7 +90,7 @@ class AT(FeatureDistiller):
         image_size: of the run.
 
     Raises:
-        ValueError: a network has vectors instead of maps.
+        UserError: a network has vectors instead of maps.
     """
 
     needs_run = ("image_size",)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..errors import UserError
 from ..models.cost import count_parameters
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, WHOLE, list_of, whole
@@ -50,7 +51,7 @@ class FitNet(FeatureDistiller):
         image_size: of the run; without it FITNET.INPUT_SIZE counts, [] for the data set's.
 
     Raises:
-        ValueError: HINT_LAYER is not the index of a feature map in both networks, DISTILLER.PAIRS names several pairs,
+        UserError: HINT_LAYER is not the index of a feature map in both networks, DISTILLER.PAIRS names several pairs,
             no regressor fits the shapes, or INPUT_SIZE contradicts the run.
 
     Reference: Romero et al. 2015, arXiv 1412.6550, section 2.2.
@@ -70,8 +71,8 @@ class FitNet(FeatureDistiller):
         require_maps([hint], "FITNET")
         try:
             self.conv_reg = ConvReg(*hint)
-        except ValueError as error:
-            raise ValueError(f"{error}; FITNET.HINT_LAYER or DISTILLER.PAIRS names other maps") from None
+        except UserError as error:
+            raise UserError(f"{error}; FITNET.HINT_LAYER or DISTILLER.PAIRS names other maps") from None
 
     def get_learnable_parameters(self) -> list[nn.Parameter | Group]:
         return super().get_learnable_parameters() + list(self.conv_reg.parameters())
@@ -94,10 +95,10 @@ def _layers(cfg: CN, count_s: int, count_t: int) -> tuple[int, int]:
     """The indices of the guided and of the hint layer among the networks' maps."""
     pairs = configured_pairs(cfg, count_s, count_t)
     if len(pairs) > 1:
-        raise ValueError(f"FITNET compares one pair of maps, DISTILLER.PAIRS names {len(pairs)}: {cfg.DISTILLER.PAIRS}")
+        raise UserError(f"FITNET compares one pair of maps, DISTILLER.PAIRS names {len(pairs)}: {cfg.DISTILLER.PAIRS}")
     if pairs:
         return pairs[0]
     layer, count = cfg.FITNET.HINT_LAYER, min(count_s, count_t)
     if not -count <= layer < count:
-        raise ValueError(f"FITNET.HINT_LAYER is {layer}, the networks have feature maps 0 to {count - 1}")
+        raise UserError(f"FITNET.HINT_LAYER is {layer}, the networks have feature maps 0 to {count - 1}")
     return layer, layer

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..errors import UserError
 from ..ranges import NOT_NEGATIVE, whole
 from ..registry import Registry, unknown_name
 from ._base import FeatureDistiller, Features, register
@@ -170,7 +171,7 @@ def _tolerance(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _require_equal_channels(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
     for shape_s, shape_t in pairs:
         if shape_s[1] != shape_t[1]:
-            raise ValueError(
+            raise UserError(
                 f"KDSVD.AXIS channels needs maps with the same number of channels: the student's {tuple(shape_s)}, "
                 f"the teacher's {tuple(shape_t)}; KDSVD.AXIS columns takes any number"
             )
@@ -193,7 +194,7 @@ class KDSVD(FeatureDistiller):
         image_size: of the run.
 
     Raises:
-        ValueError: there are fewer than two pairs, or a network has vectors instead of maps; for "channels", the maps
+        UserError: there are fewer than two pairs, or a network has vectors instead of maps; for "channels", the maps
             of a pair differ in their number of channels.
         UserError: AXIS is unknown.
     """

@@ -83,7 +83,7 @@ class NST(FeatureDistiller):
         image_size: of the run.
 
     Raises:
-        ValueError: a network has vectors instead of maps.
+        UserError: a network has vectors instead of maps.
     """
 
     needs_run = ("image_size",)

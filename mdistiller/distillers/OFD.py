@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from yacs.config import CfgNode as CN
 
+from ..errors import UserError
 from ..models.cost import count_parameters
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, ODD
@@ -127,7 +128,7 @@ class OFD(FeatureDistiller):
         image_size: of the run.
 
     Raises:
-        ValueError: the teacher has no BatchNorms before the ReLU, or they differ in channels from its stages, or there
+        UserError: the teacher has no BatchNorms before the ReLU, or they differ in channels from its stages, or there
             is no stage to pair.
     """
 
@@ -182,11 +183,11 @@ def _paired_batchnorms(student: nn.Module, teacher: nn.Module, pairs: MapPairs) 
     which the first does not count.
 
     Raises:
-        ValueError: see `OFD`.
+        UserError: see `OFD`.
     """
     name = type(teacher).__name__
     if not hasattr(teacher, "get_bn_before_relu"):
-        raise ValueError(f"OFD needs a teacher with get_bn_before_relu(), its stages' last BatchNorms; {name} has none")
+        raise UserError(f"OFD needs a teacher with get_bn_before_relu(), its stages' last BatchNorms; {name} has none")
     bns: list[nn.BatchNorm2d] = teacher.get_bn_before_relu()  # type: ignore[operator]
     pairs.keep_deepest(len(bns), "OFD", f"{name} returns {len(bns)} BatchNorms before the ReLU")
     listed = [len(net.get_stage_channels()) - 1 for net in (student, teacher) if hasattr(net, "get_stage_channels")]  # type: ignore[operator]
@@ -196,7 +197,7 @@ def _paired_batchnorms(student: nn.Module, teacher: nn.Module, pairs: MapPairs) 
     widths = [len(bn.weight) for bn in paired]
     channels_s, channels_t = ([shape[1] for shape in shapes] for shapes in zip(*pairs.shapes))
     if widths != channels_t:
-        raise ValueError(
+        raise UserError(
             f"OFD cannot pair the stages: {channels_s} channels in the student, {channels_t} in the teacher, but the "
             f"teacher's BatchNorms before the ReLU have {widths}"
         )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..errors import UserError
 from ..models.cost import count_parameters
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, list_of, whole
@@ -200,7 +201,7 @@ class ReviewKD(Distiller):
         image_size: of the run.
 
     Raises:
-        ValueError: one of the four contradicts the networks, or a network has tokens or vectors instead of maps. Built
+        UserError: one of the four contradicts the networks, or a network has tokens or vectors instead of maps. Built
             by hand without `image_size`, contradicting sizes are refused in the first step.
     """
 
@@ -226,7 +227,7 @@ class ReviewKD(Distiller):
         """Refuse a configured value of `key` that contradicts the one `found` in the networks."""
         given = list(self.cfg[key])
         if given and given not in (found, DEFAULTS[key]):
-            raise ValueError(f"REVIEWKD.{key} is {given} but the networks have {found}; leave it out, or set it to []")
+            raise UserError(f"REVIEWKD.{key} is {given} but the networks have {found}; leave it out, or set it to []")
 
     def _check_sizes(self, maps_s: Sequence[Tensor], maps_t: Sequence[Tensor]) -> None:
         self._agree("SHAPES", _sizes(maps_s)[::-1])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..errors import UserError
 from ..models.cost import count_parameters
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, POSITIVE, list_of, whole
@@ -89,7 +90,7 @@ class VID(FeatureDistiller):
         image_size: of the run; without it VID.INPUT_SIZE counts, [] for the data set's.
 
     Raises:
-        ValueError: a network has vectors instead of maps, INPUT_SIZE contradicts the run, or INIT_PRED_VAR does not
+        UserError: a network has vectors instead of maps, INPUT_SIZE contradicts the run, or INIT_PRED_VAR does not
             exceed EPS > 0.
     """
 
@@ -102,7 +103,7 @@ class VID(FeatureDistiller):
         self.eps = cfg.VID.EPS
         surplus = cfg.VID.INIT_PRED_VAR - self.eps
         if surplus <= 0 or self.eps <= 0:
-            raise ValueError(f"VID needs INIT_PRED_VAR > EPS > 0, they are {cfg.VID.INIT_PRED_VAR} and {self.eps}")
+            raise UserError(f"VID needs INIT_PRED_VAR > EPS > 0, they are {cfg.VID.INIT_PRED_VAR} and {self.eps}")
         # The inverse of the softplus, log(exp(x) - 1), in a form that does not overflow.
         start = surplus + math.log(-math.expm1(-surplus))
         size = input_size(cfg.VID.INPUT_SIZE, image_size, cfg, "VID.INPUT_SIZE")

@@ -203,6 +203,11 @@ class Distiller(nn.Module):
         """The sections of the config tree that the method reads."""
         return {cls.config_section}
 
+    @property
+    def module(self) -> Distiller:
+        """The distiller itself: the original wraps it in DataParallel, and its trainers read `distiller.module`."""
+        return self
+
     def borrow_networks(self) -> None:
         """Turn student and teacher into plain attributes: they are submodules of another distiller."""
         for name in ("student", "teacher"):

@@ -12,6 +12,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..console import one_line
+from ..errors import UserError
 from ..models.eval_mode import eval_mode
 from ._base import Features
 from .facts import image_size_of
@@ -31,7 +32,8 @@ def probe_pair(student: nn.Module, teacher: nn.Module, image_size: int | Sequenc
     """Features of both networks for one zero image of `image_size`: one number for a square, or (height, width).
 
     Raises:
-        ValueError: a network cannot take such an image, or returns no features.
+        UserError: a network returns no features.
+        ValueError: a network cannot take such an image, or has a fault; the network's own error is its cause.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     return _probed(student, size, "student"), _probed(teacher, size, "teacher")
@@ -44,7 +46,7 @@ def _probed(model: nn.Module, size: Sequence[int], role: str) -> Features:
     except RuntimeError as error:
         raise ValueError(f"{name} cannot take an image of {size[0]}x{size[1]}: {one_line(error)}") from error
     if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping)):
-        raise ValueError(f"{name} must return (logits, features by name), it returns {type(output).__name__}")
+        raise UserError(f"{name} must return (logits, features by name), it returns {type(output).__name__}")
     return dict(output[1])
 
 
@@ -67,14 +69,14 @@ def input_size(configured: Sequence[int], image_size: int | None, cfg: CN, key: 
         image_size: of the run; None for a method that is built by hand.
 
     Raises:
-        ValueError: `configured` is no size, or contradicts the run.
+        UserError: `configured` is no size, or contradicts the run.
     """
     if configured and (len(configured) != 2 or not all(isinstance(x, int) and x > 0 for x in configured)):
-        raise ValueError(f"{key} must be [] or [height, width], not {list(configured)}")
+        raise UserError(f"{key} must be [] or [height, width], not {list(configured)}")
     if image_size is None:
         return tuple(configured) if configured else image_size_of(cfg)  # type: ignore[return-value]
     if configured and list(configured) not in (_ORIGINAL_SIZE, [image_size, image_size]):
-        raise ValueError(f"{key} is {list(configured)}, but the images are {image_size}x{image_size}; set it to []")
+        raise UserError(f"{key} is {list(configured)}, but the images are {image_size}x{image_size}; set it to []")
     return image_size
 
 
@@ -116,7 +118,7 @@ class MapPairs:
         shapes: (student's, teacher's) shape (1, C, H, W) of each pair.
 
     Raises:
-        ValueError: too few pairs, no such map, pairs that do not go deeper, or features that are not maps.
+        UserError: too few pairs, no such map, pairs that do not go deeper, or features that are not maps.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class MapPairs:
         self.shapes = [(maps_s[i].shape, maps_t[j].shape) for i, j in self.indices]
         require_maps(self.shapes, method)
         if len(self.indices) < least:
-            raise ValueError(
+            raise UserError(
                 f"{method} needs {least} or more pairs of feature maps; of the student's {self.counts[0]} maps and the "
                 f"teacher's {self.counts[1]}, {len(self.indices)} can be paired (DISTILLER.PAIRS names others)"
             )
@@ -154,11 +156,11 @@ class MapPairs:
         """Keep the pairs of the teacher's `count` deepest maps.
 
         Raises:
-            ValueError: DISTILLER.PAIRS names another one, or none is left; the message says `why`.
+            UserError: DISTILLER.PAIRS names another one, or none is left; the message says `why`.
         """
         kept = [(pair, shapes) for pair, shapes in zip(self.indices, self.shapes) if pair[1] >= self.counts[1] - count]
         if not kept or (self.configured and len(kept) < len(self.indices)):
-            raise ValueError(f"{method} cannot compare the pairs {self.indices} of feature maps: {why}")
+            raise UserError(f"{method} cannot compare the pairs {self.indices} of feature maps: {why}")
         self.indices, self.shapes = map(list, zip(*kept))
 
     def _lists(
@@ -166,7 +168,7 @@ class MapPairs:
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         for kind, own, network in zip(self.kinds, features, networks):
             if not isinstance(own.get(kind), (list, tuple)):
-                raise ValueError(f"{method} compares feature maps, but {type(network).__name__} returns no {kind!r}")
+                raise UserError(f"{method} compares feature maps, but {type(network).__name__} returns no {kind!r}")
         return features[0][self.kinds[0]], features[1][self.kinds[1]]
 
     def __call__(self, features_s: Features, features_t: Features) -> tuple[list[Tensor], list[Tensor]]:
@@ -183,23 +185,23 @@ def configured_pairs(cfg: CN, count_s: int, count_t: int) -> list[tuple[int, int
         count_s, count_t: number of maps of each network; a negative index counts from the deepest.
 
     Raises:
-        ValueError: not a list of pairs of whole numbers, no such map, or pairs that do not go deeper.
+        UserError: not a list of pairs of whole numbers, no such map, or pairs that do not go deeper.
     """
     given = cfg.get("DISTILLER", {}).get("PAIRS", [])
     pairs: list[tuple[int, int]] = []
     for pair in given:
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(i) is int for i in pair)):
-            raise ValueError(
+            raise UserError(
                 f"DISTILLER.PAIRS must list [student's map, teacher's map], such as [[1, 1], [2, 3]], not {given}"
             )
         for i, count, role in zip(pair, (count_s, count_t), ("student", "teacher")):
             if not -count <= i < count:
-                raise ValueError(
+                raise UserError(
                     f"DISTILLER.PAIRS {given} names map {i} of the {role}, which has maps 0 to {count - 1}"
                 )
         i, j = pair[0] % count_s, pair[1] % count_t
         if pairs and not (pairs[-1][0] <= i and pairs[-1][1] <= j and pairs[-1] != (i, j)):
-            raise ValueError(f"DISTILLER.PAIRS {given} must go from shallow to deep in both networks")
+            raise UserError(f"DISTILLER.PAIRS {given} must go from shallow to deep in both networks")
         pairs.append((i, j))
     return pairs
 
@@ -208,11 +210,11 @@ def require_maps(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], method: s
     """Refuse (student's, teacher's) shapes that are not both (B, C, H, W).
 
     Raises:
-        ValueError: names the method and both shapes.
+        UserError: names the method and both shapes.
     """
     for shape_s, shape_t in pairs:
         if len(shape_s) != 4 or len(shape_t) != 4:
-            raise ValueError(
+            raise UserError(
                 f"{method} compares feature maps (B, C, H, W), these are not both maps: the student's "
                 f"{tuple(shape_s)}, the teacher's {tuple(shape_t)}"
             )
@@ -227,7 +229,7 @@ class ConvReg(nn.Module):
         use_relu: end with a ReLU.
 
     Raises:
-        ValueError: the teacher's map is larger, but not exactly twice as high.
+        UserError: the teacher's map is larger, but not exactly twice as high.
 
     Reference: FitNets, Romero et al. 2015, arXiv 1412.6550, section 2.2.
     """
@@ -244,7 +246,7 @@ class ConvReg(nn.Module):
         elif s_h >= t_h and s_w >= t_w:
             self.conv = nn.Conv2d(s_channels, t_channels, kernel_size=(1 + s_h - t_h, 1 + s_w - t_w))
         else:
-            raise ValueError(
+            raise UserError(
                 f"no regressor from a student map of {tuple(s_shape)} to a teacher map of {tuple(t_shape)}: "
                 "the teacher's must be half as high, twice as high, or no larger"
             )

@@ -1,5 +1,5 @@
 """Configuration, training loop, evaluation, checkpoints and logs."""
 
-from .trainer import trainer_dict
+from .trainer import CRDDOT, DOT, BaseTrainer, CRDTrainer, trainer_dict
 
-__all__ = ["trainer_dict"]
+__all__ = ["CRDDOT", "DOT", "BaseTrainer", "CRDTrainer", "trainer_dict"]

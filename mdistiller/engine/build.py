@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +121,7 @@ def load_deployed(ckpt: Path, device: str = "auto") -> tuple[Distiller, list[str
         UserError: no config.yaml, or a checkpoint of another network.
     """
     source = ckpt.parent / "config.yaml"
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise UserError(f"no config.yaml next to {ckpt} says which network it holds; name it, such as -m resnet20")
     cfg = load_cfg(source)
     distiller, content = build_distiller(cfg, facts_without_data(cfg), trained=False), load_checkpoint(ckpt)

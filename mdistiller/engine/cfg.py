@@ -12,15 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode as CN
 
-from ..console import one_line
 from ..distillers import distiller_dict, method_defaults, method_ranges
 from ..errors import UserError
 from ..paths import find_file
 from ..ranges import NOT_NEGATIVE, POSITIVE, WHOLE, Range, interval, list_of, one_of, whole
+from ..user_files import read_yaml
 from .overrides import merge, override_pairs, shown
+from .utils import log_msg
 
 CFG = CN()
 
@@ -163,7 +163,12 @@ def load_cfg(path: str | Path, overrides: Sequence[str] = ()) -> CN:
     return cfg
 
 
-def show_cfg(cfg: CN) -> str:
+def show_cfg(cfg: CN) -> None:
+    """Print `cfg_text` in the original's form."""
+    print(log_msg(f"CONFIG:\n{cfg_text(cfg)}", "INFO"))
+
+
+def cfg_text(cfg: CN) -> str:
     """The configuration as YAML, without the sections of the methods that this run does not use."""
     used = cfg.clone()
     used.defrost()
@@ -173,16 +178,7 @@ def show_cfg(cfg: CN) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"config {path} is not a text file ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror}; configs/ holds the published ones") from None
-    try:
-        tree = yaml.safe_load(text)
-    except Exception as error:  # PyYAML also raises ValueError, AttributeError, KeyError and others
-        raise UserError(f"config {path} is not valid YAML: {one_line(error)}") from None
+    tree = read_yaml(path, "config", "configs/ holds the published ones")
     if tree is None:
         return {}
     if not isinstance(tree, dict):

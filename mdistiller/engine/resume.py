@@ -187,7 +187,8 @@ class RunState:
             # Earlier versions kept it there.
             content = {"nan_policy": within.get("nan_policy", {})} | content
         for name, part in self.parts.items():
-            with _fitting(path, name):
+            # `load_state` says itself which weights do not fit; a fault in a method's own code keeps its traceback.
+            with _naming(path) if name == "model" else _fitting(path, name):
                 _load(name, part, content)
         if self.ema is not None and "ema" not in content:
             self.ema.load_state_dict({"updates": 0, "model": self.distiller.main_network().state_dict()})
@@ -249,13 +250,23 @@ def _load(name: str, part: Resumable, content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _fitting(path: Path, name: str) -> Iterator[None]:
-    """Turn what a checkpoint with unfit entries raises into a UserError that names the file and the part."""
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's path in front of a UserError."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+@contextmanager
+def _fitting(path: Path, name: str) -> Iterator[None]:
+    """Turn what a checkpoint with unfit entries raises into a UserError that names the file and the part."""
+    try:
+        with _naming(path):
+            yield
     except ValueError as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: its {name} state does not fit this run ({one_line(error, 200)})") from None
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(f"{path}: its {name} state does not fit this run ({reason(error)})") from None

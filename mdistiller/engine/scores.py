@@ -42,8 +42,8 @@ def correct_counts(logits: Tensor, target: Tensor, topk: Sequence[int] = (1, 5))
 
 
 def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
-    """Top-k accuracies of a batch in percent, one () tensor for each k."""
-    return list(correct_counts(output, target, topk) * (100.0 / len(target)))
+    """Top-k accuracies of a batch in percent, one (1,) tensor for each k."""
+    return list(correct_counts(output, target, topk)[:, None] * (100.0 / len(target)))
 
 
 def model_heads(model: nn.Module, head: str | None = None) -> Heads:
@@ -74,8 +74,7 @@ def evaluate(loader: Iterable[Any], heads: Heads, device: torch.device, ranks: R
         ranks: the processes that share the data set; each gets the scores of the whole data set.
 
     Raises:
-        UserError: a batch has no image or no target.
-        ValueError: the loader is empty.
+        UserError: a batch has no image or no target, or the loader is empty.
     """
     totals: dict[str, Tensor] = {}
     count = 0
@@ -90,7 +89,7 @@ def evaluate(loader: Iterable[Any], heads: Heads, device: torch.device, ranks: R
     shares = (ranks or Ranks()).gather((count, {name: sums.tolist() for name, sums in totals.items()}))
     count = sum(own for own, _ in shares)
     if not count:
-        raise ValueError("nothing to evaluate on: the validation set is empty")
+        raise UserError("nothing to evaluate on: the validation set is empty")
     names = next(sums for own, sums in shares if own)
     return {name: _score([sums[name] for own, sums in shares if own], count) for name in names}
 
@@ -141,13 +140,6 @@ def evaluate_distiller(loader: Iterable[Any], distiller: Distiller) -> dict[str,
     distiller.eval()
     device = next(distiller.parameters()).device
     return evaluate(loader, distiller.forward_heads, device)
-
-
-def validate(val_loader: Iterable[Any], distiller: nn.Module) -> tuple[float, float, float]:
-    """(top-1 in percent, top-5 in percent, cross-entropy) of a distiller's first head."""
-    plain: Any = getattr(distiller, "module", distiller)
-    score = next(iter(evaluate_distiller(val_loader, plain).values()))
-    return score.top1, score.top5, score.loss
 
 
 def by_head(name: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.optim import Optimizer
 from yacs.config import CfgNode as CN
 
+from ..console import PROGRESS, log_to_terminal, progress
 from ..dataset.batch import fields_of, named_batch
 from ..dataset.workers import started
 from ..distillers import Distiller
@@ -29,6 +31,7 @@ from .logs.logger import Logger, build_logger
 from .lr_schedule import adjust_learning_rate, learning_rate
 from .meters import Meters
 from .nan_watch import NonFiniteLossError, nan_policy_dict
+from .overridden import adopt_overrides, own_optimizer
 from .progress_bar import ProgressBar
 from .resume import RunState
 from .resume_facts import facts_of_run
@@ -67,6 +70,7 @@ class BaseTrainer:
         self.name = experiment_name
         self.log_path = Path(cfg.LOG.PREFIX) / experiment_name
         self.ranks = current_ranks()
+        adopt_overrides(self, BaseTrainer)
         self.device = pick_device(cfg.EXPERIMENT.DEVICE)
         choose_kernels(cfg.EXPERIMENT.DETERMINISTIC)
         if self.device.type == "cpu":
@@ -75,7 +79,7 @@ class BaseTrainer:
         self.train_loader, self.val_loader = self._own_share(train_loader), self._own_share(val_loader)
         self.prepare_batch = BatchReader(self.distiller, self.train_loader, self.device, cfg)
         self.update = self.update_rule(learnable_parameters(self.distiller), cfg)
-        self.optimizer = self.update.optimizer
+        self.optimizer = own_optimizer(self, self.update)
         self.ema = EMA(self.distiller.main_network(), cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
         policy = nan_policy_dict[cfg.SOLVER.NAN_POLICY]
         self.nan_policy = policy(self.log_path, self.distiller, self.device, self.ranks, cfg)
@@ -106,8 +110,26 @@ class BaseTrainer:
             loader = loader.shard(self.ranks.rank, self.ranks.world)
         return loader.to(self.device) if hasattr(loader, "to") else loader
 
+    def init_optimizer(self, cfg: CN) -> Optimizer:
+        """The optimizer; a subclass may return its own. `self.distiller` is there."""
+        return self.update.optimizer
+
+    def log(self, lr: float, epoch: int, log_dict: Mapping[str, float]) -> None:
+        """Log an epoch's metrics, on the first rank; a subclass may do more, or log other metrics."""
+        self.logger.epoch(epoch, {"lr": lr, **log_dict})
+
+    @property
+    def best_acc(self) -> float:
+        """The best top-1 of the main head so far, in percent; in `log`, that of the epochs before."""
+        return next(iter(self.state.best_acc.values()), -1.0)
+
     def train(self, resume: bool = False) -> None:
-        """Train to SOLVER.EPOCHS, from the start or from `latest`: `begin`, then `run`."""
+        """Train to SOLVER.EPOCHS, from the start or from `latest`: `begin`, then `run`.
+
+        As in the original, its progress is seen: on the terminal, unless the log has a handler already.
+        """
+        if not PROGRESS.hasHandlers():
+            log_to_terminal()
         self.run(self.begin(resume))
 
     def begin(self, resume: bool = False, overwrite: bool = False) -> int:
@@ -198,8 +220,9 @@ class BaseTrainer:
             metrics["teacher_cache_hits"] = self.step.teacher_cache.hit_rate()
         if self.nan_policy.skipped is not None:
             metrics["skipped_steps"], self.nan_policy.skipped = self.nan_policy.skipped, 0
+        if self.ranks.first:
+            self.log(metrics["lr"], epoch, {name: value for name, value in metrics.items() if name != "lr"})
         improved = self.state.scores.note(scores)
-        self.logger.epoch(epoch, metrics)
         if epoch == self.cfg.SOLVER.EPOCHS:  # before `latest` marks the run as finished
             best, last = self.state.best_acc, self.state.last_acc
             self.logger.finish(by_head("best_acc", best) | by_head("last_acc", last))
@@ -273,7 +296,7 @@ class BaseTrainer:
 
     def _say(self, line: str) -> None:
         if self.ranks.first:
-            print(line, flush=True)
+            progress(line)
 
 
 class CRDTrainer(BaseTrainer):

@@ -41,5 +41,5 @@ def _facts(cfg: CN) -> tuple[RunFacts, bool]:
         return facts_without_data(cfg), True
     try:
         return RunFacts.of(cfg, get_dataset(cfg)[0]), True
-    except (UserError, OSError):
+    except UserError:
         return facts_without_data(cfg), False

@@ -32,13 +32,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..console import one_line
 from ..engine.overrides import override_pairs
 from ..errors import UserError
 from ..paths import find_file
 from ..registry import unknown_name
+from ..user_files import read_yaml
 from .jobs import Job, make_job
 
 Overrides = dict[str, Any]
@@ -104,12 +102,7 @@ def read_plan(path: str | Path) -> Plan:
         UserError: the file cannot be read, or an entry is invalid; the message names the entry.
     """
     path = find_file(path) or Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read plan {path}: {error.strerror}; plans/ holds the published ones") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"plan {path} is not valid YAML: {one_line(error)}") from None
+    tree = read_yaml(path, "plan", "plans/ holds the published ones")
     where = f"plan {path}"
     top = _section(tree, where, {
         "title": str, "about": str, "seeds": list, "overrides": dict, "before": list, "pairs": dict, "methods": dict,

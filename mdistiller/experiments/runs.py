@@ -76,7 +76,7 @@ class Run:
         """environment.json: command, versions, hardware; empty where it cannot be read."""
         try:
             return dict(json.loads((self.folder / "environment.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return {}
 
 
@@ -108,7 +108,7 @@ def read_runs(arguments: Sequence[str]) -> dict[str, Run]:
     Raises:
         UserError: one is not a run's folder, or two have the same label.
     """
-    given = [("", a) if Path(a).exists() or "=" not in a else tuple(a.split("=", 1)) for a in arguments]
+    given = [("", a) if os.path.exists(a) or "=" not in a else tuple(a.split("=", 1)) for a in arguments]
     short = iter(_short_names([os.path.basename(os.path.abspath(folder)) for label, folder in given if not label]))
     runs: dict[str, Run] = {}
     for label, folder in given:

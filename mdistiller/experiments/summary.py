@@ -168,5 +168,5 @@ def load_table(path: Path) -> Table:
         return Table(rows=rows, **tree)
     except OSError:
         raise UserError(f"no table at {path}; tools/table.py writes one") from None
-    except (ValueError, TypeError, AttributeError, KeyError):
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         raise UserError(f"{path} holds no table that tools/table.py wrote") from None

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UserError
 from ..paths import find_file
 from ..registry import unknown_name
+from ..user_files import read_text, writing
 from .algorithm import expand
 from .cifar100 import PUBLISHED, SUPERCLASS
 
@@ -40,9 +41,10 @@ def load_groups(source: str) -> list[list[int]]:
     path = find_file(source)
     if path is None:
         raise UserError(f"no groups file {source}; tools/group_classes.py writes one")
+    text = read_text(path, "groups file", "tools/group_classes.py writes one")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not a JSON file: {error}") from None
     groups: Any = content.get("groups") if isinstance(content, dict) else content
     if not _is_list_of_int_lists(groups):
@@ -78,8 +80,8 @@ def check_groups(groups: list[list[int]], num_classes: int) -> None:
 def save_groups(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as JSON: each key on a line of its own, each row of a table too."""
     lines = [f"  {json.dumps(key)}: {_rows(value)}" for key, value in content.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    with writing(path):
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def _rows(value: Any) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..user_files import writing
+
 
 def draw_confusion(
     path: Path, confusion: np.ndarray, groups: Sequence[Sequence[int]], names: Sequence[str], title: str = ""
@@ -41,5 +43,5 @@ def draw_confusion(
         labels = [names[i] for i in order]
         axes.set_xticks(range(len(order)), labels, rotation=90)
         axes.set_yticks(range(len(order)), labels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    with writing(path):
+        figure.savefig(path, dpi=80)

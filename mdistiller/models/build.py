@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def teacher_checkpoint(path: str | Path | None, name: str = "the teacher") -> Pa
     if not wanted.is_absolute():
         places += [Path.cwd() / FOLDER / wanted, REPOSITORY_FOLDER / wanted]
     for place in places:
-        if place.is_file():
+        if os.path.isfile(place):
             return place
     tried = " or ".join(map(str, dict.fromkeys(places)))
     raise UserError(f"no checkpoint of {name} at {tried}; put it there or set {_OWN_FILE} to another file")

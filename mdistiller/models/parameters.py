@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import torch.nn as nn
 from torch import Tensor
 
+from ..errors import UserError
+
 # {"params": parameters, "weight_decay": 0.0, "lr": ...}: a setting that is missing is the optimizer's.
 Group: TypeAlias = dict[str, Any]
 Learnable: TypeAlias = Iterable[nn.Parameter | Group]
@@ -17,7 +19,7 @@ def flat_parameters(learnable: Learnable) -> list[nn.Parameter]:
     """Every parameter, in the order in which parameters and groups list them.
 
     Raises:
-        ValueError: an entry is neither a parameter nor a group, or a parameter is listed twice; says where.
+        UserError: an entry is neither a parameter nor a group, or a parameter is listed twice; says where.
     """
     return [p for entry in _entries(learnable) for p in (entry["params"] if isinstance(entry, dict) else [entry])]
 
@@ -26,7 +28,7 @@ def parameter_groups(learnable: Learnable) -> list[Group]:
     """Copies of the groups, whose "params" are lists; before them, one group of all plain parameters, if there are any.
 
     Raises:
-        ValueError: see `flat_parameters`.
+        UserError: see `flat_parameters`.
     """
     entries = _entries(learnable)
     plain = [entry for entry in entries if not isinstance(entry, dict)]
@@ -48,11 +50,11 @@ def _entries(learnable: Learnable) -> list[nn.Parameter | Group]:
             found = {f"entry {i}": entry}
         for place, p in found.items():
             if not isinstance(p, Tensor):
-                raise ValueError(
+                raise UserError(
                     f"learnable parameters: {place} is a {type(p).__name__}, "
                     'neither a parameter nor a group {"params": [...], ...}'
                 )
             if id(p) in places:
-                raise ValueError(f"learnable parameters: {place} is {places[id(p)]} again")
+                raise UserError(f"learnable parameters: {place} is {places[id(p)]} again")
             places[id(p)] = place
     return entries

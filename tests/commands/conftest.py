@@ -21,3 +21,14 @@ def tool(monkeypatch):
         module.main()
 
     return run
+
+
+def keep_streams(patch):
+    """Undo at the end what `outlive_terminal` does to the streams of this process."""
+    for name in ("stdout", "stderr"):
+        patch.setattr(sys, name, getattr(sys, name))
+
+
+@pytest.fixture(autouse=True)
+def streams_are_kept(monkeypatch):
+    keep_streams(monkeypatch)

@@ -234,8 +234,10 @@ def test_a_worker_s_warnings_stay_off_the_terminal(tmp_path: Path) -> None:
     """In a subprocess, because pytest captures warnings."""
     (tmp_path / "image.jpg").write_bytes(jpeg_of_size(10_000, 10_000))  # Pillow only warns of this size
     code = f"""if True:
+        from mdistiller.console import log_to_terminal
         from mdistiller.dataset.folders import ImageFiles
         from mdistiller.dataset.image_file import read_pixels
+        log_to_terminal()
         files = [({str(tmp_path / "image.jpg")!r}, 0)]
         data = ImageFiles.of(files, read_pixels, read_pixels, (0,) * 3, (1,) * 3, skip_broken=True)
         print(len(list(data.loader(1, 1, train=False))))

@@ -3,7 +3,7 @@
 
 import pytest
 
-from mdistiller.engine.cfg import CFG, load_cfg, show_cfg
+from mdistiller.engine.cfg import CFG, cfg_text, load_cfg
 from mdistiller.errors import UserError
 from tests import _golden
 
@@ -73,8 +73,8 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
         load_cfg(path)
 
 
-def test_show_cfg_leaves_out_the_other_methods(yaml_file):
-    shown = show_cfg(load_cfg(yaml_file("DISTILLER: {TYPE: KD}")))
+def test_the_text_of_a_configuration_leaves_out_the_other_methods(yaml_file):
+    shown = cfg_text(load_cfg(yaml_file("DISTILLER: {TYPE: KD}")))
     assert "KD:" in shown and "SOLVER:" in shown and "CRD:" not in shown
 
 

@@ -32,3 +32,16 @@ def test_accuracy_of_a_batch():
     logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [2.0, 3.0, 1.0]])
     top1, top2 = utils.accuracy(logits, torch.tensor([0, 2, 1, 2]), topk=(1, 2))
     assert (top1.item(), top2.item()) == (50.0, 75.0)
+
+
+def test_accuracies_are_indexed_as_in_the_original():
+    (top1,) = utils.accuracy(torch.eye(3), torch.tensor([0, 1, 0]))
+    assert top1.shape == (1,) and float(top1[0]) == pytest.approx(200 / 3)
+
+
+def test_the_average_meter_leaves_a_tensor_that_it_was_given_alone():
+    meter, value = utils.AverageMeter(), torch.tensor(2.0)
+    meter.update(value)
+    total = meter.sum
+    meter.update(value)
+    assert (float(value), float(total), float(meter.sum), float(meter.avg)) == (2.0, 2.0, 4.0, 2.0)

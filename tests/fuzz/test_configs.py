@@ -8,7 +8,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from mdistiller.engine.cfg import CFG, load_cfg, show_cfg
+from mdistiller.engine.cfg import CFG, cfg_text, load_cfg
 from mdistiller.engine.run_name import experiment_name
 from mdistiller.errors import UserError
 
@@ -58,7 +58,7 @@ def load(config, overrides=()):
     """Load a configuration as tools/train.py does; an accepted one can be shown, dumped and named."""
     try:
         cfg = load_cfg(config, list(overrides))
-        assert show_cfg(cfg) and cfg.dump()
+        assert cfg_text(cfg) and cfg.dump()
         name = experiment_name(cfg, list(overrides))
     except UserError as error:
         assert 0 < len(str(error)) < 20_000  # it may quote the value

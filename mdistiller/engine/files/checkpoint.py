@@ -8,6 +8,7 @@ are files of torch.save with a checksum at the end, which torch.load ignores.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from io import BytesIO
@@ -60,7 +61,7 @@ def load_checkpoint(path: str | Path) -> Any:
         UserError: no such file, or not an intact checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name that no file system takes
         raise UserError(f"no checkpoint at {path}")
     try:
         if path.suffix == SUFFIX:

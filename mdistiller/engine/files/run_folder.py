@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -97,7 +98,7 @@ def resumable_files(folder: str | Path) -> list[str]:
     """Names of the files in `folder` that a run may be resumed from, `latest` first."""
     names = ["latest", "latest_previous", "best"]
     names += [path.name for path in _kept_epochs(Path(folder), "epoch").values()]
-    return [name for name in names if (Path(folder) / name).exists()]
+    return [name for name in names if os.path.exists(Path(folder) / name)]  # False for a name that is too long
 
 
 def _student_files(folder: str | Path) -> list[str]:

@@ -59,9 +59,11 @@ LIGHT = """
 import os, sys
 from pathlib import Path
 from types import SimpleNamespace
+from mdistiller.console import log_to_terminal
 from mdistiller.engine.logs.logger import Wandb, build_logger
 METRICS = {"lr": 0.0005, "train_acc": 1.0, "train_loss": 2.0, "test_acc": 3.0, "test_acc_top5": 4.0, "test_loss": 5.0}
 METRICS |= {f"loss/{i}": 1.23456 for i in range(20)}
+log_to_terminal()
 """
 
 FULL_DISK = """

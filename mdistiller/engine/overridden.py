@@ -1,0 +1,183 @@
+"""A trainer that a user wrote for the original: which of the methods that it overrides work here, and how.
+
+`init_optimizer(cfg)` and `log(lr, epoch, log_dict)` work as they are. `train_iter(data, epoch, train_meters)` takes the
+whole step itself, as in the original, so settings that it cannot obey are refused. `train` and `train_epoch` must call
+the inherited ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..errors import UserError
+from ..models.parameters import flat_parameters
+from .dot import DistillationOrientedTrainer
+from .lr_schedule import LR_SCALE
+from .meters import Meters
+from .nan_watch import NonFiniteLossError
+from .update import SumUpdate
+from .utils import AverageMeter
+
+# Methods that must call the inherited one, and what to do otherwise.
+_CALLS_INHERITED = {
+    "train": "call super().train(resume) in it",
+    "train_epoch": "call super().train_epoch(epoch) in it, or override train_iter, log or init_optimizer",
+}
+# Attributes of the original's trainer that are not here, and what to use.
+_GONE = {"tf_writer": "let log(lr, epoch, log_dict) pass what is to be logged to super().log(lr, epoch, log_dict)"}
+# Settings that a train_iter in the original's manner would not obey: the values that ask nothing of it.
+_OBEYED_BY_OUR_STEP = {
+    "SOLVER.AMP": ("none", "bf16-teacher", "fp16-teacher"),
+    "SOLVER.ACCUMULATE": (1,),
+    "SOLVER.CLIP_GRAD_NORM": (0,),
+    "SOLVER.COMPILE": (False,),
+    "SOLVER.EMA": (0,),
+    "SOLVER.NAN_POLICY": ("stop",),
+    "DISTILLER.TEACHER_CACHE": ("",),
+}
+# Our name of a metric -> its name in the original's train_meters.
+_METRICS = {"train_acc": "top1", "train_acc_top5": "top5", "train_loss": "losses"}
+_OTHERS = ("training_time", "data_time")
+
+
+def adopt_overrides(trainer: Any, base: type) -> None:
+    """Check what the class of `trainer`, a subclass of `base`, overrides, and let its `train_iter` take the steps.
+
+    Raises:
+        UserError: a method would not be called, would not work, or would leave a setting without effect.
+    """
+    for cls, name, method in _own_methods(type(trainer), base):
+        used = _names_in(method)
+        for gone in sorted(_GONE.keys() & used):
+            raise UserError(f"{cls.__name__}.{name} uses {gone}, which this trainer does not have; {_GONE[gone]}")
+        if name in _CALLS_INHERITED and name not in used:
+            raise UserError(
+                f"{cls.__name__} overrides {name} without calling the inherited one, which also resumes, saves and "
+                f"handles signals; {_CALLS_INHERITED[name]}"
+            )
+    if _is_of_original(type(trainer).train_iter, base):
+        _check_settings(trainer)
+        trainer.train_iter = OwnStep(trainer)
+
+
+def own_optimizer(trainer: Any, update: SumUpdate) -> Optimizer:
+    """The optimizer that `trainer.init_optimizer` returns; `update` steps it. A group's own "lr" keeps its ratio to LR.
+
+    Raises:
+        UserError: it is no optimizer that `update` can use.
+    """
+    own, default = trainer.init_optimizer(trainer.cfg), update.optimizer
+    if own is default:
+        return default
+    kind = DistillationOrientedTrainer if isinstance(default, DistillationOrientedTrainer) else Optimizer
+    if not isinstance(own, kind):
+        raise UserError(
+            f"{type(trainer).__name__}.init_optimizer must return a {kind.__name__}, not a {type(own).__name__}"
+        )
+    for group in own.param_groups:
+        if group["lr"] != trainer.cfg.SOLVER.LR:
+            group[LR_SCALE] = float(group["lr"]) / trainer.cfg.SOLVER.LR
+    update.optimizer, update.parameters = own, flat_parameters(own.param_groups)
+    return own
+
+
+class OwnStep:
+    """Calls a subclass's `train_iter(data, epoch, train_meters)`, with the arguments of the original.
+
+    data: the items of the batch in order, with those that the method needs besides, such as CRD's contrastive_index.
+    train_meters: an `AverageMeter` for each of losses, top1, top5, training_time and data_time, of the epoch so far.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._epoch, self._meters = 0, dict[str, AverageMeter]()
+
+    def __call__(
+        self, batch: dict[str, Tensor], epoch: int, meters: Meters, recent: Meters | None = None, step: int = 0,
+        measure: bool = False,
+    ) -> None:  # fmt: skip
+        """One step; see `BaseTrainer.train_iter`. Its gradients are not measured.
+
+        Raises:
+            UserError: it did not update the meters.
+            NonFiniteLossError: the loss is NaN or infinite.
+        """
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._meters = {name: AverageMeter() for name in (*_METRICS.values(), *_OTHERS)}
+        before = {name: (float(meter.sum), meter.count) for name, meter in self._meters.items()}
+        type(self.trainer).train_iter(self.trainer, tuple(batch.values()), epoch, self._meters)
+        sums = {ours: self._added(theirs, *before[theirs]) for ours, theirs in _METRICS.items()}
+        if not math.isfinite(sums["train_loss"]):
+            raise NonFiniteLossError(
+                f"epoch {epoch}, iteration {step}: the loss is {sums['train_loss']}, earlier checkpoints are kept; try "
+                "a lower SOLVER.LR"
+            )
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.trainer.device)
+        for of in (meters, recent):
+            if of is not None:
+                of.add(len(batch["target"]), tuple(sums), totals)
+
+    def _added(self, name: str, total: float, count: float) -> float:
+        """What the step has added to a meter's sum."""
+        meter = self._meters[name]
+        if meter.count <= count:
+            raise UserError(
+                f"{type(self.trainer).__name__}.train_iter did not update train_meters[{name!r}]; update it with the "
+                "mean over the batch and the number of images"
+            )
+        return float(meter.sum) - total
+
+
+def _own_methods(cls: type, base: type) -> Iterator[tuple[type, str, Any]]:
+    """(class, name, function) of the methods in the classes between `cls` and `base`."""
+    for one in cls.__mro__[: cls.__mro__.index(base)]:
+        yield from ((one, name, method) for name, method in vars(one).items() if inspect.isfunction(method))
+
+
+def _names_in(method: Any) -> set[str]:
+    """The names of attributes and of globals that a function reads or calls."""
+    return set(inspect.unwrap(method).__code__.co_names)
+
+
+def _is_of_original(method: Any, base: Any) -> bool:
+    """Whether `train_iter` has the original's parameters and not those of `base`.
+
+    Raises:
+        UserError: it has neither, or it calls the inherited one, which takes other arguments.
+    """
+    signature = inspect.signature(method)
+    try:
+        signature.bind(None, {}, 1, None, None, 1, measure=False)
+        return False
+    except TypeError:
+        pass
+    ours = f"train_iter{inspect.signature(base.train_iter)}"
+    try:
+        signature.bind(None, (), 1, {})
+    except TypeError:
+        raise UserError(f"train_iter must take (data, epoch, train_meters), or as here {ours}") from None
+    if "train_iter" in _names_in(method):
+        raise UserError(
+            f"{method.__qualname__}{signature} calls the inherited train_iter, which has other parameters; give it the "
+            f"same: {ours}"
+        )
+    return True
+
+
+def _check_settings(trainer: Any) -> None:
+    name = f"{type(trainer).__name__}.train_iter(data, epoch, train_meters) takes the whole step itself"
+    if trainer.ranks.world > 1:
+        raise UserError(f"{name}, which does not average gradients over processes; start one process")
+    for key, neutral in _OBEYED_BY_OUR_STEP.items():
+        section, _, setting = key.partition(".")
+        value = trainer.cfg[section][setting]
+        if value not in neutral:
+            raise UserError(f"{name}, so that {key} {value} would have no effect; set it to {neutral[0]!r}")

@@ -1,0 +1,66 @@
+"""Files that a user names: every error of reading and writing them is one UserError that names the file."""
+
+import pytest
+
+from mdistiller.errors import UserError
+from mdistiller.user_files import read_text, read_yaml, reading, writing
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bytes").write_bytes(b"a\xff")
+    (tmp_path / "yaml").write_text("a: [")
+    (tmp_path / "odd").write_text("!!timestamp x")
+    (tmp_path / "text").write_text("ä: 1", encoding="utf-8")
+
+
+REFUSED = {
+    "missing": "cannot read plan missing: No such file or directory; make one",
+    "folder": "cannot read plan folder: Is a directory; make one",
+    "text/below": "cannot read plan text/below: Not a directory; make one",
+    "bytes": "plan bytes is not a text file (invalid start byte at byte 1); make one",
+    "nu\0ll": "cannot read plan nu\0ll: embedded null byte; make one",
+    "x" * 300: f"cannot read plan {'x' * 300}: File name too long; make one",
+}
+
+
+@pytest.mark.parametrize("path", REFUSED, ids=["missing", "folder", "below a file", "bytes", "null", "long"])
+@pytest.mark.parametrize("read", [read_text, read_yaml])
+def test_a_file_that_cannot_be_read(files, read, path):
+    with pytest.raises(UserError) as refused:
+        read(path, "plan", "make one")
+    assert str(refused.value) == REFUSED[path]
+
+
+@pytest.mark.parametrize("path", ["yaml", "odd"])
+def test_a_file_that_is_not_yaml(files, path):
+    with pytest.raises(UserError, match=f"^plan {path} is not valid YAML: "):
+        read_yaml(path, "plan", "make one")
+
+
+def test_what_is_read(files):
+    assert read_text("text", "plan", "") == "ä: 1" and read_yaml("text", "plan", "") == {"ä": 1}
+
+
+def test_an_error_within_a_block(files, tmp_path):
+    with pytest.raises(UserError, match=r"^cannot read the plots: Is a directory; draw them$"), reading(
+        "the plots", "draw them"
+    ):
+        (tmp_path / "folder").read_bytes()
+    for path in ("folder", "text/below"):
+        with pytest.raises(UserError, match=f"^cannot write {path}: "), writing(path):
+            (tmp_path / path).write_text("")
+    with pytest.raises(UserError, match=r"^cannot write new/copy: No such file or directory \(missing\); "), writing(
+        "new/copy"
+    ), open("missing"):
+        pass
+    assert (tmp_path / "new").is_dir()
+
+
+def test_a_fault_is_no_error_of_a_file(files):
+    for block in (reading("x", "y"), writing("new/file")):
+        with pytest.raises(ValueError, match="a fault") as caught, block:
+            raise ValueError("a fault")
+        assert type(caught.value) is ValueError
