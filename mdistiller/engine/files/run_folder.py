@@ -102,7 +102,7 @@ def resumable_files(folder: str | Path) -> list[str]:
 
 
 def _student_files(folder: str | Path) -> list[str]:
-    return sorted(path.name for path in Path(folder).glob("student_*"))
+    return sorted(name for name in _names(Path(folder)) if name.startswith("student_"))
 
 
 def remove_run(folder: str | Path) -> None:
@@ -113,5 +113,12 @@ def remove_run(folder: str | Path) -> None:
 
 def _kept_epochs(folder: Path, stem: str) -> dict[int, Path]:
     """The files `<stem>_N` of a folder, by N."""
-    found = ((re.fullmatch(rf"{stem}_(\d+)", path.name), path) for path in folder.glob(f"{stem}_*"))
+    found = ((re.fullmatch(rf"{stem}_(\d+)", name), folder / name) for name in _names(folder))
     return {int(match[1]): path for match, path in found if match}
+
+
+def _names(folder: Path) -> list[str]:
+    """The names of what a folder holds; none where it cannot be listed, and then nothing can be written there."""
+    with suppress(OSError):
+        return os.listdir(folder)
+    return []
