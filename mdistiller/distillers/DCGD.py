@@ -130,6 +130,11 @@ class DCGD(Distiller):
         """Those of the base method."""
         return cls.base_method(cfg).facts_needed(cfg)
 
+    @classmethod
+    def judged_as(cls, cfg: CN) -> type[Distiller]:
+        """The base method."""
+        return cls.base_method(cfg).judged_as(cfg)
+
     def run_frozen_by(self, name: str, runner: Callable[[Tensor], Any] | None) -> None:
         own, _, of_method = name.partition("method.")
         if own:

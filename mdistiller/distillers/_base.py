@@ -120,6 +120,8 @@ class Distiller(nn.Module):
     teacher_outputs: tuple[str, ...] | None = None
     # The loss compares the images of a batch with each other, so SOLVER.ACCUMULATE cannot split it into micro-batches.
     compares_images: ClassVar[bool] = False
+    # False for Vanilla: it has no distillation loss, so DOT cannot train it.
+    distills: ClassVar[bool] = True
     # It compares the feature maps that DISTILLER.PAIRS names.
     compares_maps: ClassVar[bool] = False
     # Names of parameters, or of modules, that require gradients but are not to be trained.
@@ -197,6 +199,11 @@ class Distiller(nn.Module):
     def facts_needed(cls, cfg: CN) -> set[str]:
         """Names of the run's facts that `from_run` reads."""
         return set(cls.needs_run)
+
+    @classmethod
+    def judged_as(cls, cfg: CN) -> type[Distiller]:
+        """The class that declares `compares_images`, `compares_maps` and `teacher_in_train_mode` for a run of `cfg`."""
+        return cls
 
     @classmethod
     def config_sections(cls, cfg: CN) -> set[str]:
@@ -375,6 +382,7 @@ class Vanilla(Distiller):
     """The student alone, trained by cross-entropy: the baseline of every table."""
 
     needs_teacher = False
+    distills = False
     teacher_outputs = ()
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None, cfg: CN | None = None) -> None:

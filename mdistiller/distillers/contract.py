@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from yacs.config import CfgNode as CN
 
 from ..console import one_line
 from ..errors import UserError
@@ -17,11 +16,8 @@ from ..models.parameters import Group, flat_parameters
 from ._base import Distiller, logits_of
 
 
-def check_distiller(distiller: Distiller, cfg: CN) -> None:
+def check_distiller(distiller: Distiller) -> None:
     """Refuse a method that would train, score or save something else than it says.
-
-    Args:
-        cfg: the whole configuration tree.
 
     Raises:
         UserError: names the method, what is wrong, and how to declare it.
@@ -29,11 +25,6 @@ def check_distiller(distiller: Distiller, cfg: CN) -> None:
     check_parameters(distiller)
     _check_frozen(distiller)
     _check_deployments(distiller)
-    if cfg.DISTILLER.PAIRS and not distiller.compares_maps:
-        raise UserError(
-            f"DISTILLER.PAIRS is {list(cfg.DISTILLER.PAIRS)}, but {type(distiller).__name__} compares no pairs of "
-            "feature maps; leave it empty"
-        )
 
 
 def learnable_parameters(distiller: Distiller) -> list[nn.Parameter | Group]:

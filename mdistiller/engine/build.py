@@ -31,6 +31,7 @@ from .files.checkpoint import (
     marks,
     model_state,
 )  # fmt: skip
+from .modes import check_modes
 from .run_name import experiment_name
 from .runtime.device import pick_device
 from .runtime.seeds import seed_everything
@@ -167,9 +168,10 @@ def build_trainer(cfg: CN, overrides: Sequence[str] = ()) -> BaseTrainer:
     Raises:
         UserError: a setting or a file is wrong; the message says what to do.
     """
-    # Unknown names are reported first: finding them costs nothing, while loading the data may take minutes.
-    trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
-    dataset_info[cfg.DATASET.TYPE], distiller_dict[cfg.DISTILLER.TYPE]
+    # Unknown names, and what does not go together, are reported first: loading the data may take minutes.
+    trainer_class, method = trainer_dict[cfg.SOLVER.TRAINER], distiller_dict[cfg.DISTILLER.TYPE]
+    dataset_info[cfg.DATASET.TYPE]
+    check_modes(cfg, method, trainer_class.update_rule, current_ranks().world)
     seed_everything(cfg.EXPERIMENT.SEED)
     with current_ranks().one_first():  # data may have to be downloaded or decoded, once for all ranks
         train_loader, val_loader, *_ = get_dataset(cfg)

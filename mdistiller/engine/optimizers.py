@@ -8,7 +8,6 @@ import torch
 from torch.optim import Optimizer
 from yacs.config import CfgNode as CN
 
-from ..errors import UserError
 from ..models.parameters import Group
 from ..registry import Registry
 from .dot import DistillationOrientedTrainer
@@ -41,17 +40,8 @@ def _fused(groups: list[Group]) -> bool:
 
 @dot_optimizer_dict.register("SGD")
 def dot_sgd(groups: list[Group], solver: CN) -> DistillationOrientedTrainer:
-    """DOT with momentum MOMENTUM - DELTA for the task and MOMENTUM + DELTA for the distillation.
-
-    Raises:
-        UserError: one of the two is outside [0, 1).
-    """
+    """DOT with momentum MOMENTUM - DELTA for the task and MOMENTUM + DELTA for the distillation."""
     momenta = {"momentum": solver.MOMENTUM - solver.DOT.DELTA, "momentum_kd": solver.MOMENTUM + solver.DOT.DELTA}
-    if not all(0 <= m < 1 for m in momenta.values()):
-        raise UserError(
-            f"SOLVER.DOT.DELTA {solver.DOT.DELTA}: SOLVER.MOMENTUM {solver.MOMENTUM} minus and plus DELTA must both be "
-            "in [0, 1); take a smaller DELTA"
-        )
     return DistillationOrientedTrainer(groups, lr=solver.LR, weight_decay=solver.WEIGHT_DECAY, **momenta)
 
 

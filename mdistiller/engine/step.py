@@ -201,21 +201,3 @@ def split_batch(batch: Batch, parts: int, full: int = 0) -> list[Batch]:
 def _length(field: Any) -> int:
     """Number of entries; -1 for a number or a tensor ()."""
     return -1 if isinstance(field, Tensor) and not field.ndim else len(field)
-
-
-def check_batch_size(distiller: Distiller, cfg: CN, world: int) -> None:
-    """Refuse a batch that cannot be divided among the ranks, or into micro-batches, as the configuration asks.
-
-    Raises:
-        UserError: naming SOLVER.BATCH_SIZE or SOLVER.ACCUMULATE.
-    """
-    batch, micro_batches = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
-    if batch % world:
-        raise UserError(f"SOLVER.BATCH_SIZE {batch} cannot be shared evenly by {world} processes; take a multiple")
-    if micro_batches > batch // world:
-        raise UserError(f"SOLVER.ACCUMULATE {micro_batches} is more than the {batch // world} images of a batch")
-    if micro_batches > 1 and distiller.compares_images:
-        raise UserError(
-            f"SOLVER.ACCUMULATE {micro_batches}: {type(distiller).__name__} compares the images of a batch with each "
-            "other, so micro-batches would give a different loss; set it to 1"
-        )

@@ -30,6 +30,7 @@ from .files.run_lock import run_lock
 from .logs.logger import Logger, build_logger
 from .lr_schedule import adjust_learning_rate, learning_rate
 from .meters import Meters
+from .modes import check_modes
 from .nan_watch import NonFiniteLossError, nan_policy_dict
 from .overridden import adopt_overrides, own_optimizer
 from .progress_bar import ProgressBar
@@ -40,7 +41,7 @@ from .runtime.environment import record_run
 from .runtime.malloc import keep_freed_memory
 from .runtime.signals import Stopped, StopRequest
 from .scores import Score, by_head, epoch_metrics, evaluate
-from .step import Step, check_batch_size
+from .step import Step
 from .teacher.fast_teacher import FrozenNetworks
 from .update import DotUpdate, SumUpdate
 
@@ -75,7 +76,7 @@ class BaseTrainer:
         choose_kernels(cfg.EXPERIMENT.DETERMINISTIC)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.distiller = self._placed(distiller)
+        self.distiller = self._placed(distiller, train_loader)
         self.train_loader, self.val_loader = self._own_share(train_loader), self._own_share(val_loader)
         self.prepare_batch = BatchReader(self.distiller, self.train_loader, self.device, cfg)
         self.update = self.update_rule(learnable_parameters(self.distiller), cfg)
@@ -93,11 +94,11 @@ class BaseTrainer:
         self.stop = StopRequest()
         self._agreed_stop = self.ranks.late_maximum()
 
-    def _placed(self, distiller: nn.Module) -> Distiller:
+    def _placed(self, distiller: nn.Module, train_loader: Any) -> Distiller:
         """The distiller on the device, in the memory layout and with the BatchNorms that the configuration asks for."""
         plain: Any = getattr(distiller, "module", distiller)
-        check_distiller(plain, self.cfg)
-        check_batch_size(plain, self.cfg, self.ranks.world)
+        check_distiller(plain)
+        check_modes(self.cfg, plain, self.update_rule, self.ranks.world, train_loader)
         layout = {"memory_format": torch.channels_last} if self.cfg.SOLVER.CHANNELS_LAST else {}
         plain.to(device=self.device, **layout)
         if self.cfg.SOLVER.SYNC_BN and self.ranks.world > 1:

@@ -35,7 +35,7 @@ class SumUpdate:
         parameters: all of them, without their groups.
 
     Raises:
-        UserError: no such SOLVER.TYPE, or a SOLVER setting that this update does not support.
+        UserError: no such SOLVER.TYPE.
         ValueError: see `flat_parameters`.
     """
 
@@ -135,21 +135,16 @@ class SumUpdate:
 
 
 class DotUpdate(SumUpdate):
-    """One step of DOT: "ce" and "loss_ce" are task losses, all others distillation losses. arXiv 2307.08436."""
+    """One step of DOT: "ce" and "loss_ce" are task losses, all others distillation losses. arXiv 2307.08436.
+
+    `engine.modes` refuses the settings that DOT does not support.
+    """
 
     optimizers = dot_optimizer_dict
     optimizer: DistillationOrientedTrainer
     one_backward = False
 
     def __init__(self, learnable: Learnable, cfg: CN) -> None:
-        for key, off, reason in (
-            ("ACCUMULATE", 1, "keeps the two gradients of one batch and does not add those of micro-batches"),
-            ("CLIP_GRAD_NORM", 0, "has two gradients, and their common norm is not defined"),
-        ):
-            if cfg.SOLVER[key] != off:
-                raise UserError(f"SOLVER.{key} {cfg.SOLVER[key]}: DOT {reason}; set it to {off}")
-        if cfg.SOLVER.AMP == "fp16":
-            raise UserError("SOLVER.AMP fp16 scales one gradient, DOT has two; take bf16 or fp16-teacher")
         super().__init__(learnable, cfg)
         self.compiled = cfg.SOLVER.COMPILE
 

@@ -126,7 +126,7 @@ class NamedLikeAFolder(Method):
 @pytest.mark.parametrize("method", [Method, DeclaredUntrained, WithGroups, DeploysIt, DeploysWithoutScoring])
 def test_methods_that_keep_the_contract(method):
     distiller = method()
-    check_distiller(distiller, CFG)
+    check_distiller(distiller)
     check_scores(distiller, 8)
     assert distiller.training, "the modes are as before"
 
@@ -153,29 +153,17 @@ def test_methods_that_keep_the_contract(method):
 )
 def test_methods_that_break_it(method, message):
     with pytest.raises(UserError, match=message):
-        check_distiller(method(), CFG)
+        check_distiller(method())
 
 
 @pytest.mark.parametrize("method, scorer", [(ScoresNeither, "forward_test"), (HeadsOfAnother, "forward_heads")])
 def test_a_method_that_scores_another_network_than_it_deploys(method, scorer):
     distiller = method()
-    check_distiller(distiller, CFG)
+    check_distiller(distiller)
     with pytest.raises(
         UserError, match=rf"{method.__name__}.{scorer} scores other logits than its deployment 'student'"
     ):
         check_scores(distiller, 8)
-
-
-def test_pairs_of_maps_for_a_method_that_compares_none():
-    cfg = CFG.clone()
-    cfg.DISTILLER.PAIRS = [[1, 1]]
-    with pytest.raises(
-        UserError, match=r"DISTILLER.PAIRS is \[\[1, 1\]\], but Method compares no pairs of feature maps"
-    ):
-        check_distiller(Method(), cfg)
-    distiller = Method()
-    distiller.compares_maps = True
-    check_distiller(distiller, cfg)
 
 
 def test_frozen_networks_evaluate_without_gradients():
@@ -186,7 +174,7 @@ def test_frozen_networks_evaluate_without_gradients():
     assert not any(p.requires_grad for p in distiller.assistant.parameters())
     logits, _ = distiller.frozen_forward("assistant", torch.randn(2, 3, 8, 8))
     assert logits.shape == (2, CLASSES) and not logits.requires_grad
-    check_distiller(distiller, CFG)
+    check_distiller(distiller)
 
 
 def test_what_is_untrained_is_not_learnable():
@@ -201,7 +189,7 @@ def test_what_is_untrained_is_not_learnable():
             return [*super().get_learnable_parameters(), {"params": list(self.layer.parameters()), "lr": 0.1}]
 
     distiller = Partly()
-    check_distiller(distiller, CFG)
+    check_distiller(distiller)
     *plain, group = learnable_parameters(distiller)
     assert list(map(id, plain)) == list(map(id, distiller.student.conv.parameters()))
     assert group["params"] == [distiller.layer.weight] and group["lr"] == 0.1

@@ -24,39 +24,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ...distillers import Distiller
 from ...errors import UserError
 
+# What can be stored; `engine.modes` refuses methods that read more.
 OUTPUTS = ("logits", "pooled_feat")
 _DTYPES = {"fp16": np.float16, "fp32": np.float32}
-
-
-def require_cacheable(distiller: Distiller, loader: Any) -> None:
-    """Refuse a method that reads more of the teacher than a cache holds, and data with unlimited variants.
-
-    Raises:
-        UserError: the method or the data cannot use a cache.
-    """
-    name = type(distiller).__name__
-    if not distiller.needs_teacher:
-        raise UserError(f"DISTILLER.TEACHER_CACHE is set, but {name} has no teacher; leave it empty")
-    outputs = distiller.frozen["teacher"]
-    if outputs is None or distiller.teacher_in_train_mode:
-        raise UserError(
-            f"DISTILLER.TEACHER_CACHE stores logits and pooled features, {name} may read anything of the teacher (it "
-            "declares no teacher_outputs, or runs it in training mode); leave it empty"
-        )
-    beyond = [output for output in outputs if output not in OUTPUTS]
-    if beyond:
-        raise UserError(
-            f"DISTILLER.TEACHER_CACHE stores logits and pooled features, {name} needs {', '.join(beyond)} of the "
-            "teacher; leave it empty"
-        )
-    if not getattr(loader, "variants", None):
-        raise UserError(
-            "DISTILLER.TEACHER_CACHE needs a data set with a finite number of crops, such as cifar100 or digits; "
-            "leave it empty for this data set"
-        )
 
 
 class TeacherCache:

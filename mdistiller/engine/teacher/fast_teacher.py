@@ -21,7 +21,7 @@ from ...errors import UserError
 from ...models.copies import copy_without_hooks, has_hooks
 from ...models.eval_mode import eval_mode
 from ...registry import unknown_name
-from .cache import TeacherCache, require_cacheable
+from .cache import TeacherCache
 from .fold_batchnorm import CannotFold, fold_batchnorm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +44,7 @@ class FrozenNetworks:
         words: frozen network -> what became of it, for the log.
 
     Raises:
-        UserError: a cache is asked for, but the method, the data or the folder does not allow one.
+        UserError: a cache is asked for, and its folder cannot be used.
     """
 
     def __init__(self, distiller: Distiller, loader: Any, cfg: CN) -> None:
@@ -54,8 +54,6 @@ class FrozenNetworks:
         self.words: dict[str, str] = {}
         self._copied: dict[str, _Original] = {}
         self._precision = _Precision(cfg.SOLVER.AMP)
-        if cfg.DISTILLER.TEACHER_CACHE:
-            require_cacheable(distiller, loader)
         for name in distiller.evaluated:
             network, outputs = distiller.get_submodule(name), distiller.frozen[name]
             if next(network.parameters(), None) is None:  # a method without a teacher has a placeholder

@@ -1,0 +1,277 @@
+"""What goes with what: the modes of a run, what methods and updates declare of themselves, and the pairs refused.
+
+A pair that no rule names works: alone, over several ranks, with a short last batch, killed and resumed.
+`tests/reliability/test_combinations.py` walks the table, and docs/modes.md shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from yacs.config import CfgNode as CN
+
+from ..distillers import Distiller
+from ..errors import UserError
+from .optimizers import optimizer_dict
+from .teacher.cache import OUTPUTS
+from .update import DotUpdate, SumUpdate
+
+_NO_CACHE = "leave DISTILLER.TEACHER_CACHE empty"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run before it starts.
+
+    Attributes:
+        cfg: the whole configuration tree.
+        method: the method, or its class while it is not built yet.
+        update: the class of its update rule.
+        world: number of processes.
+        loader: of the training images; None while they are not loaded yet.
+    """
+
+    cfg: CN
+    method: Distiller | type[Distiller]
+    update: type[SumUpdate]
+    world: int
+    loader: Any = None
+
+    @property
+    def name(self) -> str:
+        """The name of the method's class."""
+        return (self.method if isinstance(self.method, type) else type(self.method)).__name__
+
+    @property
+    def judged(self) -> Distiller | type[Distiller]:
+        """What declares whether the method compares images or maps, and the mode of its teacher."""
+        return self.method.judged_as(self.cfg) if isinstance(self.method, type) else self.method
+
+    @property
+    def share(self) -> int:
+        """Images of a full batch on each process."""
+        return self.cfg.SOLVER.BATCH_SIZE // self.world
+
+    @property
+    def unstored(self) -> str:
+        """What the method reads of its teacher and a cache does not store, in words; empty if nothing."""
+        outputs: tuple[str, ...] | None
+        if isinstance(self.method, type):
+            outputs = self.method.teacher_outputs or ()  # a method may also declare them as it is built
+        else:
+            outputs = self.method.frozen["teacher"]
+        if outputs is None:
+            return "anything (it declares no teacher_outputs)"
+        return ", ".join(output for output in outputs if output not in OUTPUTS)
+
+    def setting(self, key: str) -> Any:
+        """The value of the setting `key`, such as "SOLVER.LR"."""
+        node: Any = self.cfg
+        for part in key.split("."):
+            node = node[part]
+        return node
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a pair: a mode, or what a method, an update or a loader is like.
+
+    Attributes:
+        name: in `RULES` and on the page.
+        holds: whether a run is like that.
+        shown: how an error names it, with placeholders for attributes of the `Setup`.
+    """
+
+    name: str
+    holds: Callable[[Setup], bool]
+    shown: str
+
+
+@dataclass(frozen=True)
+class Mode(Side):
+    """A side that settings switch on.
+
+    Attributes:
+        settings: values that switch it on, as the tests do; modes whose first setting is the same exclude each other.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pair that is refused.
+
+    Attributes:
+        this, that: names of its sides.
+        reason, remedy: why, and what to set instead; placeholders as in `Side.shown`.
+    """
+
+    this: str
+    that: str
+    reason: str
+    remedy: str
+
+
+def _equal(name: str, key: str, value: Any, **more: Any) -> Mode:
+    """The mode that `key` switches on by this `value` alone."""
+    return Mode(name, lambda run: run.setting(key) == value, f"{key} {{cfg.{key}}}", {key: value, **more})
+
+
+def _unlike(name: str, key: str, off: Any, example: Any, **more: Any) -> Mode:
+    """The mode that `key` switches on by every value but `off`."""
+    return Mode(name, lambda run: run.setting(key) != off, f"{key} {{cfg.{key}}}", {key: example, **more})
+
+
+MODES = (
+    _equal("bf16", "SOLVER.AMP", "bf16"),
+    _equal("fp16", "SOLVER.AMP", "fp16"),
+    _equal("teacher in bf16", "SOLVER.AMP", "bf16-teacher"),
+    _equal("teacher in fp16", "SOLVER.AMP", "fp16-teacher"),
+    _equal("compiled", "SOLVER.COMPILE", True),
+    _equal("contiguous", "SOLVER.CHANNELS_LAST", False),
+    _equal("deterministic", "EXPERIMENT.DETERMINISTIC", True),
+    _unlike("micro-batches", "SOLVER.ACCUMULATE", 1, 3),
+    _unlike("clipping", "SOLVER.CLIP_GRAD_NORM", 0, 1.0),
+    _unlike("EMA", "SOLVER.EMA", 0, 0.9),
+    _equal("steps skipped at NaN", "SOLVER.NAN_POLICY", "skip"),
+    _equal("AdamW", "SOLVER.TYPE", "AdamW", **{"SOLVER.LR": 0.001}),
+    Mode("DOT", lambda run: issubclass(run.update, DotUpdate), "DOT (SOLVER.TRAINER)", {"SOLVER.TRAINER": "dot"}),
+    _equal("cosine", "SOLVER.LR_SCHEDULE", "cosine"),
+    _unlike("warm-up", "SOLVER.WARMUP_EPOCHS", 0, 1),
+    _unlike("teacher cache", "DISTILLER.TEACHER_CACHE", "", "cache"),
+    Mode(
+        "teacher cache in fp32",
+        lambda run: bool(run.setting("DISTILLER.TEACHER_CACHE")) and run.cfg.DISTILLER.TEACHER_CACHE_DTYPE == "fp32",
+        "DISTILLER.TEACHER_CACHE_DTYPE fp32",
+        {"DISTILLER.TEACHER_CACHE": "cache", "DISTILLER.TEACHER_CACHE_DTYPE": "fp32"},
+    ),
+    _unlike("chosen pairs of maps", "DISTILLER.PAIRS", [], [[1, 1]]),
+    _unlike("held-out images", "DATASET.VAL_FRACTION", 0, 0.1),
+    _equal("broken images skipped", "DATASET.SKIP_BROKEN", True),
+    _unlike("loader workers", "DATASET.NUM_WORKERS", 0, 2),
+    _unlike("saving within epochs", "LOG.SAVE_CHECKPOINT_ITERS", 0, 1),
+    _unlike("few checkpoints kept", "LOG.KEEP_CHECKPOINTS", 0, 1),
+    _equal("failed saves survived", "LOG.SAVE_ERROR", "continue"),
+    _equal("BatchNorm over all ranks", "SOLVER.SYNC_BN", True),
+    Mode("several ranks", lambda run: run.world > 1, "{world} processes"),
+)
+
+# What methods, data and numbers are like.
+TRAITS = (
+    Side(
+        "methods with `compares_images`", lambda run: run.judged.compares_images,
+        "{name}, which compares the images of a batch with each other",
+    ),
+    Side(
+        "methods without `compares_maps`", lambda run: not run.judged.compares_maps,
+        "{name}, which compares no pairs of feature maps",
+    ),
+    Side(
+        "methods without `distills`", lambda run: not run.method.distills, "{name}, which has no distillation loss",
+    ),
+    Side(
+        "methods without `needs_teacher`", lambda run: not run.method.needs_teacher, "{name}, which has no teacher",
+    ),
+    Side(
+        "methods with `teacher_in_train_mode`", lambda run: run.judged.teacher_in_train_mode,
+        "{name}, which runs its teacher in training mode",
+    ),
+    Side(
+        "methods with other `teacher_outputs`", lambda run: run.method.needs_teacher and bool(run.unstored),
+        "{name}, which reads {unstored} of its teacher",
+    ),
+    Side(
+        "images without a finite number of crops",
+        lambda run: run.loader is not None and not getattr(run.loader, "variants", None),
+        "DATASET.TYPE {cfg.DATASET.TYPE}, whose images have no finite number of crops",
+    ),
+    Side(
+        "optimizers of one gradient",
+        lambda run: run.cfg.SOLVER.TYPE in optimizer_dict and run.cfg.SOLVER.TYPE not in run.update.optimizers,
+        "SOLVER.TYPE {cfg.SOLVER.TYPE}",
+    ),
+    Side(
+        "`MOMENTUM` and `DOT.DELTA` too large",
+        lambda run: not abs(run.cfg.SOLVER.DOT.DELTA) <= run.cfg.SOLVER.MOMENTUM < 1 - abs(run.cfg.SOLVER.DOT.DELTA),
+        "SOLVER.DOT.DELTA {cfg.SOLVER.DOT.DELTA} with SOLVER.MOMENTUM {cfg.SOLVER.MOMENTUM}",
+    ),
+    Side(
+        "a smaller `BATCH_SIZE` a process", lambda run: run.share < run.cfg.SOLVER.ACCUMULATE,
+        "SOLVER.BATCH_SIZE {cfg.SOLVER.BATCH_SIZE}",
+    ),
+    Side(
+        "a `BATCH_SIZE` that their number does not divide", lambda run: run.cfg.SOLVER.BATCH_SIZE % run.world > 0,
+        "SOLVER.BATCH_SIZE {cfg.SOLVER.BATCH_SIZE}",
+    ),
+)  # fmt: skip
+
+RULES = (
+    Rule(
+        "a `BATCH_SIZE` that their number does not divide", "several ranks", "they share the images of a batch evenly",
+        "set SOLVER.BATCH_SIZE to a multiple of {world}",
+    ),
+    Rule(
+        "micro-batches", "a smaller `BATCH_SIZE` a process",
+        "it is more than the {share} images of a batch on each process",
+        "set SOLVER.ACCUMULATE to {share} or less",
+    ),
+    Rule(
+        "micro-batches", "methods with `compares_images`", "micro-batches would give a different loss",
+        "set SOLVER.ACCUMULATE 1",
+    ),
+    Rule(
+        "micro-batches", "DOT", "DOT keeps the two gradients of one batch and does not add those of micro-batches",
+        "set SOLVER.ACCUMULATE 1",
+    ),
+    Rule(
+        "clipping", "DOT", "DOT has two gradients, and their common norm is not defined", "set SOLVER.CLIP_GRAD_NORM 0"
+    ),
+    Rule(
+        "fp16", "DOT", "fp16 scales one gradient, and DOT has two", "set SOLVER.AMP bf16 or fp16-teacher",
+    ),
+    Rule("optimizers of one gradient", "DOT", "DOT has a form of SGD alone", "set SOLVER.TYPE SGD"),
+    Rule(
+        "`MOMENTUM` and `DOT.DELTA` too large", "DOT", "MOMENTUM minus and plus DELTA must both be in [0, 1)",
+        "take a smaller SOLVER.DOT.DELTA",
+    ),
+    Rule(
+        "DOT", "methods without `distills`", "DOT steps on the gradients of a task loss and of a distillation loss",
+        "use SOLVER.TRAINER base",
+    ),
+    Rule("teacher cache", "methods without `needs_teacher`", "there is nothing to store", _NO_CACHE),
+    Rule("teacher cache", "methods with `teacher_in_train_mode`", "its outputs depend on the whole batch", _NO_CACHE),
+    Rule("teacher cache", "methods with other `teacher_outputs`", "it stores logits and pooled features", _NO_CACHE),
+    Rule("teacher cache", "images without a finite number of crops", "it stores the outputs for every crop", _NO_CACHE),
+    Rule(
+        "chosen pairs of maps", "methods without `compares_maps`", "it would ignore the pairs",
+        "leave DISTILLER.PAIRS empty",
+    ),
+)  # fmt: skip
+
+SIDES = {side.name: side for side in (*MODES, *TRAITS)}
+
+
+def broken_rule(run: Setup) -> Rule | None:
+    """The first rule of which both sides hold in `run`."""
+    return next((rule for rule in RULES if all(SIDES[name].holds(run) for name in (rule.this, rule.that))), None)
+
+
+def check_modes(
+    cfg: CN, method: Distiller | type[Distiller], update: type[SumUpdate], world: int, loader: Any = None
+) -> None:
+    """Refuse modes that do not go with each other, with the method or with the data; see `Setup` for the arguments.
+
+    Raises:
+        UserError: names both sides, why, and what to set.
+    """
+    run = Setup(cfg, method, update, world, loader)
+    rule = broken_rule(run)
+    if rule is not None:
+        this, that, reason, remedy = (
+            text.format(cfg=cfg, name=run.name, world=world, share=run.share, unstored=run.unstored)
+            for text in (SIDES[rule.this].shown, SIDES[rule.that].shown, rule.reason, rule.remedy)
+        )
+        raise UserError(f"{this} does not go with {that}: {reason}; {remedy}")
