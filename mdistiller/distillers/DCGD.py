@@ -19,9 +19,10 @@ from ..models.grouped import GroupedStudent
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, POSITIVE
 from ..registry import unknown_name
-from ._base import Distiller, Losses, distiller_dict, register
+from ._base import Distiller, Losses, register
 from .facts import RunFacts
 from .KD import kd_loss
+from .registration import distiller_dict
 
 DEFAULTS = CN(
     {

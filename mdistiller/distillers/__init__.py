@@ -4,7 +4,7 @@ A new method is one file in this folder. Either decorate its class with `@regist
 or add it to `distiller_dict` at the end of this file and its hyper-parameters to `engine/cfg.py`.
 """
 
-from ._base import Distiller, Vanilla, declare_defaults, distiller_dict, method_defaults, method_ranges, register
+from ._base import Distiller, Vanilla
 from .AT import AT
 from .CRD import CRD
 from .DCGD import DCGD, DCGD_CE, DCGD_DKD, DCGD_KD
@@ -16,6 +16,7 @@ from .KDSVD import KDSVD
 from .NST import NST
 from .OFD import OFD
 from .PKT import PKT
+from .registration import declare_defaults, distiller_dict, method_defaults, method_ranges, register
 from .ReviewKD import ReviewKD
 from .RKD import RKD
 from .SP import SP

@@ -135,3 +135,13 @@ def calling(batches: Iterable[Any], call: Callable[[], None], rounds: int | None
         yield batch
     for _ in range(calls, rounds or 0):
         call()
+
+
+def batches_from(loader: Any, start: int) -> Iterator[Any]:
+    """The rest of an epoch, from batch number `start` (from 0) on."""
+    if hasattr(loader, "iter_from"):
+        return loader.iter_from(start)  # type: ignore[no-any-return]
+    batches = started(loader)
+    for _ in range(start):
+        next(batches, None)
+    return batches

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,9 +19,8 @@ from ..dataset.workers import started
 from ..distillers import Distiller
 from ..distillers.contract import check_distiller, learnable_parameters
 from ..distributed.ranks import current_ranks
-from ..distributed.sync_batchnorm import synchronize_batchnorm
 from ..registry import Registry
-from .batches import BatchReader, calling
+from .batches import BatchReader, batches_from, calling
 from .ema import EMA
 from .epoch_state import EpochState
 from .files.run_folder import check_no_run, remove_run
@@ -33,6 +31,7 @@ from .meters import Meters
 from .modes import check_modes
 from .nan_watch import NonFiniteLossError, nan_policy_dict
 from .overridden import adopt_overrides, own_optimizer
+from .placing import own_share, placed
 from .progress_bar import ProgressBar
 from .resume import RunState
 from .resume_facts import facts_of_run
@@ -76,8 +75,13 @@ class BaseTrainer:
         choose_kernels(cfg.EXPERIMENT.DETERMINISTIC)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.distiller = self._placed(distiller, train_loader)
-        self.train_loader, self.val_loader = self._own_share(train_loader), self._own_share(val_loader)
+        plain: Any = getattr(distiller, "module", distiller)
+        check_distiller(plain)
+        check_modes(cfg, plain, self.update_rule, self.ranks.world, train_loader)
+        self.distiller: Distiller = placed(plain, self.device, self.ranks, cfg)
+        self.train_loader, self.val_loader = (
+            own_share(loader, self.device, self.ranks) for loader in (train_loader, val_loader)
+        )
         self.prepare_batch = BatchReader(self.distiller, self.train_loader, self.device, cfg)
         self.update = self.update_rule(learnable_parameters(self.distiller), cfg)
         self.optimizer = own_optimizer(self, self.update)
@@ -93,23 +97,6 @@ class BaseTrainer:
         self._replace = False
         self.stop = StopRequest()
         self._agreed_stop = self.ranks.late_maximum()
-
-    def _placed(self, distiller: nn.Module, train_loader: Any) -> Distiller:
-        """The distiller on the device, in the memory layout and with the BatchNorms that the configuration asks for."""
-        plain: Any = getattr(distiller, "module", distiller)
-        check_distiller(plain)
-        check_modes(self.cfg, plain, self.update_rule, self.ranks.world, train_loader)
-        layout = {"memory_format": torch.channels_last} if self.cfg.SOLVER.CHANNELS_LAST else {}
-        plain.to(device=self.device, **layout)
-        if self.cfg.SOLVER.SYNC_BN and self.ranks.world > 1:
-            synchronize_batchnorm(plain, self.device, skip=plain.evaluated)
-        return plain
-
-    def _own_share(self, loader: Any) -> Any:
-        """This rank's share of `loader`, on the device. A custom loader may lack `to` and, in one process, `shard`."""
-        if self.ranks.world > 1:
-            loader = loader.shard(self.ranks.rank, self.ranks.world)
-        return loader.to(self.device) if hasattr(loader, "to") else loader
 
     def init_optimizer(self, cfg: CN) -> Optimizer:
         """The optimizer; a subclass may return its own. `self.distiller` is there."""
@@ -186,7 +173,7 @@ class BaseTrainer:
         steps = len(self.train_loader)
         self.distiller.train()
         bar = ProgressBar(epoch, steps, at.step, shown=self.ranks.first)
-        batches = _batches_from(self.train_loader, at.step)
+        batches = batches_from(self.train_loader, at.step)
         self.state.take_up_draws()
         for batch in at.clock.around(batches):
             lr = adjust_learning_rate(epoch, self.cfg, self.optimizer, at.step, steps)
@@ -315,13 +302,3 @@ class CRDDOT(DOT):
 
 
 trainer_dict = Registry("trainer", {"base": BaseTrainer, "crd": CRDTrainer, "dot": DOT, "crd_dot": CRDDOT})
-
-
-def _batches_from(loader: Any, start: int) -> Iterator[Any]:
-    """The rest of an epoch, from batch number `start` (from 0) on."""
-    if hasattr(loader, "iter_from"):
-        return loader.iter_from(start)
-    batches = started(loader)
-    for _ in range(start):
-        next(batches, None)
-    return batches
