@@ -101,6 +101,7 @@ class AT(FeatureDistiller):
         super().__init__(student, teacher, cfg.AT)
         self.p = cfg.AT.P
         self.pairs = MapPairs.probed(student, teacher, cfg, image_size, "AT")
+        self.reads_only("teacher", self.pairs.outputs)
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
         return at_loss(*self.pairs(feature_student, feature_teacher), self.p)

@@ -67,6 +67,7 @@ class FitNet(FeatureDistiller):
         size = input_size(cfg.FITNET.INPUT_SIZE, image_size, cfg, "FITNET.INPUT_SIZE")
         maps_s, maps_t = (features["feats"] for features in probe_pair(student, teacher, size))
         self.guided, self.hint = _layers(cfg, len(maps_s), len(maps_t))
+        self.reads_only("teacher", [f"feats[{self.hint}]"])
         hint = maps_s[self.guided].shape, maps_t[self.hint].shape
         require_maps([hint], "FITNET")
         try:

@@ -209,6 +209,7 @@ class KDSVD(FeatureDistiller):
         if self.axis not in _MATRICES:
             raise unknown_name("KDSVD.AXIS", self.axis, _MATRICES)
         self.pairs = MapPairs.probed(student, teacher, cfg, image_size, "KDSVD", least=2)
+        self.reads_only("teacher", self.pairs.outputs)
         if self.axis == "channels":
             _require_equal_channels(self.pairs.shapes)
 

@@ -93,6 +93,7 @@ class NST(FeatureDistiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.NST)
         self.pairs = MapPairs.probed(student, teacher, cfg, image_size, "NST")
+        self.reads_only("teacher", self.pairs.outputs)
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
         return nst_loss(*self.pairs(feature_student, feature_teacher))

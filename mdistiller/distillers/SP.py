@@ -78,6 +78,7 @@ class SP(FeatureDistiller):
         self.pairs = MapPairs.probed(student, teacher, cfg, image_size, "SP")
         if not self.pairs.configured:
             self.pairs.keep_deepest(1, "SP", "it compares the last ones")
+        self.reads_only("teacher", self.pairs.outputs)
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
         pairs = [align(f_s, f_t) for f_s, f_t in zip(*self.pairs(feature_student, feature_teacher))]

@@ -108,6 +108,7 @@ class VID(FeatureDistiller):
         start = surplus + math.log(-math.expm1(-surplus))
         size = input_size(cfg.VID.INPUT_SIZE, image_size, cfg, "VID.INPUT_SIZE")
         self.pairs = MapPairs(student, teacher, probe_pair(student, teacher, size), cfg, "VID")
+        self.reads_only("teacher", self.pairs.outputs)
         self.regressors = nn.ModuleList(_regressor(s[1], t[1]) for s, t in self.pairs.shapes)
         self.log_scales = nn.ParameterList(nn.Parameter(torch.full((t[1],), start)) for _, t in self.pairs.shapes)
 

@@ -58,9 +58,9 @@ class Distiller(nn.Module):
     needs_teacher: ClassVar[bool] = True
     # OFD keeps its teacher in training mode, as its paper's code does; every other frozen network is in eval mode.
     teacher_in_train_mode: ClassVar[bool] = False
-    # What the method reads of the teacher: "logits" and names of features ("feats", "preact_feats", "pooled_feat").
-    # Then a faster copy of the teacher runs, which returns just that. None: the teacher itself runs. Not inherited, as
-    # a subclass may read more than its parent class, in other ways.
+    # What the method reads of the teacher: "logits" and names of features ("feats", "preact_feats", "pooled_feat"), or
+    # of single maps ("feats[3]"). Then a faster copy of the teacher runs, which returns just that. None: the teacher
+    # itself runs. Not inherited, as a subclass may read more than its parent class, in other ways.
     teacher_outputs: tuple[str, ...] | None = None
     # The loss compares the images of a batch with each other, so SOLVER.ACCUMULATE cannot split it into micro-batches.
     compares_images: ClassVar[bool] = False
@@ -109,6 +109,14 @@ class Distiller(nn.Module):
         """
         self.add_module(name, network.requires_grad_(False))
         self.frozen[name] = None if outputs is None else tuple(outputs)
+
+    def reads_only(self, name: str, outputs: Sequence[str]) -> None:
+        """Declare less of a frozen network than at first: once a method knows which maps it compares.
+
+        Without effect where nothing was declared, as for a subclass that may read more.
+        """
+        if self.frozen[name] is not None:
+            self.frozen[name] = tuple(outputs)
 
     def train(self, mode: bool = True) -> Distiller:
         """Training mode for everything but the frozen networks, see `evaluated`."""

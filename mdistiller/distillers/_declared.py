@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from ..models.outputs import feature_of, restricted
+
 
 class UndeclaredOutputError(LookupError):
     """A method reads an output of a frozen network that it did not declare."""
@@ -22,11 +24,12 @@ class DeclaredFeatures(dict[str, Any]):
     """
 
     def __init__(self, features: Mapping[str, Any], outputs: Sequence[str], owner: str) -> None:
-        super().__init__({name: features[name] for name in features if name in outputs})
+        super().__init__(restricted(features, outputs, lambda name: UndeclaredOutput(name, outputs, owner)))
         self._outputs, self._owner = outputs, owner
+        self._names = {feature_of(output) for output in outputs}
 
     def __missing__(self, name: str) -> NoReturn:
-        if name in self._outputs:
+        if name in self._names:
             raise KeyError(name)  # declared, but the network has none
         raise undeclared(name, self._outputs, self._owner)
 
@@ -43,31 +46,31 @@ class DeclaredFeatures(dict[str, Any]):
         return self._has(name)
 
     def _has(self, name: object) -> bool:
-        if name not in self._outputs:
+        if name not in self._names:
             raise undeclared(str(name), self._outputs, self._owner)
         return super().__contains__(name)
 
 
-class UndeclaredLogits:
-    """Stands for the logits of a network of which only features were declared; any use of them raises."""
+class UndeclaredOutput:
+    """Stands for logits, or for a map in a list, of a network of which only others were declared; any use raises."""
 
-    def __init__(self, outputs: Sequence[str], owner: str) -> None:
-        self._outputs, self._owner = outputs, owner
+    def __init__(self, name: str, outputs: Sequence[str], owner: str) -> None:
+        self._name, self._outputs, self._owner = name, outputs, owner
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # copying and pickling ask for special methods
             raise AttributeError(name)
-        raise undeclared("logits", self._outputs, self._owner)
+        raise undeclared(self._name, self._outputs, self._owner)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         values = [*args, *(kwargs or {}).values()]
         values += [item for value in values if isinstance(value, (list, tuple)) for item in value]
         own = next(value for value in values if isinstance(value, cls))
-        raise undeclared("logits", own._outputs, own._owner)
+        raise undeclared(own._name, own._outputs, own._owner)
 
     def _refuse(self, *_: Any) -> NoReturn:
-        raise undeclared("logits", self._outputs, self._owner)
+        raise undeclared(self._name, self._outputs, self._owner)
 
     # Python looks operators up on the class, past __getattr__.
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
@@ -88,5 +91,5 @@ def declared(
 ) -> tuple[Tensor, dict[str, Any]]:
     """A network's (logits, features), restricted to the declared `outputs`."""
     logits, features = output
-    seen: Any = logits if "logits" in outputs else UndeclaredLogits(outputs, owner)
+    seen: Any = logits if "logits" in outputs else UndeclaredOutput("logits", outputs, owner)
     return seen, DeclaredFeatures(features, outputs, owner)

@@ -163,6 +163,11 @@ class MapPairs:
             raise UserError(f"{method} cannot compare the pairs {self.indices} of feature maps: {why}")
         self.indices, self.shapes = map(list, zip(*kept))
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The teacher's maps that are compared, as `Distiller.reads_only` takes them."""
+        return tuple(f"{self.kinds[1]}[{j}]" for _, j in self.indices)
+
     def _lists(
         self, features: tuple[Features, Features], networks: tuple[nn.Module, nn.Module], method: str
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

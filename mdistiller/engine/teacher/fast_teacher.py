@@ -20,6 +20,7 @@ from ...distributed.ranks import current_ranks
 from ...errors import UserError
 from ...models.copies import copy_without_hooks, has_hooks
 from ...models.eval_mode import eval_mode
+from ...models.outputs import output_names
 from ...registry import unknown_name
 from .cache import TeacherCache
 from .fold_batchnorm import CannotFold, fold_batchnorm
@@ -156,7 +157,7 @@ def _check_outputs(owner: str, network: nn.Module, outputs: Sequence[str] | None
     try:
         with eval_mode(network):
             _, features = network(image)
-        names = ["logits", *features]
+        names = output_names(features)
     except Exception:  # a network that cannot take this image, or another form of output, shows it in the first step
         return
     for name in outputs or ():

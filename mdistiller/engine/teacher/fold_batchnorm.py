@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ...console import reason
 from ...models.copies import copy_without_hooks
+from ...models.outputs import restricted
 
 _FOLDED: dict[Any, Any] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
 _FRESH = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)  # layers whose output is a new tensor
@@ -35,7 +36,8 @@ def fold_batchnorm(network: nn.Module, image: Tensor, features: Sequence[str] | 
     Args:
         network: image -> (logits, features by name); in eval mode; it is not changed.
         image: (1, 3, H, W); for it the copy must return what `network` returns, up to rounding.
-        features: names of the features that the copy returns; None for all of them.
+        features: names of the features, or of single maps, that the copy returns; None for all of them. In the place
+            of a map that it does not return is None.
 
     Raises:
         CannotFold: torch.fx cannot trace the network's forward, or the copy computes another function.
@@ -84,7 +86,7 @@ def _same_function(network: nn.Module, folded: nn.Module, image: Tensor, feature
     exact = image.detach().cpu().double()
     logits, by_name = copy_without_hooks(network).cpu().double()(exact)
     if features is not None:
-        by_name = {name: by_name[name] for name in by_name if name in features}
+        by_name = restricted(by_name, features)
     return _agree((logits, by_name), copy_without_hooks(folded).cpu().double()(exact))
 
 
@@ -92,7 +94,7 @@ def _keep(folded: fx.GraphModule, features: Sequence[str]) -> None:
     """Remove the operations that only other features need."""
     (output,) = [node for node in folded.graph.nodes if node.op == "output"]
     ((logits, by_name),) = output.args
-    output.args = ((logits, {name: node for name, node in by_name.items() if name in features}),)
+    output.args = ((logits, restricted(by_name, features)),)
     folded.graph.eliminate_dead_code()
 
 

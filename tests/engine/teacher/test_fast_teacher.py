@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from mdistiller.dataset import ImageArray
 from mdistiller.dataset.augment import CropFlip
-from mdistiller.distillers import KD, OFD, Distiller
+from mdistiller.distillers import KD, OFD, Distiller, distiller_dict
 from mdistiller.distillers._declared import UndeclaredOutputError
 from mdistiller.engine.cfg import CFG
 from mdistiller.engine.teacher.cache import TeacherCache
@@ -282,6 +282,44 @@ def test_logits_that_were_not_declared_say_so_by_name(sped_up):
     for use in uses:
         with pytest.raises(UndeclaredOutputError, match="'logits' is read"):
             use(logits)
+
+
+@pytest.mark.parametrize("sped_up", [True, False])
+@pytest.mark.parametrize("amp", ["none", "bf16-teacher"])
+def test_one_map_of_a_list_may_be_declared(amp, sped_up):
+    """The others are neither computed for their own sake nor converted, and reading one of them says so by name."""
+    model = Reads(["feats[2]"])
+    cfg = config()
+    cfg.SOLVER.AMP = amp
+    if sped_up:
+        FrozenNetworks(model, loader(), cfg)
+        assert [own is None for own in model._runners["teacher"](IMAGE)[1]["feats"]] == [True, True, False, True]
+    _, features = model.teacher_forward(IMAGE)
+    expected = model.teacher(IMAGE)[1]["feats"][2]
+    torch.testing.assert_close(features["feats"][2], expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+    for use in (lambda m: m.mean(), lambda m: m + 1, torch.flatten, len):
+        with pytest.raises(UndeclaredOutputError, match=r"'feats\[0\]' is read, but only 'feats\[2\]' is declared"):
+            use(features["feats"][0])
+    with pytest.raises(UndeclaredOutputError, match="'preact_feats' is read"):
+        features["preact_feats"]
+
+
+def test_a_map_that_the_network_lacks_is_refused():
+    with pytest.raises(UserError, match=r"feats\[4\]"):
+        FrozenNetworks(Reads(["feats[4]"]), loader(), config())
+    FrozenNetworks(Reads(["feats[-4]"]), loader(), config())
+
+
+@pytest.mark.parametrize("method, maps", [("AT", [1, 2, 3]), ("SP", [3]), ("FITNET", [2])])
+def test_a_method_reads_only_the_maps_that_it_compares(method, maps):
+    cfg = config(method)
+    model = distiller(distiller_dict[method], cfg)
+    assert model.frozen["teacher"] == tuple(f"feats[{i}]" for i in maps)
+
+    class Reader(distiller_dict[method]):
+        """May read more, as it declares nothing."""
+
+    assert distiller(Reader, cfg).frozen["teacher"] is None
 
 
 def test_a_declared_feature_that_the_network_lacks_is_a_key_error():
