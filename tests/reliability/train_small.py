@@ -42,11 +42,17 @@ def in_step(number: int, act: Callable[[], object]) -> Iterator[None]:
 
 
 def send(number: int) -> None:
-    """Send a signal to this process, or to its whole group."""
+    """Send a signal to this process, or to its whole group.
+
+    To the group from another process, as from outside: loader workers obey a SIGTERM of their own training process.
+    """
     if number == signal.SIGKILL:
         os.kill(os.getpid(), number)
-    else:
+    child = os.fork()
+    if not child:
         os.killpg(0, number)
+        os._exit(0)
+    os.waitpid(child, 0)
 
 
 compiled = torch.compile
