@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from yacs.config import CfgNode as CN
@@ -102,3 +104,12 @@ def test_seeds_of_neighbouring_keys_differ() -> None:
     seeds = {mix_seed(seed, epoch, index + 1) for seed in range(10) for epoch in range(10) for index in range(10)}
     seeds |= {mix_seed(seed, epoch) for seed in range(10) for epoch in range(10)}
     assert len(seeds) == 1100
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_scoring_goes_over_the_images_in_order_and_not_augmented(train: bool) -> None:
+    """Two passes give the same images, those of the data set; training images move and are drawn in another order."""
+    loader = get_val_loader("digits", batch_size=50, num_workers=0, train=train)
+    one, two = (torch.cat([batch[0] for batch in loader]) for _ in range(2))
+    targets = torch.cat([batch[1] for batch in loader])
+    assert torch.equal(one, two) and torch.equal(targets, dataset_info["digits"].read(Path(), train).targets)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mdistiller.engine.scores import accuracy, correct_counts, evaluate
+from mdistiller.engine.scores import Score, ScoreRecord, accuracy, correct_counts, evaluate
 
 LOGITS = torch.tensor([[5.0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]])
 TARGET = torch.tensor([0, 1, 5])  # first place; fifth place; sixth place
@@ -37,3 +37,12 @@ def test_every_image_counts_once_even_if_the_last_batch_is_short():
 def test_an_empty_set_is_refused():
     with pytest.raises(ValueError, match="validation set is empty"):
         evaluate([], lambda image: {"": image}, torch.device("cpu"))
+
+
+def test_the_best_is_that_of_each_head_however_low_it_is():
+    """A thousand classes start below one percent."""
+    record = ScoreRecord()
+    heads = [{"student": 0.1, "ema": 0.0}, {"student": 0.3, "ema": 0.2}, {"student": 0.2, "ema": 0.2}]
+    improved = [record.note({name: Score(top1, 0, 0) for name, top1 in scores.items()}) for scores in heads]
+    assert improved == [["student", "ema"], ["student", "ema"], ["ema"]]
+    assert record.best == {"student": 0.3, "ema": 0.2} and record.last == {"student": 0.2, "ema": 0.2}
