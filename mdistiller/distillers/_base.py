@@ -186,7 +186,9 @@ class Distiller(nn.Module):
         return True
 
     def after_step(self) -> None:
-        """Called without gradients once the parameters have been updated; not after a skipped step.
+        """Called without gradients once the parameters have been updated.
+
+        Not after a step that SOLVER.NAN_POLICY skips; but also after one that fp16's search for its scale drops.
 
         Here a method changes what is neither a parameter nor a layer's own buffer: a memory bank, a moving average of
         the student. In `forward_train` that would happen also where the step is skipped, and once for each micro-batch,

@@ -8,6 +8,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..distillers import Distiller
+from ..errors import UserError
+
 
 class _Place(NamedTuple):
     """Where a buffer is; the tensor there may be replaced."""
@@ -22,60 +25,72 @@ class _Place(NamedTuple):
         return tensor
 
 
-class KeptBuffers:
-    """Keeps the buffers that forward passes change; which these are, the first sound step shows.
+# Elements of the largest buffer that is always copied; BatchNorm's have a few thousand at most.
+_SMALL = 2**16
 
-    Up to that step, `keep` copies all buffers, and `learn` compares: from then on, only those that had changed are
-    copied. So a memory bank that changes only after a step is not copied at every step. Of a module whose buffers begin
-    to change later, all are copied from the next step on; the version counters of its buffers tell.
+
+class KeptBuffers:
+    """Keeps the buffers that forward passes change, so that a step can be undone.
+
+    All small ones are copied at each step. Those of frozen networks and large ones, such as memory banks, are copied up
+    to the first sound step, and from then on if that step's forward passes have changed them.
+
+    Args:
+        distiller: also its frozen networks and its other modules.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, distiller: Distiller) -> None:
+        self.distiller = distiller
         self._learnt = False
-        self._changing: list[_Place] = []
-        self._still: list[_Place] = []
+        self._copied: list[_Place] = []
         self._copies: list[Tensor] = []
-        self._seen: list[tuple[Tensor, int]] = []  # of those that are still: the tensor and its version
+        self._left: list[_Place] = []
+        self._seen: list[tuple[Tensor, int]] = []  # of those that are left out: the tensor and its version
 
     @torch.no_grad()
     def keep(self) -> None:
         """At the beginning of a step: copy what its forward passes may change."""
         if not self._learnt:
-            self._changing = _places(self.module)
+            self._copied = _places(self.distiller)
             self._copies = []
-        buffers = [place.buffer for place in self._changing]
+        buffers = [place.buffer for place in self._copied]
         if len(self._copies) == len(buffers):
             _copy(buffers, self._copies)
         else:
             self._copies = [buffer.clone() for buffer in buffers]
-        self._seen = [(place.buffer, place.buffer._version) for place in self._still]
+        self._seen = [(place.buffer, place.buffer._version) for place in self._left]
 
     def learn(self) -> None:
-        """After the forward passes of a sound step: note what they have changed."""
-        if not self._learnt:
-            # By value: BatchNorm's kernels leave the version counters of its statistics as they are.
-            changed = [p for p, copy in zip(self._changing, self._copies) if not torch.equal(p.buffer, copy)]
-            self._watch(changed)
-            self._learnt = True
+        """After the forward passes of the first sound step: note what may be left out from now on."""
+        if self._learnt:
             return
-        seen = zip(self._still, self._seen)
-        moved = [p for p, (tensor, version) in seen if p.buffer is not tensor or tensor._version != version]
-        if moved:
-            modules = {id(place.module) for place in moved}
-            self._watch([*self._changing, *(place for place in self._still if id(place.module) in modules)])
-
-    def _watch(self, changing: list[_Place]) -> None:
-        """From now on, copy these buffers."""
-        known = {(id(place.module), place.name) for place in changing}
-        self._changing = changing
-        self._still = [place for place in _places(self.module) if (id(place.module), place.name) not in known]
-        self._copies, self._seen = [], []
+        self._learnt = True
+        frozen = {m for name in self.distiller.evaluated for m in self.distiller.get_submodule(name).modules()}
+        places, copies = self._copied, self._copies
+        # By value: BatchNorm's kernels leave the version counters of its statistics as they are.
+        self._left = [
+            place
+            for place, copy in zip(places, copies)
+            if (place.module in frozen or copy.numel() > _SMALL) and torch.equal(place.buffer, copy)
+        ]
+        self._copied = [place for place in places if place not in self._left]
+        self._copies = []
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the copied buffers back."""
-        _copy(self._copies, [place.buffer for place in self._changing])
+        """Put the copied buffers back.
+
+        Raises:
+            UserError: the step has changed one that was left out.
+        """
+        _copy(self._copies, [place.buffer for place in self._copied])
+        for place, (tensor, version) in zip(self._left, self._seen):
+            if place.buffer is not tensor or tensor._version != version:
+                raise UserError(
+                    f"SOLVER.NAN_POLICY skip cannot undo what {type(self.distiller).__name__} has done to the buffer "
+                    f"{place.name!r} of a {type(place.module).__name__}, which its first step did not change; change it "
+                    "in after_step(), or set SOLVER.NAN_POLICY stop"
+                )
 
 
 def _places(module: nn.Module) -> list[_Place]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..console import warn
+from ..distillers import Distiller
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..registry import Registry
@@ -96,7 +96,7 @@ class StopAtNan:
 
     skipped = None
 
-    def __init__(self, folder: Path, distiller: nn.Module, device: torch.device, ranks: Ranks, cfg: CN) -> None:
+    def __init__(self, folder: Path, distiller: Distiller, device: torch.device, ranks: Ranks, cfg: CN) -> None:
         self.folder, self.ranks = folder, ranks
         self.every = 1 if device.type == "cpu" else _EVERY
         self._pending: list[Outcome] = []
@@ -130,7 +130,7 @@ class StopAtNan:
 class SkipNan:
     """Skip the step without any effect, on all ranks alike, at most SOLVER.NAN_LIMIT times in a row."""
 
-    def __init__(self, folder: Path, distiller: nn.Module, device: torch.device, ranks: Ranks, cfg: CN) -> None:
+    def __init__(self, folder: Path, distiller: Distiller, device: torch.device, ranks: Ranks, cfg: CN) -> None:
         self.folder, self.ranks = folder, ranks
         self.limit = cfg.SOLVER.NAN_LIMIT
         self.skipped = self.in_a_row = 0
@@ -156,7 +156,7 @@ class SkipNan:
         self._buffers.restore()
         if self.ranks.first:
             at, named = f"epoch {outcome.epoch}, iteration {outcome.step}", _named(outcome, numbers)
-            warn(f"{at} is skipped, {named}" + _elsewhere(numbers))
+            warn(f"{at} is skipped, {named}" + _elsewhere(numbers, self.ranks))
         return True
 
     def check(self) -> None:
@@ -179,8 +179,12 @@ def _named(outcome: Outcome, values: list[float]) -> str:
     return ", ".join(named)
 
 
-def _elsewhere(values: list[float]) -> str:
-    return "" if not all(map(math.isfinite, values)) else " (another process's losses are not finite)"
+def _elsewhere(values: list[float], ranks: Ranks) -> str:
+    """Where to look as well: the gradients are averaged over the processes, and each names its own losses only."""
+    *losses, _ = values
+    if ranks.world == 1 or not all(map(math.isfinite, losses)):
+        return ""
+    return " (this process's losses are finite; another one's may not be)"
 
 
 def non_finite(folder: Path, outcome: Outcome, values: list[float], ranks: Ranks) -> NonFiniteLossError:
@@ -202,8 +206,8 @@ def non_finite(folder: Path, outcome: Outcome, values: list[float], ranks: Ranks
         "index": outcome.index.tolist(),
     }
     note.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    found = f"{_named(outcome, values)}{_elsewhere(values, ranks)}"
     return NonFiniteLossError(
-        f"epoch {outcome.epoch}, iteration {outcome.step}: {_named(outcome, values)}{_elsewhere(values)}; the batch's "
-        f"images are listed in {note}, earlier checkpoints are kept; try a lower SOLVER.LR, SOLVER.CLIP_GRAD_NORM, or "
-        "SOLVER.NAN_POLICY skip"
+        f"epoch {outcome.epoch}, iteration {outcome.step}: {found}; the batch's images are listed in {note}, earlier "
+        "checkpoints are kept; try a lower SOLVER.LR, SOLVER.CLIP_GRAD_NORM, or SOLVER.NAN_POLICY skip"
     )

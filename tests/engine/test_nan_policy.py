@@ -14,6 +14,7 @@ from mdistiller.engine.kept_buffers import KeptBuffers
 from mdistiller.engine.nan_watch import NonFiniteLossError, Outcome, nan_policy_dict
 from mdistiller.engine.step import Step
 from mdistiller.engine.update import DotUpdate, SumUpdate
+from mdistiller.errors import UserError
 from mdistiller.models import build_model, cifar_model_dict
 
 CPU = torch.device("cpu")
@@ -217,37 +218,59 @@ def test_how_often_a_step_waits_for_the_device(policy, most, tmp_path):
     assert len(reads) + readings.count == 2 * most
 
 
-def test_only_what_forward_passes_change_is_copied():
-    class Method(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bn, self.late = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2).eval()
-            self.register_buffer("bank", torch.zeros(1000, 2))
+class Buffers(Distiller):
+    """A BatchNorm that trains, one that begins to, a bank, a small counter, a teacher."""
 
-        def step(self):
-            self.late(self.bn(torch.rand(4, 2)))
+    def __init__(self):
+        super().__init__(torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2))
+        self.late = torch.nn.BatchNorm1d(2).eval()
+        self.register_buffer("bank", torch.zeros(2**16 + 1))
+        self.register_buffer("counter", torch.zeros(()))
 
-    method = Method()
+    def step(self):
+        self.late(self.student(torch.rand(4, 2)))
+        self.teacher(torch.rand(4, 2))
+
+
+def test_neither_large_buffers_nor_those_of_frozen_networks_are_copied():
+    method = Buffers().train()
     kept = KeptBuffers(method)
     for _ in range(2):
         kept.keep()
         method.step()
         kept.learn()
         method.bank += 1  # after the step
-    assert {(type(p.module).__name__, p.name) for p in kept._changing} == {
-        ("BatchNorm1d", name) for name in ("running_mean", "running_var", "num_batches_tracked")
-    }
-    # A layer that begins to train later is found in its first step, and copied from the next one on.
+    copied = [(type(place.module).__name__, place.name) for place in kept._copied]
+    assert ("Buffers", "counter") in copied and ("Buffers", "bank") not in copied and len(copied) == 1 + 2 * 3
+
+
+def test_a_buffer_that_begins_to_change_in_a_bad_step_is_put_back():
+    """An auxiliary head's BatchNorm, say, of which the first batch is not finite."""
+    method = Buffers().train()
+    kept = KeptBuffers(method)
+    kept.keep()
+    method.step()
+    kept.learn()
+    before = {k: v.clone() for k, v in method.state_dict().items()}
     method.late.train()
-    for sound in (True, False):
-        kept.keep()
-        before = {k: v.clone() for k, v in method.state_dict().items()}
-        method.step()
-        if sound:
-            kept.learn()
-        else:
-            kept.restore()
-            assert equal(method.state_dict(), before)
+    kept.keep()
+    method.step()
+    method.counter += torch.nan
+    kept.restore()
+    assert equal(method.state_dict(), before)
+
+
+@pytest.mark.parametrize("change", [lambda m: m.bank.add_(1), lambda m: m.teacher.train()(torch.rand(4, 2))])
+def test_what_cannot_be_put_back_is_named(change):
+    method = Buffers().train()
+    kept = KeptBuffers(method)
+    kept.keep()
+    method.step()
+    kept.learn()
+    kept.keep()
+    change(method)
+    with pytest.raises(UserError, match=r"cannot undo what Buffers has done to the buffer '(bank|num_)"):
+        kept.restore()
 
 
 def test_the_window_is_checked_when_it_is_full_and_when_asked(tmp_path, monkeypatch):

@@ -70,6 +70,7 @@ def test_every_method_stops_and_resumes_in_the_other_modes(method, folder, regis
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, after a graph break
 @pytest.mark.parametrize("method", distiller_dict)
 def test_every_method_stops_and_resumes_compiled(method, folder, registered, monkeypatch):
     monkeypatch.setattr(torch, "compile", traced)
