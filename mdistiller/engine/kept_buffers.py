@@ -88,8 +88,8 @@ class KeptBuffers:
             if place.buffer is not tensor or tensor._version != version:
                 raise UserError(
                     f"SOLVER.NAN_POLICY skip cannot undo what {type(self.distiller).__name__} has done to the buffer "
-                    f"{place.name!r} of a {type(place.module).__name__}, which its first step did not change; change it "
-                    "in after_step(), or set SOLVER.NAN_POLICY stop"
+                    f"{place.name!r} of a {type(place.module).__name__}, which its first step did not change; do it in "
+                    "after_step(), or set SOLVER.NAN_POLICY stop"
                 )
 
 
