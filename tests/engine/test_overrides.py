@@ -52,6 +52,7 @@ def test_an_override_is_read_in_the_type_of_its_default(yaml_file, key, text, va
         (["DATASET.VAL_FRACTION", "1"], r"DATASET.VAL_FRACTION must be in \[0, 1\), not 1.0"),
         (["EXPERIMENT.SEED", "-1"], "EXPERIMENT.SEED must be a whole number from 0 .*, not -1"),
         (["SOLVER.LR"], "override 'SOLVER.LR' has no value; .*"),
+        (["SOLVER.LR", "1", "SOLVER.EPOCHS"], "override 'SOLVER.EPOCHS' has no value; .*"),
     ],
 )
 def test_a_bad_override_gets_one_line_that_names_it(yaml_file, overrides, message):

@@ -476,15 +476,16 @@ def pass_over(cache, batches, network, epoch, tolerance):
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("fp16", 2e-3)])
 def test_a_second_run_never_runs_the_teacher(tmp_path, dtype, tolerance):
     network = trained("resnet8")
-    first, seen = cache_of(tmp_path, network, loader(), dtype=dtype)
+    folder = tmp_path / "new" / "cache"
+    first, seen = cache_of(folder, network, loader(), dtype=dtype)
     for epoch in (1, 2, 3):
         pass_over(first, first.loader, network, epoch, tolerance)
     assert 0 < sum(seen) <= 120 and first.hit_rate() == pytest.approx(100 - 100 * sum(seen) / 120)
-    second, seen = cache_of(tmp_path, network, loader(), dtype=dtype)
+    second, seen = cache_of(folder, network, loader(), dtype=dtype)
     for epoch in (1, 2, 3):
         pass_over(second, second.loader, network, epoch, tolerance)
     assert seen == [] and second.hit_rate() == 100.0
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_two_runs_share_a_cache_at_the_same_time(tmp_path):
