@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,7 +18,12 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from ..distributed.ranks import joined
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A fork copies the locks that other threads hold at that moment, and in the child nobody releases them. The threads of
+# torch.distributed take Python's for an instant after each message (CPython before 3.12 then waits for ever).
+QUIET_SECONDS = 0.1
 CHECK_SECONDS = 1.0  # how often a worker looks whether its training process lives
 
 
@@ -49,6 +55,8 @@ def started(loader: Any) -> Iterator[Any]:
     if not isinstance(loader, DataLoader) or not loader.num_workers:
         return iter(loader)
     own = loader.worker_init_fn
+    if joined():
+        time.sleep(QUIET_SECONDS)
     loader.worker_init_fn = _Guarded(own.own if isinstance(own, _Guarded) else own)  # anew: this process may be a fork
     with _held():
         return iter(loader)

@@ -252,6 +252,7 @@ class BaseTrainer:
         if self.ema is not None:
             self.ranks.copy_buffers(self.ema.network)
         self.distiller.eval()
+        self._stop_if_asked(self._agreed_stop.settle())  # no message is under way while workers are forked
         # Ranks may have different numbers of batches, but must ask for signals equally often.
         rounds = self.ranks.maximum(len(self.val_loader)) if self.ranks.world > 1 else None
         batches = calling(started(self.val_loader), partial(self._save_or_stop, at, save=False), rounds)
