@@ -23,7 +23,7 @@ ALLOWED = {
     "distributed": GROUND,
     "grouping": GROUND,
     "models": MODELS,
-    "dataset": GROUND,
+    "dataset": {"distributed", *GROUND},
     "distillers": {"dataset", "distributed", *MODELS},
     "engine.files": GROUND,
     "engine.runtime": {"engine.files", "", *GROUND},

@@ -41,9 +41,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     cfg = load_cfg(args.cfg, args.opts)
     with joined_ranks(cfg.EXPERIMENT.DEVICE) as ranks:
         trainer = build_trainer(cfg, args.opts)
-        first = trainer.begin(resume=args.resume, overwrite=args.overwrite)
+        trainer.overwrite = args.overwrite
         if ranks.first:
-            print(cfg_text(cfg), *deployment_lines(trainer), *frozen_lines(trainer), sep="\n", flush=True)
-        trainer.run(first)
+            trainer.when_begun = lambda: print(
+                cfg_text(cfg), *deployment_lines(trainer), *frozen_lines(trainer), sep="\n", flush=True
+            )
+        trainer.train(resume=args.resume)
         if ranks.first:
             draw_run(trainer.log_path)

@@ -8,6 +8,7 @@ import torch
 from torch.optim import Optimizer
 from yacs.config import CfgNode as CN
 
+from ..errors import UserError
 from ..models.parameters import Group
 from ..registry import Registry
 from .dot import DistillationOrientedTrainer
@@ -56,9 +57,11 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         state: `Optimizer.state_dict()`, also of a run with other settings, on another device.
 
     Raises:
+        UserError: the state is that of another kind of optimizer.
         ValueError, KeyError: the state belongs to other parameters.
     """
     saved = state["param_groups"]
+    _check_kind(optimizer, saved)
     groups = [
         {**own, "lr": group["lr"], "params": group["params"]}
         for own, group in zip(optimizer.state_dict()["param_groups"], saved)
@@ -69,3 +72,25 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for key, value in remembered.items():
             if isinstance(value, torch.Tensor) and value.shape == p.shape and value.stride() != p.stride():
                 remembered[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+
+
+# Settings that optimizers of every kind have.
+_COMMON = {"params", "lr", "weight_decay", "maximize", "foreach", "capturable", "differentiable", "fused"}
+
+
+def _check_kind(optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
+    """The groups of a state have at least one of the settings that only such an optimizer has.
+
+    torch itself loads SGD's momentum into AdamW, and fails at the next step. A state of the same kind may lack settings
+    that a newer torch has.
+
+    Raises:
+        UserError: they have none of them.
+    """
+    own = optimizer.defaults.keys() - _COMMON
+    if own and saved and not any(own & group.keys() for group in saved):
+        kind = type(optimizer).__name__
+        raise UserError(
+            f"it was saved with an optimizer of another kind than {kind} (without {', '.join(sorted(own))}); set "
+            "SOLVER.TYPE, or the trainer's own init_optimizer, to that kind"
+        )

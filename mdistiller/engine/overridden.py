@@ -1,28 +1,32 @@
 """A trainer that a user wrote for the original: which of the methods that it overrides work here, and how.
 
-`init_optimizer(cfg)` and `log(lr, epoch, log_dict)` work as they are. `train_iter(data, epoch, train_meters)` takes the
-whole step itself, as in the original, so settings that it cannot obey are refused. `train` and `train_epoch` must call
-the inherited ones.
+`init_optimizer(cfg)` and `log(lr, epoch, log_dict)` work as they are, and so does setting `self.optimizer`.
+`train_iter(data, epoch, train_meters)` takes the whole step itself, as in the original, so settings that it cannot obey
+are refused. `train` and `train_epoch` must call the inherited ones.
 """
 
 from __future__ import annotations
 
+import dis
 import inspect
+import itertools
 import math
 from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..console import warn
+from ..distillers.contract import learnable_parameters
 from ..errors import UserError
 from ..models.parameters import flat_parameters
 from .dot import DistillationOrientedTrainer
 from .lr_schedule import LR_SCALE
 from .meters import Meters
 from .nan_watch import NonFiniteLossError
-from .update import SumUpdate
 from .utils import AverageMeter
 
 # Methods that must call the inherited one, and what to do otherwise.
@@ -57,35 +61,51 @@ def adopt_overrides(trainer: Any, base: type) -> None:
         used = _names_in(method)
         for gone in sorted(_GONE.keys() & used):
             raise UserError(f"{cls.__name__}.{name} uses {gone}, which this trainer does not have; {_GONE[gone]}")
-        if name in _CALLS_INHERITED and name not in used:
+        if name in _CALLS_INHERITED and not _calls_inherited(method, name, type(trainer)):
             raise UserError(
                 f"{cls.__name__} overrides {name} without calling the inherited one, which also resumes, saves and "
                 f"handles signals; {_CALLS_INHERITED[name]}"
             )
-    if _is_of_original(type(trainer).train_iter, base):
+    if _takes_original_step(type(trainer), base):
         _check_settings(trainer)
         trainer.train_iter = OwnStep(trainer)
 
 
-def own_optimizer(trainer: Any, update: SumUpdate) -> Optimizer:
-    """The optimizer that `trainer.init_optimizer` returns; `update` steps it. A group's own "lr" keeps its ratio to LR.
+def adopt_optimizer(trainer: Any, own: Any, must: str) -> None:
+    """Let `own`, a subclass's optimizer, take the steps of `trainer`. A group's own "lr" keeps its ratio to SOLVER.LR.
+
+    Args:
+        must: "init_optimizer must return", for the message.
 
     Raises:
-        UserError: it is no optimizer that `update` can use.
+        UserError: it is no optimizer that the trainer's update rule can use.
     """
-    own, default = trainer.init_optimizer(trainer.cfg), update.optimizer
-    if own is default:
-        return default
-    kind = DistillationOrientedTrainer if isinstance(default, DistillationOrientedTrainer) else Optimizer
+    update = trainer.update
+    if own is update.optimizer:
+        return
+    kind = DistillationOrientedTrainer if isinstance(update.optimizer, DistillationOrientedTrainer) else Optimizer
     if not isinstance(own, kind):
-        raise UserError(
-            f"{type(trainer).__name__}.init_optimizer must return a {kind.__name__}, not a {type(own).__name__}"
-        )
+        raise UserError(f"{type(trainer).__name__}.{must} a {kind.__name__}, not a {type(own).__name__}")
     for group in own.param_groups:
-        if group["lr"] != trainer.cfg.SOLVER.LR:
+        if LR_SCALE not in group and group["lr"] != trainer.cfg.SOLVER.LR:
             group[LR_SCALE] = float(group["lr"]) / trainer.cfg.SOLVER.LR
     update.optimizer, update.parameters = own, flat_parameters(own.param_groups)
-    return own
+    if trainer.ranks.first:
+        _say_what_is_left_out(trainer)
+
+
+def _say_what_is_left_out(trainer: Any) -> None:
+    """Warn of learnable parameters that the optimizer does not have."""
+    names = {id(p): name for name, p in trainer.distiller.named_parameters()}
+    trained = set(map(id, trainer.update.parameters))
+    learnable = [id(p) for p in flat_parameters(learnable_parameters(trainer.distiller))]
+    left_out = [names.get(p, "one without a name") for p in learnable if p not in trained]
+    if left_out:
+        few = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        warn(
+            f"{type(trainer).__name__}'s own optimizer lacks {len(left_out)} of {len(learnable)} learnable parameters "
+            f"({few}), which keep their values; give it self.distiller.get_learnable_parameters() to train them"
+        )
 
 
 class OwnStep:
@@ -107,7 +127,7 @@ class OwnStep:
 
         Raises:
             UserError: it did not update the meters.
-            NonFiniteLossError: the loss is NaN or infinite.
+            NonFiniteLossError: the loss, or a weight after the step, is NaN or infinite.
         """
         if epoch != self._epoch:
             self._epoch = epoch
@@ -115,11 +135,13 @@ class OwnStep:
         before = {name: (float(meter.sum), meter.count) for name, meter in self._meters.items()}
         type(self.trainer).train_iter(self.trainer, tuple(batch.values()), epoch, self._meters)
         sums = {ours: self._added(theirs, *before[theirs]) for ours, theirs in _METRICS.items()}
+        at, kept = f"epoch {epoch}, iteration {step}", "earlier checkpoints are kept; try a lower SOLVER.LR"
         if not math.isfinite(sums["train_loss"]):
-            raise NonFiniteLossError(
-                f"epoch {epoch}, iteration {step}: the loss is {sums['train_loss']}, earlier checkpoints are kept; try "
-                "a lower SOLVER.LR"
-            )
+            raise NonFiniteLossError(f"{at}: the loss is {sums['train_loss']}, {kept}")
+        # Not the gradients: those that a GradScaler of the user's own drops may be infinite.
+        weights = [p.detach() for p in self.trainer.distiller.parameters() if p.requires_grad]
+        if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
+            raise NonFiniteLossError(f"{at}: the step has left weights that are NaN or infinite, {kept}")
         totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.trainer.device)
         for of in (meters, recent):
             if of is not None:
@@ -144,14 +166,60 @@ def _own_methods(cls: type, base: type) -> Iterator[tuple[type, str, Any]]:
 
 def _names_in(method: Any) -> set[str]:
     """The names of attributes and of globals that a function reads or calls."""
-    return set(inspect.unwrap(method).__code__.co_names)
+    return {name for code in _codes(inspect.unwrap(method).__code__) for name in code.co_names}
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function, and of the functions within it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _codes(inner)
+
+
+def _calls_inherited(method: Any, name: str, cls: type) -> bool:
+    """Whether a method of `cls` reads `super().NAME`, or `Base.NAME` of a class that `cls` inherits from.
+
+    `self.distiller.train()` is no call of the inherited `train`.
+    """
+    origins = {"super", *(one.__name__ for one in cls.__mro__)}
+    for code in _codes(inspect.unwrap(method).__code__):
+        inherited = False  # whether the next attribute is one of super() or of a class
+        for instruction in dis.get_instructions(code):
+            if not instruction.opname.startswith("LOAD_") or not isinstance(instruction.argval, str):
+                continue
+            if instruction.argval in origins:
+                inherited = True
+            elif instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER")):
+                if inherited and instruction.argval == name:
+                    return True
+                inherited = False
+    return False
+
+
+def _takes_original_step(cls: type, base: Any) -> bool:
+    """Whether the `train_iter` of `cls` has the original's parameters, and not those of `base`.
+
+    Raises:
+        UserError: it has neither; or it, or one that it calls, calls an inherited one that takes other arguments.
+    """
+    steps = [vars(one)["train_iter"] for one in cls.__mro__[: cls.__mro__.index(base) + 1] if "train_iter" in vars(one)]
+    for own, inherited in itertools.pairwise(steps):
+        if not _calls_inherited(own, "train_iter", cls):
+            break
+        if _is_of_original(own, base) != _is_of_original(inherited, base):
+            raise UserError(
+                f"{own.__qualname__}{inspect.signature(own)} calls the inherited train_iter, which has other "
+                f"parameters; give it the same: train_iter{inspect.signature(inherited)}"
+            )
+    return _is_of_original(steps[0], base)
 
 
 def _is_of_original(method: Any, base: Any) -> bool:
-    """Whether `train_iter` has the original's parameters and not those of `base`.
+    """Whether a `train_iter` has the original's parameters.
 
     Raises:
-        UserError: it has neither, or it calls the inherited one, which takes other arguments.
+        UserError: it has neither these nor those of `base`.
     """
     signature = inspect.signature(method)
     try:
@@ -159,16 +227,11 @@ def _is_of_original(method: Any, base: Any) -> bool:
         return False
     except TypeError:
         pass
-    ours = f"train_iter{inspect.signature(base.train_iter)}"
     try:
         signature.bind(None, (), 1, {})
     except TypeError:
+        ours = f"train_iter{inspect.signature(base.train_iter)}"
         raise UserError(f"train_iter must take (data, epoch, train_meters), or as here {ours}") from None
-    if "train_iter" in _names_in(method):
-        raise UserError(
-            f"{method.__qualname__}{signature} calls the inherited train_iter, which has other parameters; give it the "
-            f"same: {ours}"
-        )
     return True
 
 

@@ -10,6 +10,7 @@ from yacs.config import CfgNode as CN
 from ..distillers import Distiller
 from ..distributed.ranks import Ranks
 from ..distributed.sync_batchnorm import synchronize_batchnorm
+from ..errors import UserError
 
 
 def placed(distiller: Distiller, device: torch.device, ranks: Ranks, cfg: CN) -> Distiller:
@@ -22,7 +23,17 @@ def placed(distiller: Distiller, device: torch.device, ranks: Ranks, cfg: CN) ->
 
 
 def own_share(loader: Any, device: torch.device, ranks: Ranks) -> Any:
-    """This rank's share of `loader`, on the device. A custom loader may lack `to` and, in one process, `shard`."""
+    """This rank's share of `loader`, on the device. A custom loader may lack `to` and, in one process, `shard`.
+
+    Raises:
+        UserError: there are several processes, and it has no `shard`.
+    """
     if ranks.world > 1:
+        if not hasattr(loader, "shard"):
+            raise UserError(
+                f"{ranks.world} processes cannot share the batches of a {type(loader).__name__}, which has no "
+                "shard(rank, world); give it one that returns a loader of this process's images, in training an equal "
+                "slice of every batch, or start one process"
+            )
         loader = loader.shard(ranks.rank, ranks.world)
     return loader.to(device) if hasattr(loader, "to") else loader

@@ -75,7 +75,9 @@ class RunState:
         self.within: dict[str, Resumable] = {"position": self.position, "generators": self.generators}
         self.interrupted = False
         self._draws: dict[str, Any] = {}
-        self._saved_at = (0, 0)
+        # Completed epochs and steps of the next one: where a save was last tried, and of the last that stands.
+        self._tried: tuple[int, int] | None = None
+        self._saved: tuple[int, int] | None = None
 
     @property
     def best_acc(self) -> dict[str, float]:
@@ -104,7 +106,7 @@ class RunState:
             files |= {f"student_{epoch}": main, f"epoch_{epoch}": self._content(epoch)}
         if self.ema is not None:
             files["student_latest_ema"] = self._deployment("ema")
-        self._write(files | {"student_latest": main, "latest": self._content(epoch)})
+        self._write(files | {"student_latest": main, "latest": self._content(epoch)}, (epoch, 0))
 
     def _deployment(self, head: str) -> dict[str, Any]:
         """The content of a `student_*` file: the weights of the deployment that a head scores, or of the EMA."""
@@ -121,22 +123,40 @@ class RunState:
     def save_within(self, at: EpochState) -> None:
         """Within an epoch: write `latest`, so that resuming continues with the next step. Every rank must call this.
 
+        Where `latest` has been written at this step, it stands; where writing failed, it is tried again.
+
         Raises:
             NonFiniteLossError, SaveError: see `_write`.
         """
         self.nan_policy.check()
-        if self._saved_at == (at.epoch, at.step):
+        here = (at.epoch - 1, at.step)
+        if self._saved == here:
             return  # before validation, where the last step has been saved
-        self._write({"latest": self._content(at.epoch - 1) | {_WITHIN: _states(self.within)}})
-        self._saved_at = (at.epoch, at.step)
+        self._write({"latest": self._content(at.epoch - 1) | {_WITHIN: _states(self.within)}}, here)
+
+    def continuation(self) -> str:
+        """Where the same command with --resume goes on after the last `save` or `save_within`, in words."""
+        if self._saved is None:
+            return "no checkpoint could be written, so there is none to resume from"
+        if self._saved == self._tried:
+            return "the same command with --resume goes on from here"
+        epochs, step = self._saved
+        where = f"epoch {epochs + 1}, step {step}" if step else f"the end of epoch {epochs}"
+        return (
+            "nothing could be written here: the same command with --resume resumes from the last saved checkpoint "
+            f"({where})"
+        )
 
     def _content(self, epoch: int) -> dict[str, Any]:
         """Everything that resuming needs at the end of `epoch`: the original's keys, and more."""
         deployed = self._deployed(self.distiller.main_network())
         return {"epoch": epoch, **_states(self.parts), **deployed, _FACTS: self.facts}
 
-    def _write(self, files: Mapping[str, Any]) -> None:
-        """Write the checkpoints on the first rank, in their order; the other ranks wait.
+    def _write(self, files: Mapping[str, Any], here: tuple[int, int]) -> None:
+        """Write the checkpoints on the first rank, in their order; the other ranks wait, and learn whether they stand.
+
+        Args:
+            here: completed epochs, and steps of the next one.
 
         Raises:
             NonFiniteLossError: a weight is not finite.
@@ -148,6 +168,7 @@ class RunState:
                 f"the student's weights are not finite; the checkpoints in {self.folder} were not overwritten; "
                 "try a lower SOLVER.LR or SOLVER.CLIP_GRAD_NORM"
             )
+        self._tried, failed = here, False
         if self.ranks.first:
             try:
                 for name, content in files.items():
@@ -156,8 +177,10 @@ class RunState:
             except SaveError as error:
                 if self.log.SAVE_ERROR == "stop":
                     raise
+                failed = True
                 warn(f"{error}; training goes on to the next save")
-        self.ranks.wait()
+        if not self.ranks.maximum(int(failed)):
+            self._saved = here
 
     def restore(self) -> int:
         """Restore `latest`, or else the newest intact checkpoint; returns the number of completed epochs.
@@ -198,6 +221,7 @@ class RunState:
             with _fitting(path, name):
                 _load(name, part, within)
         self.interrupted, self._draws = bool(within), within
+        self._saved = self._tried = (int(content["epoch"]), self.position.step)
         return changed
 
     def take_up(self, epoch: int) -> EpochState:

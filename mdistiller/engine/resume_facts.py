@@ -11,6 +11,7 @@ from yacs.config import CfgNode as CN
 from ..distillers import Distiller, method_defaults
 from ..distributed.ranks import Ranks
 from ..errors import UserError
+from .files.checksum import weights_digest
 from .overrides import shown
 from .run_name import is_machine_key
 from .update import SumUpdate
@@ -26,6 +27,9 @@ class Change(Enum):
     SAID = "the run goes on with the new value, and says so"
 
 
+_STEPS, _PROCESSES = "the number of steps in an epoch", "the number of processes"
+_TEACHER = "the digest of the teacher's weights"
+
 # Every fact and every setting that is not listed may change, and the change is said. A setting that only says where a
 # run is executed is not a fact of it, but for those of `_EXECUTION`.
 CHANGES: dict[str, Change] = {
@@ -36,15 +40,23 @@ CHANGES: dict[str, Change] = {
     "DISTILLER.STUDENT": Change.REFUSED,
     "SOLVER.TYPE": Change.REFUSED,
     "the update rule of SOLVER.TRAINER": Change.REFUSED,
+    "the optimizer": Change.REFUSED,  # a class; a trainer's own `init_optimizer` returns it under any SOLVER.TYPE
     "the number of classes": Change.REFUSED,
+    _TEACHER: Change.REFUSED,  # the checkpoint's would be used, whatever DISTILLER.TEACHER_CKPT says
     "the student's groups": Change.REFUSED,
     "DATASET.TRAIN_FRACTION": Change.BETWEEN_EPOCHS,
     "EXPERIMENT.SEED": Change.BETWEEN_EPOCHS,
     "SOLVER.BATCH_SIZE": Change.BETWEEN_EPOCHS,
     "the number of training images": Change.BETWEEN_EPOCHS,
-    "the number of steps in an epoch": Change.BETWEEN_EPOCHS,
-    # A step's batch is the same over any number of processes.
-    "the number of processes": Change.SAID,
+    _STEPS: Change.BETWEEN_EPOCHS,
+    # A step's batch is the same over any number of processes; but the last one of an epoch may be left out.
+    _PROCESSES: Change.SAID,
+}
+# A fact that follows from others: it is not named beside a refused one, and never without those that can be set back.
+_FOLLOWS: dict[str, tuple[str, ...]] = {
+    "the optimizer": ("SOLVER.TYPE", "the update rule of SOLVER.TRAINER"),
+    _TEACHER: ("DATASET.TYPE", "DISTILLER.TEACHER", "the number of classes", "DISTILLER.TEACHER_CKPT"),
+    _STEPS: (_PROCESSES,),
 }
 _EXECUTION = ("EXPERIMENT.DEVICE", "DATASET.NUM_WORKERS")
 
@@ -64,11 +76,14 @@ def facts_of_run(cfg: CN, distiller: Distiller, update: SumUpdate, train_loader:
         settings = {key: value for key, value in settings.items() if not key.startswith("DISTILLER.TEACHER")}
     known = {
         "the update rule of SOLVER.TRAINER": type(update).__name__,
+        "the optimizer": type(update.optimizer).__name__,
         "the number of classes": _length(getattr(train_loader, "class_names", None)),
+        # As it was built: a method may change its teacher while it trains. Half of the digest is plenty.
+        _TEACHER: weights_digest(distiller.teacher)[:32] if distiller.needs_teacher else None,
         "the student's groups": getattr(distiller.student, "groups", None),
         "the number of training images": _length(getattr(train_loader, "targets", None)),
-        "the number of steps in an epoch": len(train_loader),
-        "the number of processes": ranks.world,
+        _STEPS: len(train_loader),
+        _PROCESSES: ranks.world,
     }
     return settings | {name: value for name, value in known.items() if value is not None}
 
@@ -86,18 +101,35 @@ def compare_facts(saved: Mapping[str, Any], own: Mapping[str, Any], step: int = 
     """
     changed = {name: CHANGES.get(name, Change.SAID) for name in own if name in saved and own[name] != saved[name]}
     both = {name: f"{name} was {shown(saved[name])} and is now {shown(own[name])}" for name in changed}
-    refused = [both[name] for name, change in changed.items() if change is Change.REFUSED]
+    refused = _to_set_back(changed, Change.REFUSED)
     if refused:
         raise UserError(
-            f"this is another run: {'; '.join(refused)}; set it back, or train anew under another EXPERIMENT.NAME"
+            f"this is another run: {'; '.join(both[name] for name in refused)}; set it back, or train anew under "
+            "another EXPERIMENT.NAME"
         )
-    waiting = [both[name] for name, change in changed.items() if step and change is Change.BETWEEN_EPOCHS]
+    waiting = _to_set_back(changed, Change.BETWEEN_EPOCHS) if step else []
     if waiting:
+        cause = " and ".join(name for name in waiting if name != _STEPS) if _PROCESSES in waiting else "it"
         raise UserError(
             f"it was saved after step {step} of an epoch whose images could not all be seen once: "
-            f"{'; '.join(waiting)}; set it back until the epoch is done"
+            f"{'; '.join(both[name] for name in waiting)}; set {cause} back until the epoch is done"
         )
-    return ", ".join(f"{name} {shown(own[name])} (was {shown(saved[name])})" for name in changed)
+    same = ", of the same weights" if _TEACHER in own and saved.get(_TEACHER) == own[_TEACHER] else ""
+    more = {"DISTILLER.TEACHER_CKPT": same}
+    return ", ".join(f"{name} {shown(own[name])} (was {shown(saved[name])}{more.get(name, '')})" for name in changed)
+
+
+def _to_set_back(changed: Mapping[str, Change], kind: Change) -> list[str]:
+    """The changed facts of a kind with their causes: what has to be set back.
+
+    A fact that follows from a refused one is left out. What it follows from else is named before it.
+    """
+    names: list[str] = []
+    for name in (name for name, change in changed.items() if change is kind):
+        causes = [cause for cause in _FOLLOWS.get(name, ()) if cause in changed]
+        if not any(changed[cause] is Change.REFUSED for cause in causes):
+            names += [*causes, name]
+    return names
 
 
 def _settings(cfg: CN, prefix: str = "") -> dict[str, Any]:

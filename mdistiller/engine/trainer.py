@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from .lr_schedule import adjust_learning_rate, learning_rate
 from .meters import Meters
 from .modes import check_modes
 from .nan_watch import NonFiniteLossError, nan_policy_dict
-from .overridden import adopt_overrides, own_optimizer
+from .overridden import adopt_optimizer, adopt_overrides
 from .placing import own_share, placed
 from .progress_bar import ProgressBar
 from .resume import RunState
@@ -58,6 +58,12 @@ class BaseTrainer:
         val_loader: batches (image, target), likewise.
         cfg: the whole configuration tree.
 
+    Attributes:
+        best_acc: the best top-1 of the main head so far, in percent; in `log`, that of the epochs before. A subclass
+            may set it, as in the original; the checkpoints follow the record in `state.scores`.
+        overwrite: whether `train` may replace a run that is in the folder.
+        when_begun: called by `train` once it is known where to begin, before anything is written.
+
     Raises:
         UserError: the method breaks its contract (`distillers.contract`), needs a field that no batch has, or does not
             support a SOLVER setting.
@@ -84,7 +90,7 @@ class BaseTrainer:
         )
         self.prepare_batch = BatchReader(self.distiller, self.train_loader, self.device, cfg)
         self.update = self.update_rule(learnable_parameters(self.distiller), cfg)
-        self.optimizer = own_optimizer(self, self.update)
+        adopt_optimizer(self, self.init_optimizer(cfg), "init_optimizer must return")
         self.ema = EMA(self.distiller.main_network(), cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
         policy = nan_policy_dict[cfg.SOLVER.NAN_POLICY]
         self.nan_policy = policy(self.log_path, self.distiller, self.device, self.ranks, cfg)
@@ -94,9 +100,20 @@ class BaseTrainer:
             self.log_path, self.distiller, self.update, self.ema, self.nan_policy, self.device, self.ranks, cfg,
             facts_of_run(cfg, self.distiller, self.update, self.train_loader, self.ranks),
         )  # fmt: skip
-        self._replace = False
+        self.best_acc = -1.0
+        self.overwrite = self._replace = False
+        self.when_begun: Callable[[], None] = lambda: None
         self.stop = StopRequest()
         self._agreed_stop = self.ranks.late_maximum()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer, which takes the steps, follows the schedule and is saved; a subclass may set another one."""
+        return self.update.optimizer
+
+    @optimizer.setter
+    def optimizer(self, own: Optimizer) -> None:
+        adopt_optimizer(self, own, "optimizer must be")
 
     def init_optimizer(self, cfg: CN) -> Optimizer:
         """The optimizer; a subclass may return its own. `self.distiller` is there."""
@@ -106,19 +123,17 @@ class BaseTrainer:
         """Log an epoch's metrics, on the first rank; a subclass may do more, or log other metrics."""
         self.logger.epoch(epoch, {"lr": lr, **log_dict})
 
-    @property
-    def best_acc(self) -> float:
-        """The best top-1 of the main head so far, in percent; in `log`, that of the epochs before."""
-        return next(iter(self.state.best_acc.values()), -1.0)
-
     def train(self, resume: bool = False) -> None:
         """Train to SOLVER.EPOCHS, from the start or from `latest`: `begin`, then `run`.
 
-        As in the original, its progress is seen: on the terminal, unless the log has a handler already.
+        As in the original, its progress is seen: on the terminal, unless the log has a handler already. `mdistiller
+        train` calls it too, so that a subclass may do more around it.
         """
         if not PROGRESS.hasHandlers():
             log_to_terminal()
-        self.run(self.begin(resume))
+        first = self.begin(resume, self.overwrite)
+        self.when_begun()
+        self.run(first)
 
     def begin(self, resume: bool = False, overwrite: bool = False) -> int:
         """The first epoch to train: 1, or with `resume` the one where the run stopped. Writes nothing.
@@ -130,6 +145,7 @@ class BaseTrainer:
         self._replace = overwrite and not resume
         if resume:
             done = self.state.restore()
+            self.best_acc = next(iter(self.state.best_acc.values()), -1.0)
             # The teacher now has the checkpoint's weights.
             self.step.frozen = FrozenNetworks(self.distiller, self.train_loader, self.cfg)
             return done + 1
@@ -211,6 +227,7 @@ class BaseTrainer:
         if self.ranks.first:
             self.log(metrics["lr"], epoch, {name: value for name, value in metrics.items() if name != "lr"})
         improved = self.state.scores.note(scores)
+        self.best_acc = max(self.best_acc, next(iter(self.state.best_acc.values())))
         if epoch == self.cfg.SOLVER.EPOCHS:  # before `latest` marks the run as finished
             best, last = self.state.best_acc, self.state.last_acc
             self.logger.finish(by_head("best_acc", best) | by_head("last_acc", last))
@@ -280,7 +297,7 @@ class BaseTrainer:
 
     def _stop_if_asked(self, signal: int) -> None:
         if signal:
-            self._say(f"stopped by signal {signal}; the same command with --resume goes on from here")
+            self._say(f"stopped by signal {signal}; {self.state.continuation()}")
             raise Stopped(signal)
 
     def _say(self, line: str) -> None:

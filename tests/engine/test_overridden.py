@@ -1,13 +1,19 @@
 """Trainers that a user wrote for the original: each override works as there, or is refused by name."""
 
+import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from mdistiller.engine import DOT, BaseTrainer
+from mdistiller.distributed.ranks import Ranks
+from mdistiller.engine import BaseTrainer
 from mdistiller.engine.files.checkpoint import load_checkpoint
 from mdistiller.engine.nan_watch import NonFiniteLossError
+from mdistiller.engine.placing import own_share
 from mdistiller.engine.utils import accuracy
 from mdistiller.errors import UserError
 
@@ -105,67 +111,6 @@ def test_a_step_with_our_parameters_may_call_the_inherited_one(tmp_path):
     assert seen == [(epoch, ["image", "index", "target"]) for epoch in (1, 2) for _ in range(6)]
 
 
-def test_the_optimizer_of_init_optimizer_trains(tmp_path):
-    class Adam(BaseTrainer):
-        def init_optimizer(self, cfg):
-            parameters = self.distiller.module.get_learnable_parameters()
-            return torch.optim.Adam(parameters, lr=cfg.SOLVER.LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
-
-    trainer = trainer_of(tmp_path, cls=Adam)
-    trainer.train()
-    assert type(trainer.optimizer) is torch.optim.Adam
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)  # the schedule is SOLVER's
-    state = load_checkpoint(trainer.log_path / "latest")["optimizer"]["state"]
-    assert all("exp_avg_sq" in of and int(of["step"]) == 12 for of in state.values()) and state
-    plain = trainer_of(tmp_path, cls=BaseTrainer, name="plain")
-    plain.train()
-    assert not torch.equal(student_of(trainer)["fc.weight"], student_of(plain)["fc.weight"])
-
-
-def test_a_run_with_its_own_optimizer_resumes_exactly(tmp_path):
-    class Adam(BaseTrainer):
-        def init_optimizer(self, cfg):
-            return torch.optim.Adam(self.distiller.module.get_learnable_parameters(), lr=0.001)
-
-    whole = trainer_of(tmp_path, cls=Adam, name="whole")
-    whole.train()
-    stopped = trainer_of(tmp_path, cls=Adam)
-    stopped.log = Interrupted(stopped.log, calls=2)
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
-    resumed = trainer_of(tmp_path, cls=Adam)
-    resumed.train(resume=True)
-    assert all(torch.equal(student_of(resumed)[name], tensor) for name, tensor in student_of(whole).items())
-
-
-def test_a_parameter_group_with_a_learning_rate_of_its_own_keeps_its_ratio_to_the_schedule(tmp_path):
-    class Groups(BaseTrainer):
-        def init_optimizer(self, cfg):
-            student = self.distiller.module.student
-            groups = [{"params": student.conv.parameters(), "lr": 0.01}, {"params": student.fc.parameters()}]
-            return torch.optim.SGD(groups, lr=cfg.SOLVER.LR)
-
-    trainer = trainer_of(tmp_path, cls=Groups)
-    trainer.train()
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.001, 0.005])
-
-
-def test_an_optimizer_that_dot_cannot_use_is_refused(tmp_path):
-    class Sgd(DOT):
-        def init_optimizer(self, cfg):
-            return torch.optim.SGD(self.distiller.module.get_learnable_parameters(), lr=0.1)
-
-    with pytest.raises(UserError, match=r"Sgd\.init_optimizer must return a DistillationOrientedTrainer, not a SGD"):
-        trainer_of(tmp_path, cls=Sgd)
-
-    class Nothing(BaseTrainer):
-        def init_optimizer(self, cfg):
-            self.optimizer = None
-
-    with pytest.raises(UserError, match=r"Nothing\.init_optimizer must return an? Optimizer, not a NoneType"):
-        trainer_of(tmp_path, cls=Nothing)
-
-
 def test_log_is_called_once_an_epoch_with_the_originals_arguments(tmp_path):
     calls = []
 
@@ -234,3 +179,176 @@ def test_an_epoch_around_the_inherited_one_works(tmp_path):
 
     trainer_of(tmp_path, cls=Around).train()
     assert epochs == [1, 2]
+
+
+def test_a_step_whose_gradients_are_not_finite_is_the_one_that_is_named_and_nothing_of_it_is_saved(tmp_path):
+    calls = []
+
+    class Bad(OriginalStep):
+        def train_iter(self, data, epoch, train_meters):
+            calls.append(epoch)
+            if len(calls) == 9:
+                next(self.distiller.student.parameters()).register_hook(lambda grad: grad * float("nan"))
+            super().train_iter(data, epoch, train_meters)
+
+    trainer = trainer_of(tmp_path, "LOG.SAVE_CHECKPOINT_ITERS", "1", cls=Bad)
+    with pytest.raises(NonFiniteLossError, match="epoch 2, iteration 3: the step has left weights that are NaN"):
+        trainer.train()
+    latest = load_checkpoint(trainer.log_path / "latest")
+    assert latest["within_epoch"]["step"] == 2
+    assert all(tensor.isfinite().all() for tensor in latest["model"].values())
+
+
+def test_best_acc_may_be_set_as_in_the_original(tmp_path):
+    seen = []
+
+    class Own(BaseTrainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.best_acc = -1
+
+        def log(self, lr, epoch, log_dict):
+            seen.append((self.best_acc, log_dict["test_acc"]))
+            if epoch == 2:
+                self.best_acc = 99.5
+                assert self.best_acc == 99.5
+            super().log(lr, epoch, log_dict)
+
+    trainer = trainer_of(tmp_path, cls=Own)
+    trainer.train()
+    assert [best for best, _ in seen] == [-1, seen[0][1]] and trainer.best_acc == 99.5
+    recorded = max(acc for _, acc in seen)
+    assert load_checkpoint(trainer.log_path / "latest")["best_acc"] == recorded
+    resumed = trainer_of(tmp_path, "SOLVER.EPOCHS", "3", cls=Own)
+    resumed.begin(resume=True)
+    assert resumed.best_acc == recorded
+
+
+def test_a_step_may_call_that_of_another_class_of_the_users_own(tmp_path):
+    steps = []
+
+    class Twice(OriginalStep):
+        def train_iter(self, data, epoch, train_meters):
+            steps.append(epoch)
+            return super().train_iter(data, epoch, train_meters)
+
+    trainer_of(tmp_path, cls=Twice).train()
+    assert steps == [1] * 6 + [2] * 6
+
+    class Ours(OriginalStep):
+        def train_iter(self, batch, epoch, meters, *args, **kwargs):
+            return super().train_iter(batch, epoch, meters, *args, **kwargs)
+
+    message = r"Ours.train_iter\(self, batch, .* has other parameters; give it the same: train_iter\(self, data, epoch"
+    with pytest.raises(UserError, match=message):
+        trainer_of(tmp_path, cls=Ours)
+
+    class Below(type("Wrong", (BaseTrainer,), {"train_iter": calls_the_inherited_step})):
+        def train_iter(self, data, epoch, train_meters):
+            return super().train_iter(data, epoch, train_meters)
+
+    with pytest.raises(UserError, match=r"calls_the_inherited_step.*has other parameters"):
+        trainer_of(tmp_path, cls=Below)
+
+
+def in_train_mode(self, resume=False):
+    self.distiller.train()
+    self.begin(resume)
+
+
+def after_another_super(self, resume=False):
+    super(type(self), self).begin(resume)
+    self.distiller.train()
+
+
+def by_class(self, resume=False):
+    BaseTrainer.train(self, resume)
+
+
+def within_a_function(self, resume=False):
+    def go():
+        return super(type(self), self).train(resume)
+
+    return go()
+
+
+@pytest.mark.parametrize("method", [in_train_mode, after_another_super])
+def test_the_train_of_a_network_is_no_call_of_the_inherited_train(tmp_path, method):
+    with pytest.raises(UserError, match="Mine overrides train without calling the inherited one"):
+        trainer_of(tmp_path, cls=type("Mine", (BaseTrainer,), {"train": method}))
+
+
+@pytest.mark.parametrize("method", [by_class, within_a_function])
+def test_the_inherited_train_may_be_called_in_any_way(tmp_path, method):
+    trainer = trainer_of(tmp_path, cls=type("Mine", (BaseTrainer,), {"train": method}))
+    trainer.train()
+    assert len(rows_of(trainer)) == 2
+
+
+SCRIPT = """
+import sys
+from mdistiller.commands.train import main
+from mdistiller.engine import BaseTrainer
+from mdistiller.engine.trainer import trainer_dict
+
+class Mine(BaseTrainer):
+    def train(self, resume=False):
+        print("before, resume", resume)
+        super().train(resume)
+        print("after")
+
+trainer_dict["mine"] = Mine
+for more in ([], [], ["--overwrite"], ["--resume"]):
+    try:
+        main([*more, *sys.argv[1:]])
+        print("RUN ENDS", 0)
+    except SystemExit as end:
+        print("RUN ENDS", end.code)
+"""
+
+
+def test_the_command_calls_an_overridden_train(tmp_path):
+    config = Path(__file__).resolve().parents[2] / "configs/digits/vanilla.yaml"
+    settings = ["SOLVER.TRAINER", "mine", "SOLVER.EPOCHS", "1", "DATASET.TRAIN_FRACTION", "0.1", "LOG.WANDB", "False"]
+
+    command = [sys.executable, "-u", "-c", SCRIPT, "--cfg", str(config), *settings]
+    done = subprocess.run(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+    )
+    first, again, replaced, resumed, _ = re.split(r"(?<=RUN ENDS \d)\n", done.stdout)
+    for output, resume in ((first, False), (replaced, False), (resumed, True)):
+        lines = output.splitlines()
+        assert lines[0] == f"before, resume {resume}" and lines[-2:] == ["after", "RUN ENDS 0"], done.stdout
+        assert sum(line.startswith("student: ") for line in lines) == 1  # what the command prints itself
+    assert "epoch 1/1" in replaced and "is trained already" in resumed
+    refused = again.splitlines()
+    assert [refused[0], refused[-1]] == ["before, resume False", "RUN ENDS 2"] and len(refused) == 3
+    assert "already holds a run" in refused[1]
+
+
+def test_a_loader_without_shares_is_refused_by_name_on_several_processes():
+    data = torch.utils.data.TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4))
+    loader = torch.utils.data.DataLoader(data)
+    assert own_share(loader, torch.device("cpu"), Ranks()) is loader
+    with pytest.raises(UserError, match=r"2 processes .* a DataLoader, which has no shard\(rank, world\); give it one"):
+        own_share(loader, torch.device("cpu"), Ranks(rank=1, world=2))
+
+
+def test_lines_that_an_own_log_adds_to_the_worklog_outlast_a_resume(tmp_path):
+    class Adds(BaseTrainer):
+        def log(self, lr, epoch, log_dict):
+            super().log(lr, epoch, log_dict)
+            with (self.log_path / "worklog.txt").open("a") as file:
+                file.write(f"mine {epoch}\n")
+
+    whole = trainer_of(tmp_path, "SOLVER.EPOCHS", "3", cls=Adds, name="whole")
+    whole.train()
+    stopped = trainer_of(tmp_path, "SOLVER.EPOCHS", "3", cls=Adds)
+    stopped.state.save = Interrupted(stopped.state.save, calls=2)  # epoch 2 is logged, but runs again
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = trainer_of(tmp_path, "SOLVER.EPOCHS", "3", cls=Adds)
+    resumed.train(resume=True)
+    own, other = ((trainer.log_path / "worklog.txt").read_text() for trainer in (resumed, whole))
+    assert [line for line in own.splitlines() if line.startswith("mine")] == ["mine 1", "mine 2", "mine 3"]
+    assert own == other

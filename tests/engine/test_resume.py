@@ -74,14 +74,14 @@ def make(tmp_path):
     """make(overrides, distiller=, ...): a trainer of the run `name`."""
     (tmp_path / "empty.yaml").touch()
 
-    def trainer(overrides="", distiller=None, name="run", **options):
+    def trainer(overrides="", distiller=None, name="run", kind=BaseTrainer, **options):
         cfg = load_cfg(
             tmp_path / "empty.yaml",
             f"""LOG.WANDB False LOG.PREFIX {tmp_path}/output EXPERIMENT.DEVICE cpu SOLVER.EPOCHS 2
             SOLVER.LR_DECAY_STAGES [1] SOLVER.BATCH_SIZE {BATCH} {overrides}""".split(),
         )
         torch.manual_seed(0)
-        return BaseTrainer(name, distiller or Dropping(), *loaders(**options), cfg)
+        return kind(name, distiller or Dropping(), *loaders(**options), cfg)
 
     return trainer
 
@@ -224,7 +224,8 @@ def test_a_checkpoint_of_an_earlier_version_resumes(make):
 def test_every_fact_of_the_table_is_recorded(make):
     facts = make().state.facts
     absent = CHANGES.keys() - facts.keys()
-    assert absent == {"DISTILLER.TEACHER", "the student's groups", "the number of classes"}  # of other runs than this
+    of_teachers = {"DISTILLER.TEACHER", "the digest of the teacher's weights"}
+    assert absent == of_teachers | {"the student's groups", "the number of classes"}  # of other runs than this
 
 
 def test_groups_classes_and_the_teacher_are_facts_of_the_runs_that_have_them(make):
@@ -294,6 +295,185 @@ def test_other_images_are_refused_within_an_epoch_and_said_at_its_end(make, caps
     assert make("SOLVER.EPOCHS 1 SOLVER.BATCH_SIZE 16", count=52).begin(resume=True) == 2
     said = capsys.readouterr().err
     assert "SOLVER.BATCH_SIZE 16 (was 8), the number of training images 52 (was 44)" in said and said.count("\n") == 1
+
+
+def test_a_changed_number_of_processes_is_named_where_it_changes_the_steps_of_an_epoch():
+    """The user cannot set the number of steps back, only what it follows from."""
+    steps, processes = "the number of steps in an epoch", "the number of processes"
+    saved, own = {steps: 28, processes: 1, "SOLVER.BATCH_SIZE": 8}, {steps: 27, processes: 2, "SOLVER.BATCH_SIZE": 8}
+    said = f"{processes} was 1 and is now 2; {steps} was 28 and is now 27; set {processes} back until the epoch is done"
+    with pytest.raises(UserError, match=f": {said}"):
+        compare_facts(saved, own, step=3)
+    with pytest.raises(UserError, match=f"set {processes} and SOLVER.BATCH_SIZE back until the epoch is done"):
+        compare_facts(saved, own | {"SOLVER.BATCH_SIZE": 9}, step=3)
+    assert compare_facts(saved, own | {steps: 28}, step=3) == f"{processes} 2 (was 1)"
+    assert compare_facts(saved, own) == f"{steps} 27 (was 28), {processes} 2 (was 1)"
+
+
+class OwnOptimizer(BaseTrainer):
+    """Its optimizer is the class that it is given, under any SOLVER.TYPE."""
+
+    kind = torch.optim.SGD
+
+    def init_optimizer(self, cfg):
+        return self.kind(self.distiller.student.parameters(), lr=cfg.SOLVER.LR)
+
+
+class OwnAdam(OwnOptimizer):
+    kind = torch.optim.Adam
+
+
+def test_an_optimizer_of_another_class_is_refused(make):
+    stop_at(make(kind=OwnOptimizer), 1, 3)
+    with pytest.raises(UserError, match="another run: the optimizer was 'SGD' and is now 'Adam'; set it back"):
+        make(kind=OwnAdam).begin(resume=True)
+    with pytest.raises(UserError, match=r"another run: SOLVER\.TYPE was 'SGD' and is now 'AdamW'; set it back"):
+        make("SOLVER.TYPE AdamW").begin(resume=True)
+
+
+@pytest.mark.parametrize("saved, own", [(OwnOptimizer, OwnAdam), (OwnAdam, OwnOptimizer)])
+def test_a_checkpoint_without_facts_is_of_the_optimizer_that_its_state_tells(make, saved, own):
+    """Otherwise the first step would fail, with a KeyError."""
+    stop_at(make(kind=saved), 1, 3)
+    resumed = make(kind=own)
+    latest = resumed.log_path / "latest"
+    content = load_checkpoint(latest)
+    del content["facts"]
+    save_checkpoint(content, latest)
+    with pytest.raises(UserError, match=f"latest: it was saved with .* another kind than {own.kind.__name__} .*set"):
+        resumed.begin(resume=True)
+    assert make(kind=saved).begin(resume=True) == 1
+
+
+# The teacher
+
+
+@pytest.fixture
+def taught(tmp_path):
+    """taught(teacher's checkpoint): a trainer of a run with that teacher; a, b and c exist, a and b are the same."""
+    for seed, names in enumerate(("ab", "c")):
+        torch.manual_seed(seed)
+        content = {"model": build_model(cifar_model_dict, "resnet8", 10).state_dict()}
+        for name in names:
+            torch.save(content, tmp_path / name)
+
+    def trainer(teacher):
+        cfg = load_cfg(
+            "configs/digits/kd.yaml",
+            f"""LOG.WANDB False LOG.PREFIX {tmp_path} EXPERIMENT.NAME run EXPERIMENT.DEVICE cpu SOLVER.EPOCHS 2
+            DISTILLER.TEACHER resnet8 DISTILLER.TEACHER_CKPT {tmp_path}/{teacher} DATASET.TRAIN_FRACTION 0.05
+            SOLVER.BATCH_SIZE 16""".split(),
+        )
+        return build_trainer(cfg)
+
+    return trainer
+
+
+def test_a_teacher_with_other_weights_is_refused_and_one_with_the_same_is_said(taught, tmp_path, capsys):
+    """What is compared are the weights of the file: the method may have changed its teacher since."""
+    first = taught("a")
+    next(first.distiller.teacher.buffers()).add_(1)
+    stop_at(first, 1, 3)
+    capsys.readouterr()
+    taught("a").begin(resume=True)
+    assert capsys.readouterr().err == ""
+    taught("b").begin(resume=True)
+    paths = {name: f"'{tmp_path}/{name}'" for name in "abc"}
+    said = f"note: resuming {first.log_path} with DISTILLER.TEACHER_CKPT {paths['b']} (was {paths['a']}, of the same"
+    assert capsys.readouterr().err.startswith(said)
+    digest = "the digest of the teacher's weights was '[0-9a-f]+' and is now '[0-9a-f]+'; set it back"
+    changed = f"DISTILLER.TEACHER_CKPT was {paths['a']} and is now {paths['c']}; "
+    with pytest.raises(UserError, match=f"another run: {changed}{digest}"):
+        taught("c").begin(resume=True)
+    (tmp_path / "c").rename(tmp_path / "a")  # other weights under the same name
+    with pytest.raises(UserError, match=f"another run: {digest}"):
+        taught("a").begin(resume=True)
+
+
+def test_a_checkpoint_without_the_teachers_digest_resumes_as_before(taught, capsys):
+    first = taught("a")
+    stop_at(first, 1, 3)
+    content = load_checkpoint(first.log_path / "latest")
+    del content["facts"]["the digest of the teacher's weights"]
+    save_checkpoint(content, first.log_path / "latest")
+    capsys.readouterr()
+    assert taught("c").begin(resume=True) == 1
+    assert "c' (was '" in capsys.readouterr().err
+
+
+# Saving that fails
+
+
+def fail_to_write(trainer):
+    """From now on, what is written to the trainer's folder fails, as on a broken disk."""
+    (trainer.log_path / ".latest.partial").mkdir(parents=True)
+
+
+def stopping_line(caplog):
+    return next(line for line in reversed(caplog.messages) if line.startswith("stopped by signal 15; "))
+
+
+@pytest.mark.parametrize(
+    "every, at, failing, said",
+    [
+        (0, (1, 3), (0, 0), "no checkpoint could be written, so there is none to resume from"),
+        (2, (1, 3), (1, 3), r"resumes from the last saved checkpoint (epoch 1, step 2)"),
+        (2, (2, 1), (2, 1), r"resumes from the last saved checkpoint (the end of epoch 1)"),
+        (2, (2, 2), None, "the same command with --resume goes on from here"),
+    ],
+)
+def test_a_stopped_run_says_where_it_goes_on_only_if_it_does(make, caplog, every, at, failing, said):
+    caplog.set_level("INFO", "mdistiller")
+    trainer = make(f"LOG.SAVE_ERROR continue LOG.SAVE_CHECKPOINT_ITERS {every}")
+    iterate = trainer.train_iter
+
+    def train_iter(batch, epoch, *args, **options):
+        if (epoch, trainer.state.position.step) == failing:
+            fail_to_write(trainer)
+        return iterate(batch, epoch, *args, **options)
+
+    if failing == (0, 0):
+        fail_to_write(trainer)
+    trainer.train_iter = train_iter
+    stop_at(trainer, *at)
+    assert stopping_line(caplog).endswith(said)
+
+
+def test_a_save_that_failed_is_tried_again_at_the_same_step(make, caplog):
+    """Before validation it fails; a signal within validation asks again."""
+    caplog.set_level("INFO", "mdistiller")
+    trainer = make("LOG.SAVE_ERROR continue")
+    fail_to_write(trainer)
+    validate = trainer.validate
+
+    def mended(at):
+        (trainer.log_path / ".latest.partial").rmdir()
+        return validate(at)
+
+    trainer.validate = mended
+    stop_at(trainer, 1, 0)
+    assert stopping_line(caplog).endswith("goes on from here")
+    assert load_checkpoint(trainer.log_path / "latest")["within_epoch"]["step"] == STEPS
+
+
+@pytest.mark.parametrize("name", ["latest", "latest_previous", "student_latest", "best"])
+def test_a_directory_that_appears_in_place_of_a_checkpoint_is_a_save_that_fails(make, caplog, name):
+    trainer = make("LOG.SAVE_ERROR continue")
+    stop_at(trainer, 1, 3)
+    (trainer.log_path / name).unlink(missing_ok=True)
+    (trainer.log_path / name).mkdir()
+    trainer.stop.signal = 0
+    del trainer.train_iter
+    trainer.run(1)
+    assert any(line.endswith("training goes on to the next save") for line in caplog.messages)
+
+
+def test_a_directory_in_place_of_a_checkpoint_is_named(make):
+    trainer = make("LOG.SAVE_ERROR continue SOLVER.EPOCHS 1")
+    (trainer.log_path / "latest").mkdir(parents=True)
+    first = trainer.begin(overwrite=True)
+    with pytest.raises(UserError, match=f"cannot remove {trainer.log_path}/latest .*Is a directory.*move it away"):
+        trainer.run(first)
 
 
 # Heads

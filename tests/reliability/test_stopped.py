@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -137,6 +138,51 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_previous_one(tmp_path, zygote
     else:
         assert status == 0 and len(said) > 20 and said[0].endswith("training goes on to the next save")
     run.finish()
+
+
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_a_run_that_is_stopped_on_a_full_disk_does_not_say_that_it_goes_on_from_here(tmp_path, zygote, saved_before):
+    """With LOG.SAVE_ERROR continue."""
+    every_step = {"LOG.SAVE_CHECKPOINT_ITERS": "1"} if saved_before else {"LOG.SAVE_CHECKPOINT_ITERS": "0"}
+    run = Run(tmp_path, LONG | every_step | {"LOG.SAVE_ERROR": "continue"}, zygote.launch)
+    process = run.start()
+    wait_for(run, "latest" if saved_before else "train.events/steps/*")
+    no_space(run, process)
+    until = time.monotonic() + 60
+    while "cannot write" not in run.output.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 143
+    last = run.output.read_text().splitlines()[-1]
+    if (run.log_path / "latest").exists():
+        latest = torch.load(run.log_path / "latest", weights_only=True)
+        within, epochs = latest.get("within_epoch"), latest["epoch"]
+        where = f"epoch {epochs + 1}, step {within['step']}" if within else f"the end of epoch {epochs}"
+        assert last == (
+            "stopped by signal 15; nothing could be written here: the same command with --resume resumes from the last "
+            f"saved checkpoint ({where})"
+        )
+    else:
+        assert last == "stopped by signal 15; no checkpoint could be written, so there is none to resume from"
+
+
+def test_two_ranks_agree_on_a_save_that_failed(tmp_path, zygote):
+    """The rank that did not write tries again with the one that did, and both stop; nothing waits for ever."""
+    run = Run(tmp_path, LONG | {"LOG.SAVE_ERROR": "continue"}, zygote.launch_pair)
+    pair = run.start()
+    wait_for(run, "latest")
+    until = time.monotonic() + 60
+    while not (run.log_path / ".latest.partial").is_dir():  # so that nothing can be written
+        with suppress(FileExistsError):  # it is just being written
+            (run.log_path / ".latest.partial").mkdir()
+    while "cannot write" not in run.output.read_text():
+        assert pair.poll() is None and time.monotonic() < until
+        time.sleep(0.002)
+    os.kill(pair.ranks[1].pid, signal.SIGTERM)
+    assert [rank.wait() for rank in pair.ranks] == [143, 143], run.output.read_text()[-3000:]
+    said = [line for line in run.output.read_text().splitlines() if line.startswith("stopped by signal")]
+    assert len(said) == 1 and "nothing could be written here: the same command with --resume resumes from" in said[0]
 
 
 def cramped(arguments, folder, output, environment):

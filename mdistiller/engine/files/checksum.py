@@ -1,4 +1,4 @@
-"""A SHA-256 checksum in a zip archive, the format of torch.save, so that reading finds damage to any byte."""
+"""SHA-256 checksums: in a zip archive, the format of torch.save, so that reading finds damage; and of weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import zipfile
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
+
+import torch
+import torch.nn as nn
+from torch import Tensor
 
 # A zip archive ends with a record of 22 bytes, whose last two are the length of a comment that follows. torch.save
 # writes no comment and torch.load ignores it, so the comment holds the checksum of all bytes before it.
@@ -43,6 +47,20 @@ def check_seal(path: Path) -> None:
             _check_records(file)
         elif comment != _MARK + _sha256(file, all_but=64).encode():
             raise ValueError("its checksum does not match")
+
+
+def weights_digest(network: nn.Module, about: str = "") -> str:
+    """A digest of `about` and of a network's state: names, shapes, types and values, wherever the tensors lie.
+
+    What a module keeps in its state beside tensors is left out.
+    """
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            # As bytes, for numpy does not know bfloat16.
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _check_records(file: BinaryIO) -> None:

@@ -106,9 +106,19 @@ def _student_files(folder: str | Path) -> list[str]:
 
 
 def remove_run(folder: str | Path) -> None:
-    """Remove a run's checkpoints before a new run uses its folder, so that the new run cannot resume from them."""
+    """Remove a run's checkpoints before a new run uses its folder, so that the new run cannot resume from them.
+
+    Raises:
+        UserError: one of them cannot be removed, such as a directory of that name.
+    """
     for name in (*resumable_files(folder), *_student_files(folder)):
-        (Path(folder) / name).unlink(missing_ok=True)
+        path = Path(folder) / name
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot remove {path} ({error.strerror or error}); move it away, or take another EXPERIMENT.NAME"
+            ) from None
 
 
 def _kept_epochs(folder: Path, stem: str) -> dict[int, Path]:

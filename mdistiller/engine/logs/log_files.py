@@ -61,11 +61,14 @@ class Worklog:
     tries_again = True
     shown = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
     rule = "-" * 25
+    # Whole lines that a trainer's own `log` has written after a block: neither the next block, nor what `finish` wrote.
+    foreign = rf"(?:(?!{rule}\n|(?:best|last)_acc\S*\t)[^\x00-\x08\x0a-\x1f\ufffd]*\n)*"
+    block = re.compile(rf"^{rule}\nepoch: (\d+)\n(?:.*\n)*?{rule}\n{foreign}", re.MULTILINE)
 
     def __init__(self, folder: Path, start_epoch: int) -> None:
         path = folder / "worklog.txt"
         text, end = _read(path), 0
-        for block in re.finditer(rf"^{self.rule}\nepoch: (\d+)\n(?:.*\n)*?{self.rule}\n", text, re.MULTILINE):
+        for block in self.block.finditer(text):
             if int(block[1]) >= start_epoch:
                 break
             end = block.end()

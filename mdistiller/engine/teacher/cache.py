@@ -25,6 +25,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ...errors import UserError
+from ..files.checksum import weights_digest
 
 # What can be stored; `engine.modes` refuses methods that read more.
 OUTPUTS = ("logits", "pooled_feat")
@@ -116,11 +117,7 @@ class TeacherCache:
 def _digest(teacher: nn.Module) -> str:
     """A digest of a network's class and layers, its weights and their names."""
     kind = type(teacher)
-    digest = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {teacher!r}".encode())
-    for name, tensor in sorted(teacher.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_digest(teacher, f"{kind.__module__}.{kind.__qualname__} {teacher!r}")
 
 
 def _mapped(path: Path, count: int, dtype: Any) -> np.ndarray:
