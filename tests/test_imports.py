@@ -28,7 +28,7 @@ ALLOWED = {
     "engine.files": GROUND,
     "engine.runtime": {"engine.files", "", *GROUND},
     "engine.logs": {"engine.files", *GROUND},
-    "engine.teacher": BELOW_ENGINE,
+    "engine.teacher": {"engine.files", *BELOW_ENGINE},
     "engine": {*ENGINE, *BELOW_ENGINE},
     "experiments": {*ENGINE, *BELOW_ENGINE},
     "analysis": {"experiments", *ENGINE, *BELOW_ENGINE},
