@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms as T
 
 from mdistiller.dataset import cifar100, imagenet, in_memory, tiny_imagenet
 from mdistiller.dataset._original import dataloaders_with_negatives
@@ -29,6 +30,12 @@ def test_the_test_transform_gives_what_the_loader_gives():
     normalize = in_memory.Normalize(cifar100.MEAN, cifar100.STD, pixels=32 * 32)
     ours = normalize(torch.from_numpy(np.array(image))[None])[0]
     assert torch.equal(cifar100.get_cifar100_test_transform()(image), ours)
+
+
+def test_imagenets_test_transform_is_pillows():
+    to_input = (T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = T.Compose([T.Resize(256), T.CenterCrop(224), *to_input])(picture(300))
+    torch.testing.assert_close(imagenet.get_imagenet_test_transform()(picture(300)), expected)
 
 
 def test_loaders_with_negatives_yield_the_image_itself_then_images_of_other_classes():

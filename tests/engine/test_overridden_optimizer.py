@@ -43,16 +43,17 @@ def test_a_run_with_its_own_optimizer_resumes_exactly(tmp_path):
     assert all(torch.equal(student_of(resumed)[name], tensor) for name, tensor in student_of(whole).items())
 
 
-def test_a_parameter_group_with_a_learning_rate_of_its_own_keeps_its_ratio_to_the_schedule(tmp_path):
+@pytest.mark.parametrize("own", [0.01, 0.1])  # below SOLVER.LR, and above
+def test_a_parameter_group_with_a_learning_rate_of_its_own_keeps_its_ratio_to_the_schedule(own, tmp_path):
     class Groups(BaseTrainer):
         def init_optimizer(self, cfg):
             student = self.distiller.module.student
-            groups = [{"params": student.conv.parameters(), "lr": 0.01}, {"params": student.fc.parameters()}]
+            groups = [{"params": student.conv.parameters(), "lr": own}, {"params": student.fc.parameters()}]
             return torch.optim.SGD(groups, lr=cfg.SOLVER.LR)
 
     trainer = trainer_of(tmp_path, cls=Groups)
     trainer.train()
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.001, 0.005])
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([own / 10, 0.005])
 
 
 def test_an_optimizer_that_dot_cannot_use_is_refused(tmp_path):

@@ -34,6 +34,7 @@ from types import SimpleNamespace
 from mdistiller.console import log_to_terminal
 from mdistiller.engine.logs.logger import build_logger
 from mdistiller.engine.logs.wandb_run import Wandb
+from mdistiller.engine.logs.wandb_run import Wandb
 METRICS = {"lr": 0.0005, "train_acc": 1.0, "train_loss": 2.0, "test_acc": 3.0, "test_acc_top5": 4.0, "test_loss": 5.0}
 METRICS |= {f"loss/{i}": 1.23456 for i in range(20)}
 log_to_terminal()
@@ -94,12 +95,12 @@ def test_wandb_without_network_or_with_a_wrong_key_runs_offline_with_one_warning
 
 def test_a_resumed_run_continues_the_same_wandb_run_and_a_new_one_does_not(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    ids = []
-    for resume in (False, True, False):
-        wandb = Wandb(tmp_path, "project", "name", [], {}, resume)
+    ids, cfg = [], load_cfg("configs/cifar100/kd.yaml")
+    for epoch, step in ((1, 0), (1, 7), (2, 9), (1, 0)):
+        wandb = build_logger(tmp_path, "p/n", cfg, epoch, step).writers["wandb"]
         ids.append(wandb.run.id)
         wandb.finish({})
-    assert ids[0] == ids[1] != ids[2]
+    assert ids[0] == ids[1] == ids[2] != ids[3]
 
 
 def test_wandb_gets_the_configuration_the_steps_and_a_summary(tmp_path, monkeypatch):
