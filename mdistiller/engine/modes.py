@@ -14,6 +14,7 @@ from yacs.config import CfgNode as CN
 
 from ..distillers import Distiller
 from ..errors import UserError
+from ..models.outputs import feature_of
 from .optimizers import optimizer_dict
 from .teacher.cache import OUTPUTS
 from .update import DotUpdate, SumUpdate
@@ -64,7 +65,7 @@ class Setup:
             outputs = self.method.frozen["teacher"]
         if outputs is None:
             return "anything (it declares no teacher_outputs)"
-        return ", ".join(output for output in outputs if output not in OUTPUTS)
+        return ", ".join(dict.fromkeys(feature_of(output) for output in outputs if output not in OUTPUTS))
 
     def setting(self, key: str) -> Any:
         """The value of the setting `key`, such as "SOLVER.LR"."""
