@@ -55,6 +55,8 @@ def started(loader: Any) -> Iterator[Any]:
     if not isinstance(loader, DataLoader) or not loader.num_workers:
         return iter(loader)
     own = loader.worker_init_fn
+    if loader.persistent_workers and loader._iterator is not None:
+        return iter(loader)  # by the workers of the pass before
     if joined():
         time.sleep(QUIET_SECONDS)
     loader.worker_init_fn = _Guarded(own.own if isinstance(own, _Guarded) else own)  # anew: this process may be a fork

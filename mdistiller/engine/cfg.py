@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..paths import find_file
 from ..ranges import NOT_NEGATIVE, POSITIVE, WHOLE, Range, interval, list_of, one_of, whole
 from ..user_files import read_yaml
-from .overrides import merge, override_pairs, shown
+from .overrides import merge, override_pairs, setting, shown
 from .utils import log_msg
 
 CFG = CN()
@@ -232,8 +232,6 @@ def check_cfg(cfg: CN) -> None:
     of_methods = {section: ranges for section, ranges in method_ranges.items() if section in cfg}
     ranges = _RANGES | {f"{section}.{key}": of[key] for section, of in of_methods.items() for key in of}
     for key, allowed in ranges.items():
-        node: Any = cfg
-        for part in key.split("."):
-            node = node[part]
-        if not allowed.holds(node):
-            raise UserError(f"{key} must be {allowed.words}, not {shown(node)}")
+        value = setting(cfg, key)
+        if not allowed.holds(value):
+            raise UserError(f"{key} must be {allowed.words}, not {shown(value)}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..distillers import Distiller
 from ..errors import UserError
+from ..models.tensor_groups import by_kind
 
 
 class _Place(NamedTuple):
@@ -98,11 +99,6 @@ def _places(module: nn.Module) -> list[_Place]:
 
 
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
-    """Copy each source into its target, in one operation for each dtype."""
-    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for source, target in zip(sources, targets):
-        own = by_dtype.setdefault(source.dtype, ([], []))
-        own[0].append(source)
-        own[1].append(target)
-    for own_sources, own_targets in by_dtype.values():
+    """Copy each source into its target, in one operation for each kind."""
+    for own_sources, own_targets in by_kind(sources, targets):
         torch._foreach_copy_(own_targets, own_sources)

@@ -16,6 +16,7 @@ from ..distillers import Distiller
 from ..errors import UserError
 from ..models.outputs import feature_of
 from .optimizers import optimizer_dict
+from .overrides import setting
 from .teacher.cache import OUTPUTS
 from .update import DotUpdate, SumUpdate
 
@@ -67,13 +68,6 @@ class Setup:
             return "anything (it declares no teacher_outputs)"
         return ", ".join(dict.fromkeys(feature_of(output) for output in outputs if output not in OUTPUTS))
 
-    def setting(self, key: str) -> Any:
-        """The value of the setting `key`, such as "SOLVER.LR"."""
-        node: Any = self.cfg
-        for part in key.split("."):
-            node = node[part]
-        return node
-
 
 @dataclass(frozen=True)
 class Side:
@@ -118,12 +112,12 @@ class Rule:
 
 def _equal(name: str, key: str, value: Any, **more: Any) -> Mode:
     """The mode that `key` switches on by this `value` alone."""
-    return Mode(name, lambda run: run.setting(key) == value, f"{key} {{cfg.{key}}}", {key: value, **more})
+    return Mode(name, lambda run: setting(run.cfg, key) == value, f"{key} {{cfg.{key}}}", {key: value, **more})
 
 
 def _unlike(name: str, key: str, off: Any, example: Any, **more: Any) -> Mode:
     """The mode that `key` switches on by every value but `off`."""
-    return Mode(name, lambda run: run.setting(key) != off, f"{key} {{cfg.{key}}}", {key: example, **more})
+    return Mode(name, lambda run: setting(run.cfg, key) != off, f"{key} {{cfg.{key}}}", {key: example, **more})
 
 
 MODES = (
@@ -145,7 +139,7 @@ MODES = (
     _unlike("teacher cache", "DISTILLER.TEACHER_CACHE", "", "cache"),
     Mode(
         "teacher cache in fp32",
-        lambda run: bool(run.setting("DISTILLER.TEACHER_CACHE")) and run.cfg.DISTILLER.TEACHER_CACHE_DTYPE == "fp32",
+        lambda run: bool(run.cfg.DISTILLER.TEACHER_CACHE) and run.cfg.DISTILLER.TEACHER_CACHE_DTYPE == "fp32",
         "DISTILLER.TEACHER_CACHE_DTYPE fp32",
         {"DISTILLER.TEACHER_CACHE": "cache", "DISTILLER.TEACHER_CACHE_DTYPE": "fp32"},
     ),

@@ -23,10 +23,12 @@ from ..console import warn
 from ..distillers.contract import learnable_parameters
 from ..errors import UserError
 from ..models.parameters import flat_parameters
+from ..models.tensor_groups import all_finite
 from .dot import DistillationOrientedTrainer
 from .lr_schedule import LR_SCALE
 from .meters import Meters
 from .nan_watch import NonFiniteLossError
+from .overrides import setting
 from .utils import AverageMeter
 
 # Methods that must call the inherited one, and what to do otherwise.
@@ -139,8 +141,7 @@ class OwnStep:
         if not math.isfinite(sums["train_loss"]):
             raise NonFiniteLossError(f"{at}: the loss is {sums['train_loss']}, {kept}")
         # Not the gradients: those that a GradScaler of the user's own drops may be infinite.
-        weights = [p.detach() for p in self.trainer.distiller.parameters() if p.requires_grad]
-        if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
+        if not all_finite([p.detach() for p in self.trainer.distiller.parameters() if p.requires_grad]):
             raise NonFiniteLossError(f"{at}: the step has left weights that are NaN or infinite, {kept}")
         totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.trainer.device)
         for of in (meters, recent):
@@ -240,7 +241,6 @@ def _check_settings(trainer: Any) -> None:
     if trainer.ranks.world > 1:
         raise UserError(f"{name}, which does not average gradients over processes; start one process")
     for key, neutral in _OBEYED_BY_OUR_STEP.items():
-        section, _, setting = key.partition(".")
-        value = trainer.cfg[section][setting]
+        value = setting(trainer.cfg, key)
         if value not in neutral:
             raise UserError(f"{name}, so that {key} {value} would have no effect; set it to {neutral[0]!r}")

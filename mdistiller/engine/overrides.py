@@ -56,6 +56,22 @@ def merge(cfg: CN, tree: dict[Any, Any], defaults: CN, above: tuple[str, ...] = 
             cfg[key] = _coerce(name, value, defaults[key])
 
 
+def setting(cfg: CN, key: str) -> Any:
+    """The value of the setting `key`, such as "SOLVER.LR", in the whole tree."""
+    node: Any = cfg
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def flat_settings(cfg: CN, prefix: str = "") -> dict[str, Any]:
+    """The tree as one dict with dotted keys: {"SOLVER.LR": 0.05, ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, CN) else {f"{prefix}{key}": value}
+    return flat
+
+
 class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         # Python refuses to write an int of more than 4300 decimal digits; YAML reads one from hexadecimal.

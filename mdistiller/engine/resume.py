@@ -15,6 +15,7 @@ from ..console import note, one_line, reason, warn
 from ..distillers import Distiller
 from ..distributed.ranks import Ranks
 from ..errors import UserError
+from ..models.tensor_groups import all_finite
 from .ema import EMA
 from .epoch_state import EpochState
 from .files.checkpoint import DEPLOYED, HEAD, SaveError, load_state, save_checkpoint, strip_module
@@ -162,8 +163,7 @@ class RunState:
             NonFiniteLossError: a weight is not finite.
             SaveError: a checkpoint could not be written, and LOG.SAVE_ERROR is "stop".
         """
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.distiller.main_network().parameters()]))
-        if not norms.isfinite().all():
+        if not all_finite([p.detach() for p in self.distiller.main_network().parameters()]):
             raise NonFiniteLossError(
                 f"the student's weights are not finite; the checkpoints in {self.folder} were not overwritten; "
                 "try a lower SOLVER.LR or SOLVER.CLIP_GRAD_NORM"

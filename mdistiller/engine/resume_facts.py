@@ -12,7 +12,7 @@ from ..distillers import Distiller, method_defaults
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from .files.checksum import weights_digest
-from .overrides import shown
+from .overrides import flat_settings, shown
 from .run_name import is_machine_key
 from .update import SumUpdate
 
@@ -69,7 +69,7 @@ def facts_of_run(cfg: CN, distiller: Distiller, update: SumUpdate, train_loader:
     unused = method_defaults.keys() - distiller.config_sections(cfg)
     settings = {
         key: value
-        for key, value in _settings(cfg).items()
+        for key, value in flat_settings(cfg).items()
         if key.partition(".")[0] not in unused and (not is_machine_key(key) or key in _EXECUTION)
     }
     if not distiller.needs_teacher:
@@ -130,14 +130,6 @@ def _to_set_back(changed: Mapping[str, Change], kind: Change) -> list[str]:
         if not any(changed[cause] is Change.REFUSED for cause in causes):
             names += [*causes, name]
     return names
-
-
-def _settings(cfg: CN, prefix: str = "") -> dict[str, Any]:
-    """The configuration as one dict with dotted keys: {"SOLVER.LR": 0.05, ...}."""
-    settings: dict[str, Any] = {}
-    for key, value in cfg.items():
-        settings |= _settings(value, f"{prefix}{key}.") if isinstance(value, CN) else {f"{prefix}{key}": value}
-    return settings
 
 
 def _length(values: Any) -> int | None:

@@ -219,13 +219,13 @@ class BaseTrainer:
         """Log, save and print the results of an epoch."""
         steps = len(self.train_loader)
         lr = learning_rate(epoch, self.cfg, steps - 1, steps)
-        metrics = {"lr": lr, **metrics, "peak_memory_mib": peak_memory(self.device)}
+        metrics = {**metrics, "peak_memory_mib": peak_memory(self.device)}
         if self.step.teacher_cache is not None:
             metrics["teacher_cache_hits"] = self.step.teacher_cache.hit_rate()
         if self.nan_policy.skipped is not None:
             metrics["skipped_steps"], self.nan_policy.skipped = self.nan_policy.skipped, 0
         if self.ranks.first:
-            self.log(metrics["lr"], epoch, {name: value for name, value in metrics.items() if name != "lr"})
+            self.log(lr, epoch, metrics)
         improved = self.state.scores.note(scores)
         self.best_acc = max(self.best_acc, next(iter(self.state.best_acc.values())))
         if epoch == self.cfg.SOLVER.EPOCHS:  # before `latest` marks the run as finished
@@ -233,7 +233,7 @@ class BaseTrainer:
             self.logger.finish(by_head("best_acc", best) | by_head("last_acc", last))
         self.state.save(epoch, improved)
         self._say(
-            f"epoch {epoch}/{self.cfg.SOLVER.EPOCHS}: lr {metrics['lr']:g}, train_acc {metrics['train_acc']:.2f}, "
+            f"epoch {epoch}/{self.cfg.SOLVER.EPOCHS}: lr {lr:g}, train_acc {metrics['train_acc']:.2f}, "
             f"train_loss {metrics['train_loss']:.4f}, test_acc {metrics['test_acc']:.2f}, "
             f"{metrics['epoch_seconds']:.1f} s, {metrics['images_per_second']:.0f} images/s"
         )

@@ -14,6 +14,7 @@ from yacs.config import CfgNode as CN
 from ..distributed.gather import mean_over_ranks, world_size
 from ..errors import UserError
 from ..models.parameters import Learnable, flat_parameters, parameter_groups
+from ..models.tensor_groups import by_kind
 from ..registry import Registry
 from .dot import DistillationOrientedTrainer
 from .lr_schedule import scaled_groups
@@ -116,7 +117,7 @@ class SumUpdate:
     def _clip(self, norm: Tensor) -> None:
         """Scale the gradients to a norm of at most CLIP_GRAD_NORM, as torch's clip_grad_norm_ does."""
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for grads in _by_kind([p.grad for p in self.parameters if p.grad is not None]):
+        for (grads,) in by_kind([p.grad for p in self.parameters if p.grad is not None]):
             torch._foreach_mul_(grads, factor.to(grads[0].device))
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,7 +179,7 @@ class DotUpdate(SumUpdate):
         if world_size() == 1:
             return
         task = [p.grad for p in self.parameters if p.grad is not None]
-        for grads in _by_kind([*self.optimizer.kd_gradients(), *task]):
+        for (grads,) in by_kind([*self.optimizer.kd_gradients(), *task]):
             flat = mean_over_ranks(torch.cat([grad.flatten() for grad in grads]))
             pieces = flat.split([grad.numel() for grad in grads])
             torch._foreach_copy_(grads, [piece.view(grad.shape) for piece, grad in zip(pieces, grads)])
@@ -199,17 +200,9 @@ def _total(losses: Iterable[Tensor]) -> Tensor:
     return torch.stack([loss.mean() if loss.ndim else loss for loss in losses]).sum()
 
 
-def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The tensors in groups of one device and one dtype."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return list(groups.values())
-
-
 def _norm_of(grads: list[Tensor]) -> Tensor:
     """The L2 norm () of all gradients together; 0 if there are none."""
     if not grads:
         return torch.zeros(())
-    norms = [norm for group in _by_kind(grads) for norm in torch._foreach_norm(group)]
+    norms = [norm for (group,) in by_kind(grads) for norm in torch._foreach_norm(group)]
     return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()

@@ -13,6 +13,7 @@ from yacs.config import CfgNode as CN
 
 from ..engine.cfg import load_cfg
 from ..engine.files.run_folder import resumable_files
+from ..engine.overrides import flat_settings
 from ..engine.run_name import experiment_name, is_machine_key
 from ..errors import UserError
 from .processes import Task, package_environment
@@ -49,7 +50,7 @@ def finished_run(job: Job) -> Run | None:
         run = read_run(job.folder)
     except UserError:
         return None
-    found, planned = _flat(run.cfg), _flat(job.cfg)
+    found, planned = flat_settings(run.cfg), flat_settings(job.cfg)
     for key, value in planned.items():
         if found.get(key) != value and not is_machine_key(key):
             raise UserError(
@@ -57,14 +58,6 @@ def finished_run(job: Job) -> Run | None:
                 "move it away or correct the plan"
             )
     return run if run.finished else None
-
-
-def _flat(cfg: CN, prefix: str = "") -> dict[str, Any]:
-    """The configuration as one dict with dotted keys: {"SOLVER.LR": 0.05, ...}."""
-    flat: dict[str, Any] = {}
-    for key, value in cfg.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, CN) else {f"{prefix}{key}": value}
-    return flat
 
 
 def task(job: Job) -> Task:

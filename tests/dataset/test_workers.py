@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mdistiller.dataset import get_dataloaders
+from mdistiller.dataset import get_dataloaders, workers
 from mdistiller.dataset.workers import started, worker_counts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -54,6 +54,17 @@ def test_both_loaders_of_a_data_set_get_their_number(cpus, local_ranks, tmp_path
     train_on_files.write_images(tmp_path)
     train, val, _ = get_dataloaders("files", 16, 16, 16, root=str(tmp_path))
     assert (train._loader.num_workers, val._loader.num_workers) == (8, 2)
+
+
+def test_workers_that_live_on_are_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several ranks pause before they fork; in the next pass the workers are there."""
+    loader = DataLoader(torch.arange(4), num_workers=1, persistent_workers=True)
+    monkeypatch.setattr(workers, "joined", lambda: True)
+    assert len(list(started(loader))) == 4
+    monkeypatch.setattr(workers, "QUIET_SECONDS", -1)  # which time.sleep refuses
+    assert len(list(started(loader))) == 4
+    with pytest.raises(ValueError, match="sleep"):
+        started(DataLoader(torch.arange(4), num_workers=1))
 
 
 def test_only_a_gpu_takes_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

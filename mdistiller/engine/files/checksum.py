@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -54,12 +55,16 @@ def weights_digest(network: nn.Module, about: str = "") -> str:
 
     What a module keeps in its state beside tensors is left out.
     """
+    return tensors_digest({k: v for k, v in network.state_dict().items() if isinstance(v, Tensor)}, about)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
+    """A digest of `about` and of named tensors; safetensors files that exist hold it, so it must stay as it is."""
     digest = hashlib.sha256(about.encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            # As bytes, for numpy does not know bfloat16.
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # as bytes: numpy does not know bfloat16
     return digest.hexdigest()
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from .atomic import write_whole
+from .checksum import tensors_digest
 
 SUFFIX = ".safetensors"
 
@@ -24,7 +23,7 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, marks: Mapping[st
     """
     # Copies, because the format does not allow tensors that share memory.
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    write_whole(save(tensors, {**(marks or {}), "format": "pt", "sha256": _sha256(tensors)}), path)
+    write_whole(save(tensors, {**(marks or {}), "format": "pt", "sha256": tensors_digest(tensors)}), path)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -37,15 +36,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
         metadata = file.metadata() or {}
     expected = metadata.get("sha256")
-    if expected and expected != _sha256(tensors):
+    if expected and expected != tensors_digest(tensors):
         raise ValueError("its checksum does not match")
     return tensors, metadata
-
-
-def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

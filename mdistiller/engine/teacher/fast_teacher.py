@@ -21,6 +21,7 @@ from ...errors import UserError
 from ...models.copies import copy_without_hooks, has_hooks
 from ...models.eval_mode import eval_mode
 from ...models.outputs import output_names
+from ...models.tensor_groups import by_kind
 from ...registry import unknown_name
 from .cache import TeacherCache
 from .fold_batchnorm import CannotFold, fold_batchnorm
@@ -191,11 +192,9 @@ class _Original:
         return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors()]
 
     def _sums(self) -> list[float]:
-        # One sum for all tensors of a dtype: one for each would be hundreds of kernels on a GPU.
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in self._tensors():
-            by_dtype.setdefault(tensor.dtype, []).append(tensor.detach().flatten())
-        return torch.stack([torch.cat(own).sum(dtype=torch.float64) for own in by_dtype.values()]).tolist()
+        # One sum for all tensors of a kind: one for each would be hundreds of kernels on a GPU.
+        flat = by_kind([tensor.detach().flatten() for tensor in self._tensors()])
+        return torch.stack([torch.cat(own).sum(dtype=torch.float64) for (own,) in flat]).tolist()
 
 
 def _example(network: nn.Module, cfg: CN) -> Tensor:
