@@ -1,6 +1,9 @@
-"""Small networks that several tests use."""
+"""Small networks, and what is done to networks, in several tests."""
 
+import torch
 import torch.nn as nn
+
+from mdistiller.models import build_model, cifar_model_dict
 
 CLASSES = 3
 
@@ -40,3 +43,22 @@ class Deployed(nn.Module):
 
     def forward(self, image):
         return self.classifier(self.projector(self.student(image)[1]["pooled_feat"]))
+
+
+def write_untrained(path, name, seed):
+    """Write an untrained network for ten classes, in the original's format; returns `path`."""
+    torch.manual_seed(seed)
+    torch.save({"model": build_model(cifar_model_dict, name, 10).state_dict()}, path)
+    return path
+
+
+class NanGradient(torch.autograd.Function):
+    """The identity, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan

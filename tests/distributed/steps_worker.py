@@ -21,18 +21,7 @@ from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.nan_watch import NonFiniteLossError
 from mdistiller.engine.runtime.seeds import seed_everything
 from mdistiller.engine.trainer import trainer_dict
-
-
-class NanGradient(torch.autograd.Function):
-    """The identity, whose gradient is NaN."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * torch.nan
+from tests._networks import NanGradient
 
 
 def spoil(trainer, rank, step, what):

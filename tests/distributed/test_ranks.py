@@ -16,6 +16,8 @@ from mdistiller.engine.files.checkpoint import load_checkpoint, load_model_weigh
 from mdistiller.engine.scores import evaluate
 from mdistiller.models import build_model, cifar_model_dict
 
+from .._networks import write_untrained
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
@@ -39,10 +41,7 @@ def start(processes, *arguments):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("teacher") / "resnet14"
-    torch.save({"model": build_model(cifar_model_dict, "resnet14", 10).state_dict()}, path)
-    return path
+    return write_untrained(tmp_path_factory.mktemp("teacher") / "resnet14", "resnet14", seed=1)
 
 
 def test_two_ranks_have_the_gradients_of_one_process_under_every_method(teacher, tmp_path):

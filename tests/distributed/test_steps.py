@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdistiller.models import build_model, cifar_model_dict
+from .._networks import write_untrained
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -30,10 +30,7 @@ def run(processes, teacher, cases, folder):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("teacher") / "resnet14"
-    torch.save({"model": build_model(cifar_model_dict, "resnet14", 10).state_dict()}, path)
-    return path
+    return write_untrained(tmp_path_factory.mktemp("teacher") / "resnet14", "resnet14", seed=1)
 
 
 def parameters(state):

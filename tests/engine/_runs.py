@@ -2,6 +2,7 @@
 
 import csv
 
+import pytest
 import torch
 import torch.nn as nn
 
@@ -55,6 +56,17 @@ def rows_of(trainer):
 def student_of(trainer):
     """The weights of the student after the last epoch."""
     return load_checkpoint(trainer.log_path / "student_latest")["model"]
+
+
+def stopped_and_resumed(folder, cls):
+    """A run that is interrupted before its second epoch is logged, and resumed."""
+    stopped = trainer_of(folder, cls=cls)
+    stopped.log = Interrupted(stopped.log, calls=2)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = trainer_of(folder, cls=cls)
+    resumed.train(resume=True)
+    return resumed
 
 
 class Interrupted:

@@ -9,14 +9,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mdistiller.engine.build import build_trainer
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.meters import Meters
-from mdistiller.models import build_model, cifar_model_dict
+
+from .._networks import write_untrained
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compile")
-    torch.manual_seed(1)
-    torch.save({"model": build_model(cifar_model_dict, "resnet8", 10).state_dict()}, folder / "resnet8")
+    write_untrained(folder / "resnet8", "resnet8", seed=1)
     (folder / "groups.json").write_text(json.dumps([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]))
     return folder
 

@@ -20,12 +20,13 @@ from mdistiller.engine.nan_watch import NonFiniteLossError
 from mdistiller.errors import UserError
 from mdistiller.models import build_model, cifar_model_dict
 
+from .._networks import write_untrained
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("modes")
-    torch.manual_seed(1)
-    torch.save({"model": build_model(cifar_model_dict, "resnet14", 10).state_dict()}, folder / "resnet14")
+    write_untrained(folder / "resnet14", "resnet14", seed=1)
     (folder / "groups.json").write_text(json.dumps([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]))
     return folder
 

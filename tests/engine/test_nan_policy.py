@@ -17,21 +17,13 @@ from mdistiller.engine.update import DotUpdate, SumUpdate
 from mdistiller.errors import UserError
 from mdistiller.models import build_model, cifar_model_dict
 
+from .._networks import NanGradient
+
 CPU = torch.device("cpu")
 
 
-class _NanGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * torch.nan
-
-
 # What goes wrong, as a function of the loss.
-FAULTS = {"loss": lambda x: x * torch.nan, "gradient": _NanGradient.apply, "infinite": lambda x: x + torch.inf}
+FAULTS = {"loss": lambda x: x * torch.nan, "gradient": NanGradient.apply, "infinite": lambda x: x + torch.inf}
 
 
 class TwoTerms(Distiller):

@@ -7,7 +7,7 @@ from mdistiller.engine import DOT, BaseTrainer
 from mdistiller.engine.files.checkpoint import load_checkpoint
 from mdistiller.errors import UserError
 
-from ._runs import Interrupted, student_of, trainer_of
+from ._runs import stopped_and_resumed, student_of, trainer_of
 
 
 def test_the_optimizer_of_init_optimizer_trains(tmp_path):
@@ -34,12 +34,7 @@ def test_a_run_with_its_own_optimizer_resumes_exactly(tmp_path):
 
     whole = trainer_of(tmp_path, cls=Adam, name="whole")
     whole.train()
-    stopped = trainer_of(tmp_path, cls=Adam)
-    stopped.log = Interrupted(stopped.log, calls=2)
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
-    resumed = trainer_of(tmp_path, cls=Adam)
-    resumed.train(resume=True)
+    resumed = stopped_and_resumed(tmp_path, Adam)
     assert all(torch.equal(student_of(resumed)[name], tensor) for name, tensor in student_of(whole).items())
 
 
@@ -94,12 +89,7 @@ def test_an_optimizer_that_is_set_in_init_takes_the_steps_follows_the_schedule_a
 
     returned = trainer_of(tmp_path, cls=Returns, name="returned")
     returned.train()
-    stopped = trainer_of(tmp_path, cls=SetsAdam)
-    stopped.log = Interrupted(stopped.log, calls=2)
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
-    resumed = trainer_of(tmp_path, cls=SetsAdam)
-    resumed.train(resume=True)
+    resumed = stopped_and_resumed(tmp_path, SetsAdam)
     assert type(resumed.optimizer) is torch.optim.Adam and resumed.optimizer.param_groups[0]["lr"] == 0.001
     state = load_checkpoint(resumed.log_path / "latest")["optimizer"]["state"]
     assert all(int(of["step"]) == 12 for of in state.values()) and state

@@ -15,9 +15,8 @@ from mdistiller.engine.build import build_trainer
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.files.checkpoint import load_checkpoint
 from mdistiller.engine.nan_watch import NonFiniteLossError
-from mdistiller.models import build_model, cifar_model_dict
 
-from .._networks import CLASSES, Net
+from .._networks import CLASSES, Net, write_untrained
 from ._runs import BATCH, STEPS, Interrupted, Plain, loaders, rows_of, student_of, trainer_of
 from .logs.test_tensorboard import events
 
@@ -262,10 +261,7 @@ def test_the_number_of_skipped_steps_survives_an_interruption(tmp_path):
 
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory):
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("teacher") / "resnet8"
-    torch.save({"model": build_model(cifar_model_dict, "resnet8", 10).state_dict()}, path)
-    return path
+    return write_untrained(tmp_path_factory.mktemp("teacher") / "resnet8", "resnet8", seed=1)
 
 
 def digits(folder, teacher_file, *overrides):

@@ -296,7 +296,6 @@ def unequal(a: Any, b: Any, where: str = "") -> list[str]:
 
 def write_teacher(path: Path) -> None:
     """Write an untrained resnet8 for ten classes."""
-    from mdistiller.models import build_model, cifar_model_dict
+    from .._networks import write_untrained
 
-    torch.manual_seed(0)
-    torch.save({"model": build_model(cifar_model_dict, "resnet8", 10).state_dict()}, path)
+    write_untrained(path, "resnet8", seed=0)
