@@ -13,10 +13,9 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
-REQUIREMENTS = [
-    line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")
-]
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mdistiller" / "__init__.py").read_text())
+LINES = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
+REQUIREMENTS = [line for line in LINES if line and not line.startswith("#")]
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mdistiller" / "__init__.py").read_text(encoding="utf-8"))
 assert VERSION is not None
 
 
@@ -46,8 +45,8 @@ setup(
     cmdclass={"build_py": BuildWithConfigs},
     extras_require={
         "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "scipy>=1.11", "mpmath>=1.3",
-                "setuptools>=70.1", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "nbclient>=0.10",
-                "ipykernel>=6.29", "ray>=2.30"],
+                "setuptools>=70.1", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-psutil", "types-tqdm",
+                "nbclient>=0.10", "ipykernel>=6.29", "ray>=2.30"],
         "ray": ["ray>=2.30"],
         "detection": ["fvcore>=0.1.5,<0.1.6", "iopath>=0.1.9,<0.1.10", "omegaconf>=2.1,<2.4", "hydra-core>=1.1",
                       "pycocotools>=2.0.7", "cloudpickle", "termcolor>=1.1", "tabulate", "tensorboard", "packaging",

@@ -52,7 +52,7 @@ def bfloat16_units(device: torch.device) -> bool | None:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
-        flags = Path("/proc/cpuinfo").read_text().split()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:
         return None
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)

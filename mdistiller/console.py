@@ -10,13 +10,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from .errors import UserError
+from .system import ignore_hangup
 
 LOG = logging.getLogger("mdistiller")
 PROGRESS = logging.getLogger("mdistiller.progress")
@@ -98,7 +98,7 @@ def outlive_terminal() -> None:
     Its further output to the broken stream is lost; the other one of stdout and stderr gets one warning line. Call it
     in a tool's main(), before the first output.
     """
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ignore_hangup()
     for name, other in (("stdout", "stderr"), ("stderr", "stdout")):
         if not isinstance(getattr(sys, name), _Outliving):
             # A stream that was closed before Python started (`>&-`) is None there.

@@ -8,7 +8,7 @@ import pytest
 import mdistiller
 
 PACKAGE = Path(mdistiller.__file__).parent
-GROUND = {"errors", "registry", "paths", "console", "ranges", "user_files"}
+GROUND = {"errors", "registry", "paths", "console", "ranges", "user_files", "system", "figures"}
 MODELS = {"models", "grouping", *GROUND}
 ENGINE = {"engine", "engine.files", "engine.logs", "engine.runtime", "engine.teacher"}
 BELOW_ENGINE = {"distillers", "dataset", "distributed", *MODELS}
@@ -17,7 +17,9 @@ ALLOWED = {
     "errors": set(),
     "registry": {"errors"},
     "paths": set(),
-    "console": {"errors"},
+    "console": {"errors", "system"},
+    "system": set(),
+    "figures": set(),
     "ranges": set(),
     "user_files": {"console", "errors"},
     "distributed": GROUND,

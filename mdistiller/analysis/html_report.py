@@ -7,10 +7,9 @@ import os
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from ..engine.cfg import cfg_text
 from ..errors import UserError
@@ -20,6 +19,9 @@ from ..experiments.table_text import footnotes, pair_heading, table_cells
 from ..user_files import reading
 from .plots.bars import bars_figure
 from .plots.curves import curves_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # What tools/inspect_features.py draws, in the order of the page.
 PICTURES = {

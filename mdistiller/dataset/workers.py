@@ -12,13 +12,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from ..distributed.ranks import joined
+from ..system import held_signals, release_signals, usable_cpus
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A fork copies the locks that other threads hold at that moment, and in the child nobody releases them. The threads of
@@ -40,14 +40,8 @@ def worker_counts(num_workers: int) -> tuple[int, int]:
     if num_workers <= 0:
         return num_workers, num_workers
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, as torchrun tells them
-    train = max(1, min(num_workers // ranks, _usable_cpus()))
+    train = max(1, min(num_workers // ranks, usable_cpus()))
     return train, max(1, train // 4)
-
-
-def _usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def started(loader: Any) -> Iterator[Any]:
@@ -60,21 +54,9 @@ def started(loader: Any) -> Iterator[Any]:
     if joined():
         time.sleep(QUIET_SECONDS)
     loader.worker_init_fn = _Guarded(own.own if isinstance(own, _Guarded) else own)  # anew: this process may be a fork
-    with _held():
+    # Until `_guard` takes them over there; in this process, its other threads receive them.
+    with held_signals(SIGNALS):
         return iter(loader)
-
-
-@contextmanager
-def _held() -> Iterator[None]:
-    """Hold back the signals from processes started in this context, until `_guard` takes them over there.
-
-    In this process, its other threads receive them.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Guarded:
@@ -92,9 +74,9 @@ class _Guarded:
 def _guard(owner: int) -> None:
     """In a worker: take over SIGTERM and SIGINT, and end with the process `owner`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigtimedwait"):  # macOS; there torch's own check ends the worker
+    if not hasattr(signal, "sigtimedwait"):  # macOS, Windows; there torch's own check ends the worker
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        release_signals(SIGNALS)
         return
     # In place of torch's handler, which would end the process if another thread received the signal.
     signal.signal(signal.SIGTERM, _do_nothing)

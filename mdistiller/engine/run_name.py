@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from yacs.config import CfgNode as CN
 
+from ..system import takes_colons
 from .overrides import override_pairs
 
 # Settings that say where and how a run is executed, not what it computes. They do not enter its name, and may differ
@@ -27,14 +28,16 @@ def is_machine_key(key: str) -> bool:
 def experiment_name(cfg: CN, overrides: Sequence[str] = ()) -> str:
     """`<project>/<name or tag>` plus `KEY:VALUE` of the overrides, valid as a path.
 
-    A run with a teacher cache also names the cache's dtype, which rounds the teacher's outputs.
+    A run with a teacher cache also names the cache's dtype, which rounds the teacher's outputs. On a file system whose
+    names cannot have a `:`, such as Windows's, it is `=`.
     """
     name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
     pairs = [(key, value) for key, value in override_pairs(overrides) if not is_machine_key(key)]
     if cfg.DISTILLER.TEACHER_CACHE and _CACHE_DTYPE not in dict(pairs):
         pairs.append((_CACHE_DTYPE, cfg.DISTILLER.TEACHER_CACHE_DTYPE))
     name += ",".join(f"{key}:{value}" for key, value in pairs)
-    return f"{_path_part(cfg.EXPERIMENT.PROJECT)}/{_path_part(name)}"
+    colon = ":" if takes_colons(cfg.LOG.PREFIX) else "="
+    return "/".join(_path_part(part).replace(":", colon) for part in (cfg.EXPERIMENT.PROJECT, name))
 
 
 def _path_part(name: str) -> str:

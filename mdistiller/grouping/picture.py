@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..figures import new_figure
 from ..user_files import writing
 
 
@@ -20,19 +21,17 @@ def draw_confusion(
         groups: lists of indices in [0, S), drawn in this order from the upper left.
         names: (S,) labels of the axes; left out for 50 classes or more.
     """
-    # Without pyplot: no display, no global state.
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
     order = [i for group in groups for i in group]
     errors = confusion[np.ix_(order, order)].astype(np.float64)
     np.fill_diagonal(errors, 0)
     share = 100 * errors / np.maximum(errors.sum(axis=1, keepdims=True), 1)
 
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    figure = new_figure(8, 7)
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Greys")
     figure.colorbar(image, label="share of the class's errors (%)")
+    from matplotlib.patches import Rectangle  # not before `new_figure`, which takes care of the backend
+
     start = 0
     for k, group in enumerate(groups):
         corner = (start - 0.5, start - 0.5)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from math import floor
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from ...experiments.summary import Row, Table
 from ...experiments.table_text import pair_heading
+from ...figures import new_figure
 from .style import COLOURS, GREY
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def bars_figure(table: Table) -> Figure:
@@ -22,7 +25,7 @@ def bars_figure(table: Table) -> Figure:
     columns = min(len(measured), 3)
     lines = -(-len(measured) // columns)
     most = max(map(len, measured.values()))
-    figure = Figure(figsize=(7 if columns == 1 else 5.5 * columns, lines * (1.4 + 0.32 * most)), layout="constrained")
+    figure = new_figure(7 if columns == 1 else 5.5 * columns, lines * (1.4 + 0.32 * most))
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax, (pair, rows) in zip(axes, measured.items()):
         places = range(len(rows))

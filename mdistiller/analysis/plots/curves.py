@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from ...console import reason, warn
 from ...experiments.runs import Run, read_run
+from ...figures import new_figure
 from .style import line_style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Up to this many epochs, each one gets a marker.
 MARKED_EPOCHS = 30
@@ -67,7 +69,7 @@ def curves_figure(runs: Mapping[str, Run]) -> Figure:
     panels = panels_of_run(next(iter(runs.values()))) if single else panels_of_runs(runs)
     columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows + 0.6), layout="constrained")
+    figure = new_figure(5 * columns, 3.6 * rows + 0.6)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, ax in zip(panels, axes):
         for name, (run, column, look) in panel.lines.items():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from ...figures import new_figure
 from ..measures import Calibration
 from .style import COLOURS, GREY, MARKERS, point_style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # More classes than this cannot be told apart by colour: the others are grey.
 SHOWN_CLASSES = 10
@@ -17,7 +20,7 @@ SHOWN_CLASSES = 10
 
 def tsne_figure(points: Mapping[str, np.ndarray], targets: np.ndarray) -> Figure:
     """Scatter plots of t-SNE layouts (N, 2) by network name, side by side; the first ten classes are coloured."""
-    figure = Figure(figsize=(5.2 * len(points), 5.6), layout="constrained")
+    figure = new_figure(5.2 * len(points), 5.6)
     panels = figure.subplots(1, len(points), squeeze=False)[0]
     shown = np.unique(targets)[:SHOWN_CLASSES]
     others = ~np.isin(targets, shown)
@@ -33,7 +36,7 @@ def tsne_figure(points: Mapping[str, np.ndarray], targets: np.ndarray) -> Figure
 
 def matrices_figure(matrices: Mapping[str, np.ndarray], xlabel: str, ylabel: str, signed: Sequence[str] = ()) -> Figure:
     """Heat maps of matrices by title, side by side; those in `signed` get a diverging colour map with zero in white."""
-    figure = Figure(figsize=(5.4 * len(matrices), 4.8), layout="constrained")
+    figure = new_figure(5.4 * len(matrices), 4.8)
     for ax, (title, matrix) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items()):
         most = float(np.nanmax(np.abs(matrix))) or 1.0
         look: Any = {"cmap": "PuOr", "vmin": -most, "vmax": most} if title in signed else {"cmap": "viridis", "vmin": 0}
@@ -58,7 +61,7 @@ def cka_figure(cka: np.ndarray, student: str, teacher: str) -> Figure:
 
 def reliability_figure(calibrations: Mapping[str, Calibration]) -> Figure:
     """Reliability diagram: accuracy by confidence for each network; a calibrated network lies on the diagonal."""
-    figure = Figure(figsize=(5.4, 5.4), layout="constrained")
+    figure = new_figure(5.4, 5.4)
     ax = figure.add_subplot()
     ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="calibrated")
     for (name, c), colour, marker in zip(calibrations.items(), COLOURS, MARKERS):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import UserError
+from ...system import in_forked_child, lock, process_start
 
 NAME = ".run_lock"
 _held: set[BinaryIO] = set()
@@ -26,7 +26,7 @@ def _let_go() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+in_forked_child(_let_go)
 
 
 class RunInUseError(UserError):
@@ -83,7 +83,7 @@ def _acquire(path: Path) -> BinaryIO:
 
 def _lock(file: BinaryIO, path: Path) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
     except BlockingIOError:
         raise _in_use(path) from None
     except OSError:  # a file system without locks
@@ -96,7 +96,7 @@ def _own_facts() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "process_start": _process_start(os.getpid()),
+        "process_start": process_start(os.getpid()),
         "since": datetime.now().astimezone().isoformat(" ", "seconds"),
         "command": " ".join(sys.argv),
     }
@@ -113,22 +113,8 @@ def _facts(path: Path) -> dict[str, Any]:
 def _alive(facts: dict[str, Any]) -> bool:
     if facts["host"] != socket.gethostname():
         return True
-    try:
-        os.kill(facts["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
     # The system reuses process ids.
-    return _process_start(facts["pid"]) == facts["process_start"]
-
-
-def _process_start(pid: int) -> str:
-    """When a process began, in the kernel's clock ticks; empty if /proc does not say."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return ""
+    return process_start(facts["pid"]) == facts["process_start"]
 
 
 def _in_use(path: Path) -> RunInUseError:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 
 import torch
 
 from ...errors import UserError
+from ...system import peak_memory as peak_memory_of_process
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -43,5 +42,4 @@ def peak_memory(device: torch.device) -> float:
     """This process's peak memory so far, in MiB: torch's tensors on a GPU, the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # Kilobytes on Linux, bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak_memory_of_process()

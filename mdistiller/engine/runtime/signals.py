@@ -5,39 +5,42 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from ...system import in_forked_child
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A second signal this soon after the first is the same one: `timeout` signals its child and then the child's group.
 ONE_REQUEST = 0.1  # seconds
 _END = b"\0"  # of what the reader reads; no signal has this number
-# The pipes of the requests that are listening.
-_pipes: set[int] = set()
+# The file descriptors that signals are written to, of the requests that are listening.
+_listening: set[int] = set()
 
 
 def _leave_to_parent() -> None:
     """In a forked child, such as a loader's worker: its signals are not the parent's, and Ctrl-C is for the parent."""
-    if _pipes:
-        _pipes.clear()
+    if _listening:
+        _listening.clear()
         with suppress(ValueError):  # not the main thread
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-os.register_at_fork(after_in_child=_leave_to_parent)
+in_forked_child(_leave_to_parent)
 
 
 class StopRequest:
     """Whether the process has been asked to stop: `signal` is 0, or the number of the first signal.
 
     Python runs a signal's handler between two operations of the main thread. A backward pass is one operation, of
-    seconds, in which two signals would count as one. So a thread reads the signals, from a pipe that they are written
-    to as they arrive.
+    seconds, in which two signals would count as one. So a thread reads the signals, from a socket that they are
+    written to as they arrive.
     """
 
     def __init__(self) -> None:
@@ -54,11 +57,11 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
             return
-        read, write = os.pipe()
-        os.set_blocking(write, False)
+        read, write = socket.socketpair()  # Windows has no pipe that does not block
+        write.setblocking(False)
         before = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
-        wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        _pipes.add(write)
+        wakeup = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+        _listening.add(write.fileno())
         reader = threading.Thread(target=self._read, args=(read,), daemon=True)
         reader.start()
         try:
@@ -67,14 +70,14 @@ class StopRequest:
             signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
-            _pipes.discard(write)
-            os.write(write, _END)  # closing it would not end the reader: forked workers hold it, too
+            _listening.discard(write.fileno())
+            write.send(_END)  # closing it would not end the reader: forked workers hold it, too
             reader.join()
-            os.close(write)
-            os.close(read)
+            write.close()
+            read.close()
 
-    def _read(self, pipe: int) -> None:
-        while (received := os.read(pipe, 1)) != _END:
+    def _read(self, signals: socket.socket) -> None:
+        while (received := signals.recv(1)) != _END:
             number = received[0]
             if number not in SIGNALS:
                 continue
@@ -90,7 +93,7 @@ def _under_torchrun() -> bool:
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """A handler of Python's, so that the signal is written to the pipe."""
+    """A handler of Python's, so that the signal is written to the socket."""
 
 
 class Stopped(SystemExit):

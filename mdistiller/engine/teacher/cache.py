@@ -14,7 +14,6 @@ file: each writes the rows it computes, and all runs would write the same values
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ...errors import UserError
+from ...system import allocate
 from ..files.checksum import weights_digest
 
 # What can be stored; `engine.modes` refuses methods that read more.
@@ -126,9 +126,8 @@ def _mapped(path: Path, count: int, dtype: Any) -> np.ndarray:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
-            # Allocate all disk space now: writing to a mapped file on a full disk would kill the process.
-            if os.fstat(file.fileno()).st_size < size:
-                os.posix_fallocate(file.fileno(), 0, size)
+            # All of its disk space now: writing to a mapped file on a full disk would kill the process.
+            allocate(file, size)
         return np.memmap(path, dtype=dtype, mode="r+", shape=(count,))
     except OSError as error:
         raise UserError(
