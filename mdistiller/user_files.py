@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +69,12 @@ def writing(path: str | Path) -> Iterator[None]:
         at = f" ({error.filename})" if error.filename not in (None, path, str(path)) else ""
         why = error.strerror or one_line(error)
         raise UserError(f"cannot write {path}: {why}{at}; name another place") from None
+
+
+def discard(path: str | Path) -> None:
+    """Remove the file `path`, if there is one and it can be removed.
+
+    For cleaning up after an error: an error of the clean-up itself, as on a read-only disk, would hide the first one.
+    """
+    with suppress(OSError):
+        Path(path).unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import re
+import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".pkl":
             with path.open("rb") as file:
                 data = _load(file, encoding="latin1")
+        elif tarfile.is_tarfile(path):  # torch would unpack one that is in its first format
+            raise ValueError("it is a tar archive; unpack it and name the file of weights in it")
         else:
             data = torch.load(path, map_location="cpu", pickle_module=_SAFE_PICKLE, weights_only=False)
     except Exception as error:  # a damaged file fails anywhere inside zipfile, pickle or torch

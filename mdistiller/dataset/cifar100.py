@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import shutil
 import socket
 import sys
-import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -21,6 +19,7 @@ from torchvision.datasets.utils import download_url
 from ..user_files import reading
 from ._base import get_dataloaders, missing, register
 from ._original import dataloaders_with_negatives, to_normalized
+from .archives import ArchiveError, unpack
 from .in_memory import ImageArray
 
 MEAN = (0.5071, 0.4867, 0.4408)
@@ -49,27 +48,11 @@ def _download(root: Path) -> None:
     try:
         with _quiet():
             download_url(CIFAR100.url, root, CIFAR100.filename, CIFAR100.tgz_md5)
-        _unpack(root / CIFAR100.filename, root)
-    except (OSError, EOFError, HTTPException, RuntimeError, tarfile.TarError) as error:
+        files = [name for name, _ in CIFAR100.train_list + CIFAR100.test_list] + [CIFAR100.meta["filename"]]
+        unpack(root / CIFAR100.filename, root / CIFAR100.base_folder, files)
+    except (OSError, HTTPException, RuntimeError, ArchiveError) as error:
         how = f"it is missing or its checksum is wrong, and the download failed ({error}); copy the folder there"
         raise missing("CIFAR-100", root / CIFAR100.base_folder, how) from error
-
-
-def _unpack(archive: Path, root: Path) -> None:
-    """Write the data set's own files into `root`, and no other member of the archive.
-
-    Raises:
-        TarError: one of them is missing.
-    """
-    names = [name for name, _ in CIFAR100.train_list + CIFAR100.test_list] + [CIFAR100.meta["filename"]]
-    with tarfile.open(archive) as tar:
-        for name in (f"{CIFAR100.base_folder}/{name}" for name in names):
-            member = tar.extractfile(name) if name in tar.getnames() else None
-            if member is None:
-                raise tarfile.TarError(f"{archive} has no file {name}")
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            with (root / name).open("wb") as file:
-                shutil.copyfileobj(member, file)
 
 
 @contextmanager

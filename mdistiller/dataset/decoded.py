@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from ..console import note
+from ..user_files import discard
 from .image_file import BrokenImageError, read_pixels, silent_pillow, warn_of_broken
+
+# Part of every cache's key. Change it when the same file gives other pixels than before.
+READING = b"grey of 16 bits scaled\0"
 
 
 def read_decoded(paths: Sequence[str], size: int, cache: Path, skip_broken: bool) -> tuple[Tensor, Tensor]:
@@ -41,8 +45,8 @@ def _first(broken: dict[str, str]) -> BrokenImageError:
 
 
 def _key(paths: Sequence[str], folder: Path) -> str:
-    """A digest of the files' names below `folder`, sizes and modification times."""
-    digest = hashlib.sha256()
+    """A digest of the way of reading, and of the files' names below `folder`, sizes and modification times."""
+    digest = hashlib.sha256(READING)
     for path in paths:
         try:
             found = os.stat(path)
@@ -79,7 +83,8 @@ def _decode_and_store(
         os.replace(fresh, cache)
     except OSError as error:
         note(f"{cache} cannot be written ({error.strerror}); the images are decoded again by the next run")
-        fresh.unlink(missing_ok=True)
+    finally:
+        discard(fresh)
     return images, reasons
 
 

@@ -22,6 +22,7 @@ from ._base import Batch, Loader, mix_seed
 from .batch import HostIndex, to_device, with_host_index
 from .image_file import BrokenImageError, silent_pillow, warn_of_broken
 from .in_memory import Normalize
+from .pixels import check_pixels
 from .workers import started
 
 View = Callable[[str], Tensor]
@@ -111,18 +112,23 @@ def cpu_seed(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-class _Batches(Dataset[tuple[Batch, dict[str, str]]]):
+class _Batches(Dataset[tuple[Batch | UserError, dict[str, str]]]):
     """A batch for each key (epoch, indices); the key carries the epoch to persistent workers.
 
     Returns the batch (image, target, index) with images (B, H, W, 3) uint8, or () if no file could be read, and what
-    is wrong with each broken file, by path.
+    is wrong with each broken file, by path. In place of a batch, the error of a view that returns no such image.
     """
 
     def __init__(self, data: ImageFiles, train: bool, seed: int) -> None:
         self.data, self.train, self.seed = data, train, seed
 
-    def __getitem__(self, key: tuple[int, Tensor]) -> tuple[Batch, dict[str, str]]:
-        epoch, indices = key
+    def __getitem__(self, key: tuple[int, Tensor]) -> tuple[Batch | UserError, dict[str, str]]:
+        try:
+            return self._batch(*key)
+        except UserError as error:  # of what a worker raises, a DataLoader makes a traceback
+            return error, {}
+
+    def _batch(self, epoch: int, indices: Tensor) -> tuple[Batch, dict[str, str]]:
         broken: dict[str, str] = {}
         shown = []
         with silent_pillow():
@@ -132,8 +138,21 @@ class _Batches(Dataset[tuple[Batch, dict[str, str]]]):
                     return (), broken
         if not shown:
             return (), broken
-        places = torch.tensor([place for place, _ in shown])
-        return (torch.stack([image for _, image in shown]), self.data.targets[places], places), broken
+        places, images = torch.tensor([place for place, _ in shown]), [image for _, image in shown]
+        self._check(places, images)
+        return (torch.stack(images), self.data.targets[places], places), broken
+
+    def _check(self, places: Tensor, images: list[Tensor]) -> None:
+        """Refuse what a view has returned unless all are (H, W, 3) uint8 of one size."""
+        view = "train_view" if self.train else "val_view"
+        for place, image in zip(places.tolist(), images):
+            name = f"ImageFiles.{view}, for {os.fsdecode(self.data.paths[place])},"
+            check_pixels(image, "(H, W, 3)", name)
+            if image.shape != images[0].shape:
+                raise UserError(
+                    f"{name} returns {tuple(image.shape)} after {tuple(images[0].shape)} for another file; the images "
+                    "of a batch must have one size: crop or resize them in the view"
+                )
 
     def _show(self, epoch: int, index: int, broken: dict[str, str]) -> list[tuple[int, Tensor]]:
         """Index and view of image `index`, or in training of the first intact one after it; [] if there is none."""
@@ -210,6 +229,8 @@ class FolderLoader(Loader):
         following = (indices for _, indices in [*keys[1:], (0, torch.empty(0, dtype=torch.int64))])
         met: dict[str, str] = {}
         for (fields, broken), foreseen in zip(self._started(), following):
+            if isinstance(fields, UserError):
+                raise fields
             met |= broken
             if broken and not self._data.skip_broken:
                 raise BrokenImageError(next(iter(broken.values())) + ", or set DATASET.SKIP_BROKEN True")
@@ -222,7 +243,7 @@ class FolderLoader(Loader):
             what = "were replaced by the next intact ones" if self.train else "were left out"
             warn_of_broken(met, len(self.targets), f"{what} (DATASET.SKIP_BROKEN)")
 
-    def _started(self) -> Iterator[tuple[Batch, dict[str, str]]]:
+    def _started(self) -> Iterator[tuple[Batch | UserError, dict[str, str]]]:
         if self.device.type != "cuda":
             return started(self._loader)
         with torch.cuda.device(self.device):  # the thread that pins memory works on the current one

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..console import one_line, warn
 from ..errors import UserError
+from .pixels import UnknownWhiteError, to_rgb
 
 # The formats of the file extensions that torchvision accepts. Pillow knows more, and starts programs for some.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
@@ -51,23 +52,37 @@ def _opened(path: str) -> Iterator[Image.Image]:
             yield image
     except Exception as error:  # on damaged bytes the decoders raise nearly anything
         reason = one_line(error) or type(error).__name__
-        raise BrokenImageError(f"{path} cannot be read as an image ({reason}); put an intact copy there") from error
+        known = isinstance(error, UnknownWhiteError)
+        remedy = "save it with 8 or 16 bits a channel" if known else "put an intact copy there"
+        raise BrokenImageError(f"{path} cannot be read as an image ({reason}); {remedy}") from error
 
 
-def read_image(path: str) -> Image.Image:
-    """The image of a file, converted to RGB if need be.
+def read_image(path: str, upright: bool = False) -> Image.Image:
+    """The image of a file, of whatever mode, as RGB (`pixels.to_rgb`); of several frames, the first one.
+
+    Args:
+        upright: turn and mirror it as its EXIF block says, as viewers do. The original's data sets are read without,
+            as torchvision's loader reads them. (Pillow itself turns TIFF files, always.)
 
     Raises:
-        BrokenImageError: the file is missing, broken, too large or too narrow.
+        BrokenImageError: the file is missing, broken, too large or too narrow, or its white is not known.
     """
     with _opened(path) as image:
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
+        rgb = to_rgb(image)
+        return _upright(rgb) if upright else rgb
 
 
-def read_pixels(path: str) -> Tensor:
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # on damaged bytes Pillow raises nearly anything; viewers show such an image as it is stored
+        return image
+
+
+def read_pixels(path: str, upright: bool = False) -> Tensor:
     """The same image as (H, W, 3) uint8."""
-    return to_pixels(read_image(path))
+    return to_pixels(read_image(path, upright))
 
 
 def to_pixels(image: Image.Image) -> Tensor:

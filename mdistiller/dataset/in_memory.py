@@ -13,6 +13,7 @@ from torch import Tensor
 from ._base import Batch, Loader, mix_seed
 from .augment import Augment, CropFlip
 from .batch import HostIndex, to_device, with_host_index
+from .pixels import check_pixels
 
 CROP_AND_FLIP = CropFlip()
 
@@ -50,6 +51,9 @@ class ImageArray:
         mean, std: per channel, of values in [0, 1].
         augment: applied in training; by default random crops after padding with 4 zeros, and random mirroring.
         class_names: the name of every class, by label; empty if they are unknown.
+
+    Raises:
+        UserError: the images are not of that type and shape; says how to make them so.
     """
 
     images: Tensor
@@ -58,6 +62,9 @@ class ImageArray:
     std: Sequence[float]
     augment: Augment = CROP_AND_FLIP
     class_names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_pixels(self.images, "(N, H, W, 3)", "ImageArray.images")
 
     def select(self, keep: Tensor) -> ImageArray:
         """The images with the indices `keep`."""
@@ -81,7 +88,7 @@ class InMemoryLoader(Loader):
         self._recipe = f"{data.mean} {data.std} {data.augment if train else None}"
         self._images = data.images.contiguous()
         self._labels = data.targets
-        self._normalize = Normalize(data.mean, data.std, pixels=data.images[0, :, :, 0].numel())
+        self._normalize = Normalize(data.mean, data.std, pixels=data.images.shape[1:3].numel())
         self._drawn: tuple[tuple[int, int], tuple[Tensor, ...]] | None = None
 
     def to(self, device: torch.device | str) -> InMemoryLoader:

@@ -195,7 +195,6 @@ def non_finite(folder: Path, outcome: Outcome, values: list[float], ranks: Ranks
     Args:
         values: `outcome.values()`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     note = folder / ("non_finite.json" if ranks.first else f"non_finite_rank{ranks.rank}.json")
     *losses, norm = (value if math.isfinite(value) else str(value) for value in values)
     record: Mapping[str, Any] = {
@@ -205,9 +204,14 @@ def non_finite(folder: Path, outcome: Outcome, values: list[float], ranks: Ranks
         "grad_norm": norm,
         "index": outcome.index.tolist(),
     }
-    note.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        listed = f"are listed in {note}"
+    except OSError as error:  # a full or read-only disk must not hide the loss
+        listed = f"are not listed, for {note} cannot be written ({error.strerror})"
     found = f"{_named(outcome, values)}{_elsewhere(values, ranks)}"
     return NonFiniteLossError(
-        f"epoch {outcome.epoch}, iteration {outcome.step}: {found}; the batch's images are listed in {note}, earlier "
+        f"epoch {outcome.epoch}, iteration {outcome.step}: {found}; the batch's images {listed}, earlier "
         "checkpoints are kept; try a lower SOLVER.LR, SOLVER.CLIP_GRAD_NORM, or SOLVER.NAN_POLICY skip"
     )

@@ -134,10 +134,11 @@ def test_an_archive_writes_nothing_outside(
     with pytest.raises(UserError, match=r"the download failed .*has no file cifar-100-python/train"):
         get_dataloaders("cifar100", 8, 8, 0, str(tmp_path / "data"))
     assert not (tmp_path / "outside").exists() and not Path("/tmp/mdistiller-outside").exists()
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [CIFAR100.filename]
 
 
 def test_an_archive_leads_nowhere_through_a_link(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A link in place of the folder, then files below it: the files are written, the link is not made."""
+    """A link in place of the folder, then files below it: refused by name, neither files nor link are made."""
     make_cifar(tmp_path / "made", monkeypatch)
     (tmp_path / "elsewhere").mkdir()
     with tarfile.open(served, "w:gz") as tar:
@@ -147,9 +148,10 @@ def test_an_archive_leads_nowhere_through_a_link(served: Path, tmp_path: Path, m
         for path in (tmp_path / "made" / CIFAR100.base_folder).iterdir():
             tar.add(path, f"{CIFAR100.base_folder}/{path.name}")
     monkeypatch.setattr(CIFAR100, "tgz_md5", md5(served.read_bytes()).hexdigest())
-    get_dataloaders("cifar100", 8, 8, 0, str(tmp_path / "data"))
+    with pytest.raises(UserError, match=r"the download failed .*it holds 'cifar-100-python', a link to '.*elsewhere'"):
+        get_dataloaders("cifar100", 8, 8, 0, str(tmp_path / "data"))
     assert list((tmp_path / "elsewhere").iterdir()) == []
-    assert not (tmp_path / "data" / CIFAR100.base_folder).is_symlink()
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [CIFAR100.filename]
 
 
 def test_a_right_archive_is_unpacked_and_read(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +159,11 @@ def test_a_right_archive_is_unpacked_and_read(served: Path, tmp_path: Path, monk
     folder = tmp_path / "made" / CIFAR100.base_folder
     pack(served, {f"{CIFAR100.base_folder}/{path.name}": path.read_bytes() for path in folder.iterdir()})
     monkeypatch.setattr(CIFAR100, "tgz_md5", md5(served.read_bytes()).hexdigest())
+    for _ in range(2):  # downloaded, then found there
+        *_, count = get_dataloaders("cifar100", 8, 8, 0, str(tmp_path / "data"))
+        assert count == 20
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [CIFAR100.base_folder, CIFAR100.filename]
+    (tmp_path / "data" / CIFAR100.base_folder / "train").write_bytes(b"half a file")
     *_, count = get_dataloaders("cifar100", 8, 8, 0, str(tmp_path / "data"))
     assert count == 20
 

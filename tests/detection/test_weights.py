@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -254,6 +255,14 @@ def test_files_that_are_no_weights(tmp_path):
             read_checkpoint(tmp_path / name)
     with pytest.raises(UserError, match="entry 'a' is a str"):
         read_weights(tmp_path / "text.pth")
+
+
+def test_an_archive_is_not_unpacked(tmp_path):
+    """torch would unpack one of its first format, a tar with the members sys_info, storages, tensors and pickle."""
+    with tarfile.open(tmp_path / "old.pth", "w") as tar:
+        tar.addfile(tarfile.TarInfo("storages"))
+    with pytest.raises(UserError, match=r"it is a tar archive; unpack it and name the file of weights in it"):
+        read_checkpoint(tmp_path / "old.pth")
 
 
 def test_merging_what_does_not_fit(tmp_path):

@@ -117,6 +117,15 @@ def test_a_good_micro_batch_does_not_reset_the_counter(tmp_path):
     assert json.loads((tmp_path / "non_finite.json").read_text())["index"] == list(range(24, 32))
 
 
+def test_a_list_that_cannot_be_written_does_not_hide_the_loss(tmp_path):
+    """A folder stands where the list belongs; a full or a read-only disk gives the same kind of error."""
+    (tmp_path / "non_finite.json").mkdir()
+    step = step_of(tmp_path, "stop", {1: "loss"})
+    with pytest.raises(NonFiniteLossError, match=r"iteration 1: .*non_finite\.json cannot be written .Is a directory"):
+        take(step, 1)
+        step.nan_policy.check()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("every", [1, 50])
 def test_stop_names_the_step_whose_gradient_is_not_finite(mode, every, tmp_path, monkeypatch):

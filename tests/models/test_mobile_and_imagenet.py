@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,15 @@ def test_pretrained_damaged_file(weight_file):
     weight_file.write_bytes(b"half a download")
     with pytest.raises(UserError, match="cannot be read as weights; delete it"):
         resnet.resnet18(pretrained=True)
+
+
+def test_pretrained_file_that_is_an_archive_is_not_unpacked(weight_file):
+    """torch.hub would write the one member of a zip into its cache."""
+    with zipfile.ZipFile(weight_file, "w") as archive:
+        archive.writestr("resnet34-b627a593.pth", b"another network's weights")
+    with pytest.raises(UserError, match="cannot be read as weights; delete it"):
+        resnet.resnet18(pretrained=True)
+    assert list(weight_file.parent.iterdir()) == [weight_file]
 
 
 def test_pretrained_foreign_file(weight_file):

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ...errors import UserError
+from ...user_files import discard
 
 
 class SaveError(UserError):
@@ -35,8 +36,7 @@ def write_whole(data: bytes | memoryview, path: Path, previous: Path | None = No
                 _second_name(path, previous)
             os.replace(partial, path)
         except BaseException:
-            with suppress(OSError):
-                partial.unlink()
+            discard(partial)
             raise
     except OSError as error:
         raise SaveError(
@@ -62,7 +62,7 @@ def _second_name(path: Path, second: Path) -> None:
         os.replace(spare, second)
     finally:
         # If `second` already was a link to the same file, os.replace does nothing and `spare` remains.
-        spare.unlink(missing_ok=True)
+        discard(spare)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from ...errors import UserError
 from ...system import in_forked_child, lock, process_start
+from ...user_files import discard
 
 NAME = ".run_lock"
 _held: set[BinaryIO] = set()
@@ -59,9 +60,9 @@ def run_lock(folder: str | Path) -> Iterator[None]:
     finally:
         if file in _held:  # not in a forked child
             _held.remove(file)
+            discard(path)
             with suppress(OSError):
-                path.unlink()
-            file.close()
+                file.close()
 
 
 def _acquire(path: Path) -> BinaryIO:
@@ -76,7 +77,8 @@ def _acquire(path: Path) -> BinaryIO:
                 file.flush()
                 return file
         except BaseException:
-            file.close()
+            with suppress(OSError):  # what could not be written before is tried again here
+                file.close()
             raise
         file.close()
 

@@ -24,6 +24,9 @@ class Wandb:
     ) -> None:
         for key, value in {"SILENT": "true", "INIT_TIMEOUT": "30", "FINISH_TIMEOUT": "30"}.items():
             os.environ.setdefault(f"WANDB_{key}", value)
+        if not _can_write(Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "wandb"):
+            # Else wandb's service prints its own log on the terminal.
+            os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))
         import wandb
 
         self._id_file = folder / "wandb" / "run_id"
@@ -65,6 +68,11 @@ class Wandb:
     def finish(self, summary: Metrics) -> None:
         self.run.summary.update(dict(summary))
         self.run.finish()
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether this user can write in `folder`, or make it."""
+    return os.access(next(path for path in (folder, *folder.parents) if os.path.exists(path)), os.W_OK)
 
 
 def _logged_in(wandb: Any) -> bool:

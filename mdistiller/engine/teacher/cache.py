@@ -13,8 +13,10 @@ file: each writes the rows it computes, and all runs would write the same values
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ...console import note
 from ...errors import UserError
 from ...system import allocate
 from ..files.checksum import weights_digest
@@ -38,7 +41,7 @@ class TeacherCache:
     Call `look_up(index)` before each batch, then the cache with the batch's images.
 
     Args:
-        folder: created if missing.
+        folder: created if missing; one that cannot be written to is read, if it holds the files in full.
         teacher: its weights determine the names of the files.
         run: the teacher's function: images (B, 3, H, W) -> (logits (B, C), {"pooled_feat": (B, D), ...}).
         arithmetic: what the rounding of `run` depends on, such as "cpu torch.bfloat16 folded".
@@ -70,6 +73,8 @@ class TeacherCache:
         rows = f"{self.outputs} {self.widths} {dtype}"
         key = hashlib.sha256(f"{_digest(teacher)} {arithmetic} {loader.fingerprint} {rows}".encode()).hexdigest()[:32]
         values = _mapped(folder / f"{key}.values", self.rows * width, _DTYPES[dtype])
+        if values.mode == "c":
+            note(f"the teacher's cache in {folder} is read-only; what this run adds to it is kept in memory alone")
         self._values = values.reshape(self.rows, width)
         self._known = _mapped(folder / f"{key}.known", self.rows, np.uint8)
         self._places = np.empty(0, dtype=np.int64)
@@ -120,8 +125,11 @@ def _digest(teacher: nn.Module) -> str:
     return weights_digest(teacher, f"{kind.__module__}.{kind.__qualname__} {teacher!r}")
 
 
-def _mapped(path: Path, count: int, dtype: Any) -> np.ndarray:
-    """The file `path` mapped as `count` numbers, zeros if it is new; several processes may map it at once."""
+def _mapped(path: Path, count: int, dtype: Any) -> np.memmap:
+    """The file `path` mapped as `count` numbers, zeros if it is new; several processes may map it at once.
+
+    One that is there in full and cannot be written to is mapped in mode "c": changes stay in this process.
+    """
     size = count * np.dtype(dtype).itemsize
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +138,9 @@ def _mapped(path: Path, count: int, dtype: Any) -> np.ndarray:
             allocate(file, size)
         return np.memmap(path, dtype=dtype, mode="r+", shape=(count,))
     except OSError as error:
+        with suppress(OSError, ValueError):  # ValueError: it is too short
+            if error.errno in (errno.EROFS, errno.EACCES):
+                return np.memmap(path, dtype=dtype, mode="c", shape=(count,))
         raise UserError(
             f"the teacher's cache {path} of {size / 2**30:.2f} GiB cannot be created ({error.strerror}); lower "
             "DISTILLER.TEACHER_CACHE_GIB, or name another folder in DISTILLER.TEACHER_CACHE"

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...console import note
 from ...errors import UserError
 from .._four_stages import FourStageResNet
 from .._residual import BasicBlock, Bottleneck, Residual, conv
@@ -66,8 +67,12 @@ def load_published(net: nn.Module, name: str) -> None:
     url = get_model_weights(name)["IMAGENET1K_V1"].url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     try:
-        # check_hash verifies downloads only, not files already in the cache.
-        state = torch.hub.load_state_dict_from_url(url, check_hash=True, map_location="cpu", weights_only=True)
+        # Not torch.hub.load_state_dict_from_url: it unpacks a zip of one file into the cache.
+        if not path.exists():
+            note(f"downloading {url} to {path}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1])
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # A damaged file raises errors of many types, for example of zip or pickle.
         if path.exists():
