@@ -124,6 +124,11 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
+def own_ids() -> tuple[int, int]:
+    """The numbers of this process's user and group; zeros on Windows, which has none."""
+    return (os.getuid(), os.getgid()) if hasattr(os, "getuid") else (0, 0)
+
+
 def process_start(pid: int) -> str | None:
     """When the process `pid` of this machine began: a text that its successor of the same number will not have.
 

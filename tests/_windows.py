@@ -14,7 +14,7 @@ from pathlib import Path
 
 MODULES = ("fcntl", "resource", "termios", "tty", "pwd", "grp", "syslog")
 OF_OS = (
-    "fork", "forkpty", "getpgid", "getuid", "geteuid", "killpg", "posix_fallocate", "register_at_fork", "setsid",
+    "fork", "forkpty", "getegid", "geteuid", "getgid", "getpgid", "getuid", "killpg", "posix_fallocate", "register_at_fork", "setsid",
     "sched_getaffinity", "set_blocking", "statvfs", "uname", "wait4",
 )  # fmt: skip
 OF_SIGNAL = (

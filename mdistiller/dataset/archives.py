@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from ..console import one_line
 from ..errors import UserError
+from ..system import own_ids
 
 
 class ArchiveError(UserError):
@@ -64,7 +65,7 @@ def _chosen(tar: tarfile.TarFile, archive: Path, files: Sequence[str]) -> list[t
     for name in files:
         member = plain[name]
         member.name, member.mode = name, 0o644
-        member.uid, member.gid, member.uname, member.gname = os.getuid(), os.getgid(), "", ""
+        (member.uid, member.gid), member.uname, member.gname = own_ids(), "", ""
     return [plain[name] for name in files]
 
 
