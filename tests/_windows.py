@@ -14,8 +14,8 @@ from pathlib import Path
 
 MODULES = ("fcntl", "resource", "termios", "tty", "pwd", "grp", "syslog")
 OF_OS = (
-    "fork", "forkpty", "getegid", "geteuid", "getgid", "getpgid", "getuid", "killpg", "posix_fallocate", "register_at_fork", "setsid",
-    "sched_getaffinity", "set_blocking", "statvfs", "uname", "wait4",
+    "fork", "forkpty", "getegid", "geteuid", "getgid", "getpgid", "getuid", "killpg", "posix_fallocate",
+    "register_at_fork", "setsid", "sched_getaffinity", "set_blocking", "statvfs", "uname", "wait4",
 )  # fmt: skip
 OF_SIGNAL = (
     "SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD", "pthread_sigmask", "pthread_kill", "sigtimedwait",

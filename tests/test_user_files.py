@@ -64,3 +64,32 @@ def test_a_fault_is_no_error_of_a_file(files):
         with pytest.raises(ValueError, match="a fault") as caught, block:
             raise ValueError("a fault")
         assert type(caught.value) is ValueError
+
+
+TEXT = "name: café\r\nlist: [1]\r\n"
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_taken(files, tmp_path):
+    (tmp_path / "marked").write_bytes(TEXT.encode("utf-8-sig"))
+    assert read_text("marked", "plan", "") == "name: café\nlist: [1]\n"
+    assert read_yaml("marked", "plan", "") == {"name": "café", "list": [1]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "cp1252", "gbk"])
+@pytest.mark.parametrize("read", [read_text, read_yaml])
+def test_text_in_another_encoding_is_named(files, tmp_path, read, encoding):
+    text = TEXT.replace("é", "中" if encoding == "gbk" else "e" if encoding[-3:] in ("-le", "-be") else "é")
+    (tmp_path / "other").write_bytes(text.encode(encoding))
+    with pytest.raises(UserError) as refused:
+        read("other", "plan", "make one")
+    message = str(refused.value)
+    assert message.startswith("plan other is not in UTF-8 (") and message.endswith("; save it in UTF-8, or make one")
+    assert (encoding[:6].upper() in message) == encoding.startswith("utf") and "\n" not in message
+
+
+def test_bytes_that_are_no_text(files, tmp_path):
+    for content, why in ((b"PK\x03\x04\xff\x00", "invalid start byte at byte 4"), (b"ab\0c", "a null byte at byte 2")):
+        (tmp_path / "other").write_bytes(content)
+        with pytest.raises(UserError) as refused:
+            read_text("other", "plan", "make one")
+        assert str(refused.value) == f"plan other is not a text file ({why}); make one"

@@ -7,7 +7,7 @@ from pathlib import Path
 from yacs.config import CfgNode as CN
 
 from . import digits  # noqa: F401  (it registers itself)
-from ._base import DatasetInfo, Loader, Split, dataset_dict, get_dataloaders, stratified_split
+from ._base import DatasetInfo, Loader, Split, check_class_names, dataset_dict, get_dataloaders, stratified_split
 from .batch import fields_of, named_batch
 from .cifar100 import get_cifar100_dataloaders, get_cifar100_dataloaders_sample
 from .imagenet import get_imagenet_dataloaders, get_imagenet_dataloaders_sample, get_imagenet_val_loader
@@ -58,6 +58,7 @@ __all__ = [
     "InMemoryLoader",
     "Loader",
     "Split",
+    "check_class_names",
     "dataset_dict",
     "dataset_info",
     "fields_of",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -235,10 +236,28 @@ def stratified_split(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     return chosen.nonzero()[:, 0], chosen.logical_not().nonzero()[:, 0]
 
 
+def check_class_names(train: Any, val: Any) -> None:
+    """Refuse a training and a validation loader that name their classes differently; names may be unknown.
+
+    Raises:
+        UserError: a label means one class in training and another one in validation.
+    """
+    ours, theirs = (tuple(getattr(loader, "class_names", ())) for loader in (train, val))
+    if not ours or not theirs or ours == theirs:
+        return
+    differ = [f"{label} is {a!r} and {b!r}" for label, (a, b) in enumerate(zip(ours, theirs)) if a != b]
+    some = f": label {', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}" if differ else ""
+    raise UserError(
+        f"training and validation name {len(ours)} and {len(theirs)} classes, {len(differ)} labels differently{some}; "
+        "give both the same class_names, from one list"
+    )
+
+
 def missing(what: str, folder: Path | str, how: str) -> UserError:
     """The error for data that is not in its `folder`, with `how` to put it there."""
     hint = "DATASET.TYPE digits (configs/digits) runs without any download"
-    return UserError(f"{what} is expected in {folder}: {how}; {hint}")
+    link = f", a link to {os.readlink(folder)}, which is not there" if os.path.islink(folder) else ""
+    return UserError(f"{what} is expected in {folder}{link}: {how}; {hint}")
 
 
 def get_dataloaders(
@@ -265,7 +284,7 @@ def get_dataloaders(
         skip_broken: skip images that cannot be read, and warn with their number.
 
     Raises:
-        UserError: no such data set, data missing or unreadable, or nothing to hold out.
+        UserError: no such data set, data missing or unreadable, nothing to hold out, or two lists of classes.
     """
     info: DatasetInfo = dataset_dict[name]
     folder = Path(root).expanduser()
@@ -281,4 +300,6 @@ def get_dataloaders(
         train = train.select(stratified_split(train.targets, train_fraction)[0])
     train_workers, val_workers = worker_counts(num_workers)
     train_loader = train.loader(batch_size, train_workers, train=True, seed=seed)
-    return train_loader, val.loader(val_batch_size, val_workers, train=False), len(train.targets)
+    val_loader = val.loader(val_batch_size, val_workers, train=False)
+    check_class_names(train_loader, val_loader)
+    return train_loader, val_loader, len(train.targets)

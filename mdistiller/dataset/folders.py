@@ -7,60 +7,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import UserError
-from ..user_files import reading, unreadable
 from ._base import Batch, Loader, mix_seed
 from .batch import HostIndex, to_device, with_host_index
 from .image_file import BrokenImageError, silent_pillow, warn_of_broken
 from .in_memory import Normalize
+from .listing import LabelledFiles, class_folders, labelled_files
 from .pixels import check_pixels
 from .workers import started
 
+__all__ = ["FolderLoader", "ImageFiles", "class_folders", "cpu_seed", "labelled_files"]
+
 View = Callable[[str], Tensor]
-
-
-def class_folders(folder: Path, num_classes: int) -> list[str]:
-    """Names of the folders in `folder`, sorted: their order is the order of the labels.
-
-    Raises:
-        UserError: there are not `num_classes` of them; with some missing, every label would shift.
-    """
-    with reading(f"the class folders in {folder}", "let this user read them"):
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if len(names) != num_classes:
-        raise UserError(f"{folder} has {len(names)} class folders, expected {num_classes} (empty folders count too)")
-    return names
-
-
-def labelled_files(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """(path, label) of every image at any depth below `folder`/<class>, by class and then by path.
-
-    Raises:
-        UserError: a folder cannot be read, or there is no image.
-    """
-    found = []
-    for label, name in enumerate(classes):
-        for where, folders, files in os.walk(folder / name, onerror=_refuse):
-            folders.sort()
-            images = (f for f in sorted(files) if f.lower().endswith(IMG_EXTENSIONS))
-            found += [(os.path.join(where, f), label) for f in images]
-    if not found:
-        raise UserError(f"no image in the class folders of {folder}")
-    return found
-
-
-def _refuse(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # a listed class may have no folder, and so no image
-        raise unreadable(str(error.filename), error, "it must be a folder that this user can read")
 
 
 @dataclass(frozen=True)
@@ -88,9 +53,12 @@ class ImageFiles:
 
     @classmethod
     def of(cls, files: Sequence[tuple[str, int]], *args: Any, **kwargs: Any) -> ImageFiles:
-        """From (path, label) pairs; the other arguments are the attributes."""
+        """From (path, label) pairs; the other arguments are the attributes. `labelled_files` brings `class_names`."""
         paths = np.array([os.fsencode(path) for path, _ in files])
-        return cls(paths, torch.tensor([label for _, label in files]), *args, **kwargs)
+        data = cls(paths, torch.tensor([label for _, label in files]), *args, **kwargs)
+        if data.class_names or not isinstance(files, LabelledFiles):
+            return data
+        return replace(data, class_names=files.class_names)
 
     def select(self, keep: Tensor) -> ImageFiles:
         """The images with the indices `keep`."""

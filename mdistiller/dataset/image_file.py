@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..console import one_line, warn
 from ..errors import UserError
+from .formats import formats_of
 from .pixels import UnknownWhiteError, to_rgb
 
-# The formats of the file extensions that torchvision accepts. Pillow knows more, and starts programs for some.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 # Largest ratio of long to short side. A 1x65,500 image, resized to a short side of 256 pixels, would take 12 GB.
 SLIMMEST = 100
 
@@ -45,7 +44,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError("it is not a regular file")  # opening a named pipe would block
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=formats_of(path)) as image:
             short, long = sorted(image.size)
             if long > SLIMMEST * short:
                 raise OSError(f"it has {image.width}x{image.height} pixels, too narrow to resize")

@@ -13,10 +13,12 @@ from torchvision.transforms import v2
 
 from ._base import Loader, get_dataloaders, missing, register
 from ._original import dataloaders_with_negatives, to_normalized
-from .folders import ImageFiles, class_folders, labelled_files
+from .folders import ImageFiles
 from .image_file import read_image, read_pixels, to_pixels
+from .listing import class_list, files_of_split
 
 NUM_CLASSES = 1000
+IMAGES = {"train": 1_281_167, "val": 50_000}
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 TRAIN = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
@@ -36,11 +38,11 @@ def val_view(path: str) -> Tensor:
 @register("imagenet", num_classes=NUM_CLASSES, image_size=224, model_family="imagenet", mean=MEAN, std=STD)
 def read(root: Path, train: bool, skip_broken: bool = False) -> ImageFiles:
     """`root`/imagenet/train or val, with a folder <wnid> for each class."""
-    folder = root / "imagenet" / ("train" if train else "val")
-    if not os.path.isdir(folder):
-        raise missing("ImageNet", folder, "put its class folders n01440764, ... there")
-    classes = class_folders(folder, NUM_CLASSES)
-    files = labelled_files(folder, classes)
+    home, part = root / "imagenet", "train" if train else "val"
+    if not os.path.isdir(home / part):
+        raise missing("ImageNet", home / part, "put its class folders n01440764, ... there")
+    classes = class_list([home / "train", home / "val"], NUM_CLASSES)
+    files = files_of_split(home, part, classes, IMAGES)
     return ImageFiles.of(files, train_view, val_view, MEAN, STD, skip_broken, tuple(classes))
 
 

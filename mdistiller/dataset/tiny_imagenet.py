@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from ._base import get_dataloaders, missing, register
 from ._original import dataloaders_with_negatives
 from .augment import RotateFlip
 from .decoded import read_decoded
-from .folders import class_folders, labelled_files
 from .in_memory import ImageArray
+from .listing import LabelledFiles, class_list, files_of_split, folders_in, some
 
 NUM_CLASSES = 200
 SIZE = 64
+IMAGES = {"train": 100_000, "val": 10_000}
 MEAN = (0.4802, 0.4481, 0.3975)
 STD = (0.2302, 0.2265, 0.2262)
+ANNOTATIONS = "val_annotations.txt"
 AGAIN = "unpack tiny-imagenet-200.zip again"
 AUGMENT = RotateFlip(degrees=20, size=SIZE)
 
@@ -31,37 +34,49 @@ def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
 
     The images are held in memory (1.2 GB for training) and cached in train.npz and val.npz next to the folders.
     """
-    home = root / "tiny-imagenet-200"
-    folder = home / ("train" if train else "val")
-    if not os.path.isdir(folder):
-        raise missing("Tiny-ImageNet", folder, f"unpack tiny-imagenet-200.zip in {root}")
-    classes = _classes(home, folder)
-    in_class_folders = train or any((folder / wnid).is_dir() for wnid in classes)
-    files = labelled_files(folder, classes) if in_class_folders else annotated_files(folder, classes)
+    home, part = root / "tiny-imagenet-200", "train" if train else "val"
+    if not os.path.isdir(home / part):
+        raise missing("Tiny-ImageNet", home / part, f"unpack tiny-imagenet-200.zip in {root}")
+    classes, val = _classes(home), home / "val"
+    annotated = None if _in_class_folders(val, classes) else annotated_files(val, classes)
+    if not train and not annotated and set(folders_in(val)) <= {"images"}:
+        raise missing("Tiny-ImageNet's val_annotations.txt", val / ANNOTATIONS, AGAIN)
+    files = files_of_split(home, part, classes, IMAGES, annotated)
     paths, labels = zip(*files)
-    images, intact = read_decoded(paths, SIZE, folder.with_suffix(".npz"), skip_broken)
+    images, intact = read_decoded(paths, SIZE, home / f"{part}.npz", skip_broken)
     return ImageArray(images, torch.tensor(labels)[intact], MEAN, STD, AUGMENT, tuple(classes))
 
 
-def _classes(home: Path, folder: Path) -> list[str]:
+def _classes(home: Path) -> list[str]:
     """The sorted wnids: from wnids.txt, or if it is missing from the names of the class folders."""
-    listed = home / "wnids.txt"
-    if not listed.is_file():
-        return class_folders(home / "train" if (home / "train").is_dir() else folder, NUM_CLASSES)
-    wnids = sorted(set(read_text(listed, "class list", AGAIN).split()))
-    if len(wnids) != NUM_CLASSES:
-        raise UserError(f"{listed} lists {len(wnids)} classes, expected {NUM_CLASSES}; {AGAIN}")
-    return wnids
+    train, val, list_file = home / "train", home / "val", home / "wnids.txt"
+    listed = (list_file, _listed(list_file)) if list_file.is_file() else None
+    known = listed[1] if listed else folders_in(train) if os.path.isdir(train) else []
+    splits = [train, val] if _in_class_folders(val, known) else [train]
+    return class_list(splits, NUM_CLASSES, listed, besides={"images"})
 
 
-def annotated_files(part: Path, classes: list[str]) -> list[tuple[str, int]]:
+def _listed(file: Path) -> list[str]:
+    words = Counter(read_text(file, "class list", AGAIN).split())
+    if len(words) != NUM_CLASSES:
+        twice = [word for word, count in words.items() if count > 1]
+        also = f", and {some(twice, 'name')} more than once" if twice else ""
+        raise UserError(f"{file} lists {len(words)} classes, expected {NUM_CLASSES}{also}; {AGAIN}")
+    return sorted(words)
+
+
+def _in_class_folders(val: Path, classes: list[str]) -> bool:
+    return not (val / ANNOTATIONS).is_file() or any(os.path.isdir(val / wnid) for wnid in classes)
+
+
+def annotated_files(part: Path, classes: list[str]) -> LabelledFiles:
     """(path, label) of the images that `part`/val_annotations.txt lists: a line holds file, wnid and a box."""
-    annotations = part / "val_annotations.txt"
-    if not annotations.is_file():
-        raise missing("Tiny-ImageNet's val_annotations.txt", annotations, AGAIN)
+    annotations = part / ANNOTATIONS
     label = {wnid: i for i, wnid in enumerate(classes)}
     files = []
     for number, line in enumerate(read_text(annotations, "annotations", AGAIN).splitlines(), start=1):
+        if not line.strip():
+            continue
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in label:
@@ -69,7 +84,7 @@ def annotated_files(part: Path, classes: list[str]) -> list[tuple[str, int]]:
         files.append((str(part / "images" / name), label[wnid]))
     if not files:
         raise UserError(f"{annotations} lists no image; {AGAIN}")
-    return files
+    return LabelledFiles(files, classes)
 
 
 # The names from the original code.

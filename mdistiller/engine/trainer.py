@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode as CN
 
 from ..console import PROGRESS, log_to_terminal, progress
+from ..dataset import check_class_names
 from ..dataset.batch import fields_of, named_batch
 from ..dataset.workers import started
 from ..distillers import Distiller
@@ -83,6 +84,7 @@ class BaseTrainer:
             keep_freed_memory()
         plain: Any = getattr(distiller, "module", distiller)
         check_distiller(plain)
+        check_class_names(train_loader, val_loader)
         check_modes(cfg, plain, self.update_rule, self.ranks.world, train_loader)
         self.distiller: Distiller = placed(plain, self.device, self.ranks, cfg)
         self.train_loader, self.val_loader = (

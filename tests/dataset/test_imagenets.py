@@ -39,12 +39,14 @@ def save(path: Path, grey: int, size: int = 64) -> None:
 def tiny(tmp_path: Path) -> Path:
     """tiny-imagenet-200 with three training images, and three validation images as in the zip; returns its root."""
     home = tmp_path / "tiny-imagenet-200"
+    for wnid in WNIDS:
+        (home / "train" / wnid / "images").mkdir(parents=True)
     for place in (0, 1, 199):
         save(home / "train" / WNIDS[place] / "images" / f"{WNIDS[place]}_0.JPEG", place)
     # The zip's own wnids.txt is not sorted; labels go by the sorted names.
     (home / "wnids.txt").write_text("\n".join(reversed(WNIDS)) + "\n")
     lines = []
-    for name, place in (("val_0.JPEG", 199), ("val_1.JPEG", 3), ("val_2.JPEG", 199)):
+    for name, place in (("val_0.JPEG", 199), ("val_1.JPEG", 1), ("val_2.JPEG", 199)):
         save(home / "val" / "images" / name, place)
         lines.append(f"{name}\t{WNIDS[place]}\t0\t32\t44\t62\n")
     (home / "val" / "val_annotations.txt").write_text("".join(lines))
@@ -55,7 +57,7 @@ def test_tiny_labels_by_hand(tiny: Path) -> None:
     train_loader, val_loader, count = get_tinyimagenet_dataloader(2, 2, 0, root=str(tiny))
     assert count == 3 and train_loader.targets.tolist() == [0, 1, 199]
     (image, target), (_, last) = val_loader
-    assert [*target.tolist(), *last.tolist()] == [199, 3, 199]
+    assert [*target.tolist(), *last.tolist()] == [199, 1, 199]
     # val_0 is grey 199: (199 / 255 - 0.4802) / 0.2302 = 1.3041 in the red channel. JPEG keeps a flat grey.
     assert image.shape == (2, 3, 64, 64)
     assert torch.allclose(image[0, 0], torch.tensor(1.3041), atol=1e-4)
@@ -72,17 +74,17 @@ def test_tiny_train_images_are_rotated_and_mirrored(tiny: Path) -> None:
 
 def test_tiny_accepts_class_folders_under_val(tiny: Path) -> None:
     val = tiny / "tiny-imagenet-200" / "val"
-    for name, place in (("val_0.JPEG", 199), ("val_1.JPEG", 3)):
+    for wnid in WNIDS:
+        (val / wnid).mkdir()
+    for name, place in (("val_0.JPEG", 199), ("val_1.JPEG", 1), ("val_2.JPEG", 199), ("val_3.JPEG", 0)):
         save(val / WNIDS[place] / name, place)
-    assert get_val_loader("tiny_imagenet", str(tiny), 8, 0).targets.tolist() == [3, 199]
+    assert get_val_loader("tiny_imagenet", str(tiny), 8, 0).targets.tolist() == [0, 1, 199, 199]
 
 
 def test_tiny_without_wnids_uses_the_training_folders(tiny: Path) -> None:
     home = tiny / "tiny-imagenet-200"
     (home / "wnids.txt").unlink()
-    for wnid in WNIDS:
-        (home / "train" / wnid).mkdir(exist_ok=True)
-    assert get_val_loader("tiny_imagenet", str(tiny), 8, 0).targets.tolist() == [199, 3, 199]
+    assert get_val_loader("tiny_imagenet", str(tiny), 8, 0).targets.tolist() == [199, 1, 199]
 
 
 def test_tiny_bad_annotations_are_named(tiny: Path) -> None:

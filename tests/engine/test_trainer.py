@@ -67,6 +67,16 @@ def trainer_of(cfg, name="run"):
     return BaseTrainer(name, TwoTerms(Net()), *loaders(), cfg)
 
 
+def test_loaders_that_name_their_classes_differently_are_refused(cfg_of):
+    train, val = loaders()
+    train.class_names, val.class_names = ("ant", "bee", "cat"), ("ant", "cat", "dog")
+    said = "3 and 3 classes, 2 labels differently: label 1 is 'bee' and 'cat', 2 is 'cat' and 'dog'; give both"
+    with pytest.raises(UserError, match=said):
+        BaseTrainer("run", TwoTerms(Net()), train, val, cfg_of())
+    val.class_names = ()  # not known
+    BaseTrainer("run", TwoTerms(Net()), train, val, cfg_of())
+
+
 def rows_of(trainer):
     with (trainer.log_path / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
