@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.console import one_line_errors
+from mdistiller.console import one_line_errors, with_numbers
 from mdistiller.user_files import writing
 
 with one_line_errors():
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="a checkpoint of student and teacher")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings that override the config's")
-    args = parser.parse_intermixed_args()
+    args = with_numbers(parser).parse_intermixed_args()
     with one_line_errors():
         cfg = load_cfg(args.config_file, args.opts)
         count = export(args.weights, args.output)

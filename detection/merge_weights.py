@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.console import one_line_errors
+from mdistiller.console import one_line_errors, with_numbers
 from mdistiller.errors import UserError
 
 with one_line_errors():
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", required=True)
     parser.add_argument("--config-file", help="the pair's config (default: the published one for both networks)")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings that override the config's")
-    args = parser.parse_intermixed_args()
+    args = with_numbers(parser).parse_intermixed_args()
     with one_line_errors():
         if not (args.config_file or args.student):
             raise UserError("without --student the pair is unknown: name its config by --config-file")

@@ -26,23 +26,37 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
 
+from detection.model.annotations import register_own, use_classes
 from detection.model.config import load_cfg
-from detection.model.files import check_data, find_weights
+from detection.model.files import check_data, check_objects, find_weights
 from detection.model.trainer import Trainer
-from detection.model.weights import NO_TEACHER, Checkpointer
+from detection.model.weights import NO_STUDENT, NO_TEACHER, Checkpointer
 
 
 def read_cfg(args: argparse.Namespace) -> CfgNode:
-    """Read the configuration, and check that it names a teacher's weights, and that GPUs, data and weights exist."""
+    """Read the configuration, and check that it names a teacher's weights, and that GPUs, data and weights exist.
+
+    The classes are those of the annotations.
+    """
     cfg = load_cfg(args.config_file, args.opts)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     if cuda and args.num_gpus > torch.cuda.device_count():
         seen = torch.cuda.device_count()
         raise UserError(f"--num-gpus {args.num_gpus}, but torch sees {seen} GPUs; set MODEL.DEVICE cpu to use the CPU")
-    check_data([*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)])
+    names = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    if not (cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN):
+        raise UserError(f"DATASETS.{'TEST' if args.eval_only else 'TRAIN'} names no data set")
+    register_own(cfg)
+    check_data(names)
+    use_classes(cfg, names)
+    if not args.eval_only:
+        check_objects(cfg)
     cfg.defrost()
     resumes = args.resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()
+    if args.eval_only and not (cfg.MODEL.WEIGHTS or resumes):
+        raise UserError(NO_STUDENT)
     from_scratch = not (cfg.MODEL.WEIGHTS or resumes or args.eval_only)
     if from_scratch and cfg.MODEL.META_ARCHITECTURE == "RCNNKD" and not cfg.KD.RANDOM_TEACHER:
         raise UserError(NO_TEACHER)
@@ -54,7 +68,9 @@ def read_cfg(args: argparse.Namespace) -> CfgNode:
 def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     """Evaluate the weights that `cfg` names, or if `resume` the last checkpoint in OUTPUT_DIR."""
     model = Trainer.build_model(cfg)
-    Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.whole_student = True
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))
@@ -80,7 +96,12 @@ def main() -> None:
     args = parser.parse_args()
     with one_line_errors():
         read_cfg(args)
-    launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    try:
+        launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    except ProcessExitedException as ended:
+        if ended.exit_code != 2:
+            raise
+        raise SystemExit(2) from None  # the process has said why, in one line
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The values that a setting allows, such as `POSITIVE` or `whole(1)`: for the engine's settings and the methods'.
 
-No range of numbers holds NaN, an infinity, True or False.
+No range of numbers holds NaN, an infinity, True or False. `refused` says what is wrong with a value.
 """
 
 from __future__ import annotations
@@ -18,10 +18,26 @@ class Range:
     Attributes:
         words: the values in words that follow "must be".
         holds: whether a value is one of them; called with values of any type.
+        most: the largest absolute value of a number. By default that of a number whose square an int64 holds, and
+            float32 with some precision left.
     """
 
     words: str
     holds: Callable[[Any], bool]
+    most: float = 1e9
+
+    def refused(self, value: Any) -> str:
+        """What `value` must be instead, as words that follow "must be"; empty if it is allowed."""
+        if not self.holds(value):
+            return self.words
+        return f"at most {self.most:.10g} in size" if _largest(value) > self.most else ""
+
+
+def _largest(value: Any) -> float:
+    """The largest absolute value in `value`, a number or nested lists of numbers; 0 where there is none."""
+    if isinstance(value, (list, tuple)):
+        return max(map(_largest, value), default=0)
+    return abs(value) if isinstance(value, (int, float)) else 0
 
 
 def _is_whole(value: Any) -> bool:
@@ -36,12 +52,14 @@ def _is_finite(value: Any) -> bool:
 POSITIVE = Range("positive and finite", lambda v: _is_finite(v) and v > 0)
 NOT_NEGATIVE = Range(">= 0 and finite", lambda v: _is_finite(v) and v >= 0)
 WHOLE = Range("a whole number", _is_whole)
+TEXT = Range("text", lambda v: isinstance(v, str))
+PATH = Range("a path without null characters", lambda v: isinstance(v, str) and "\0" not in v)
 ODD = Range("an odd whole number >= 1", lambda v: _is_whole(v) and v >= 1 and v % 2 == 1)
 
 
-def whole(low: int) -> Range:
-    """Whole numbers from `low` on; 2.0 is none."""
-    return Range(f"a whole number >= {low}", lambda v: _is_whole(v) and v >= low)
+def whole(low: int, most: float = 1e9) -> Range:
+    """Whole numbers from `low` to `most`; 2.0 is none."""
+    return Range(f"a whole number >= {low}", lambda v: _is_whole(v) and v >= low, most)
 
 
 def interval(low: float, high: float, ends: str) -> Range:

@@ -33,6 +33,8 @@ def add_distillation_cfg(cfg: CfgNode) -> None:
     cfg.KD = CfgNode({"TYPE": "DKD", "DKD": {"ALPHA": 1.0, "BETA": 0.25, "T": 1.0}, "REVIEWKD": {"LOSS_WEIGHT": 1.0}})
     # Whether MODEL.WEIGHTS may be empty, or lack tensors of the teacher, which then keep their random values.
     cfg.KD.RANDOM_TEACHER = False
+    # Data of your own in COCO's format, as [name, annotation file, image folder]; TRAIN and TEST then take their names.
+    cfg.DATASETS.OWN = []
     cfg.TEACHER = get_cfg()
     cfg.TEACHER.MODEL.MOBILENETV2 = cfg.MODEL.MOBILENETV2.clone()
     for key in UNUSED:

@@ -15,11 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetFromList,
+    DatasetMapper,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.detection_utils import check_image_size, read_image
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mdistiller.console import one_line
 from mdistiller.errors import UserError
 
 Draw = tuple[int, int]
@@ -43,6 +50,50 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+class Mapper(DatasetMapper):
+    """detectron2's; for an image that is to blame it returns the UserError, which `Loader` raises.
+
+    An exception that is raised in a loading process arrives with that process's traceback as its message.
+    """
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> Any:
+        try:
+            return super().__call__(dataset_dict)
+        except Exception:
+            error = broken_image(dataset_dict, self.image_format)
+            if error is None:
+                raise
+            return error
+
+
+def broken_image(dataset_dict: dict[str, Any], image_format: str) -> UserError | None:
+    """What is wrong with an image file: missing, unreadable, or of another size than its annotation says."""
+    path = dataset_dict["file_name"]
+    try:
+        image = read_image(path, format=image_format)
+    except Exception as error:  # on damaged bytes the decoders raise nearly anything
+        reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
+        return UserError(f"{path} cannot be read as an image ({reason}); put an intact copy there")
+    try:
+        check_image_size(dict(dataset_dict), image)
+    except ValueError:
+        annotated, own = (dataset_dict["width"], dataset_dict["height"]), (image.shape[1], image.shape[0])
+        sizes = f"{own[0]}x{own[1]} pixels, its annotation says {annotated[0]}x{annotated[1]}"
+        return UserError(f"{path} has {sizes}; correct `width` and `height`, or put the annotated image there")
+    return None
+
+
+class Loader(DataLoader):
+    """Raises the UserErrors that `Mapper` returned, in the process that trains or evaluates."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            for item in batch:
+                if isinstance(item, UserError):
+                    raise item
+            yield batch
 
 
 class Draws(Dataset):
@@ -109,10 +160,22 @@ def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
     upright = [cfg.DATALOADER.ASPECT_RATIO_GROUPING and x["height"] >= x["width"] for x in images]
-    return DataLoader(
-        Draws(DatasetFromList(images, copy=False), DatasetMapper(cfg, is_train=True), seed),
+    return Loader(
+        Draws(DatasetFromList(images, copy=False), Mapper(cfg, is_train=True), seed),
         batch_sampler=Batches(upright, cfg.SOLVER.IMS_PER_BATCH // processes, seed),
         collate_fn=list,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         generator=torch.Generator(),  # the loader draws a seed at its start; keep it off the model's generator
+    )
+
+
+def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
+    """detectron2's loader of the images of the data set `name`, which names an image that cannot be read."""
+    plain = build_detection_test_loader(cfg, name, mapper=Mapper(cfg, is_train=False))
+    return Loader(
+        plain.dataset,
+        batch_size=plain.batch_size,
+        sampler=plain.sampler,
+        num_workers=plain.num_workers,
+        collate_fn=plain.collate_fn,
     )

@@ -1,16 +1,18 @@
-"""Checks that the files that a run needs exist, before anything is built."""
+"""Checks of the files that a run needs, before anything is built."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from mdistiller.errors import UserError
 from mdistiller.registry import unknown_name
 
 from .. import HERE
+from .annotations import annotations_of
 
 
 def find_weights(name: str) -> str:
@@ -46,5 +48,26 @@ def check_data(names: Iterable[str]) -> None:
             if place and not Path(place).exists():
                 raise UserError(
                     f"{name} has no {place}: put COCO's annotations/, train2017/ and val2017/ under datasets/coco "
-                    "beside train_net.py, or name the folder that holds coco in DETECTRON2_DATASETS"
+                    "beside train_net.py, or name the folder that holds coco in DETECTRON2_DATASETS; DATASETS.OWN "
+                    "names data of your own"
                 )
+
+
+def check_objects(cfg: CfgNode) -> None:
+    """Refuse training data without what the configuration trains on: objects and, for a Mask R-CNN, masks.
+
+    Raises:
+        UserError: names the annotation file.
+    """
+    for name in cfg.DATASETS.TRAIN:
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
+            continue
+        annotations = annotations_of(metadata.json_file)
+        if not annotations.objects:
+            raise UserError(f"{metadata.json_file} annotates no object to train on; name another file in DATASETS")
+        if cfg.MODEL.MASK_ON and annotations.without_mask is not None:
+            raise UserError(
+                f"MODEL.MASK_ON is True, but annotation {annotations.without_mask} of {metadata.json_file} has no "
+                "`segmentation`; use a config without -Mask"
+            )

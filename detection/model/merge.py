@@ -15,11 +15,10 @@ from mdistiller.errors import UserError
 from mdistiller.user_files import writing
 
 from .. import HERE
-from .weights import Placed, place, read_weights
+from .annotations import set_num_classes
+from .weights import NOT_STUDENT, Placed, classes_in, place, read_weights
 
 TEACHER, BACKBONE = "teacher.", "backbone.bottom_up."
-# Prefixes of the state dict entries of an RCNNKD that do not belong to its student.
-NOT_STUDENT = (TEACHER, "kd_")
 # ResNets by the number of blocks in their third stage.
 RESNETS = {2: "R18", 6: "R50", 23: "R101"}
 THIRD_STAGE = re.compile(r"(?:layer3\.|res4[._])(\d+)[._]")
@@ -76,6 +75,7 @@ def merge(cfg: CfgNode, teacher: str | Path, student: str | Path | None, output:
     """
     if cfg.MODEL.META_ARCHITECTURE != "RCNNKD":
         raise UserError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which has no teacher; use RCNNKD")
+    cfg = with_classes(cfg, teacher, read_weights(teacher)[0])
     state = build_model(cfg).state_dict()
     of_teacher = {name.removeprefix(TEACHER): value for name, value in state.items() if name.startswith(TEACHER)}
     of_student = student_part(state)
@@ -88,6 +88,19 @@ def merge(cfg: CfgNode, teacher: str | Path, student: str | Path | None, output:
     with writing(output):
         save_checkpoint({"model": {name: value.contiguous() for name, value in merged.items()}}, output)
     return in_teacher, in_student
+
+
+def with_classes(cfg: CfgNode, path: str | Path, weights: Mapping[str, Tensor]) -> CfgNode:
+    """`cfg` with the number of classes of the detector's `weights` in the file at `path`.
+
+    Raises:
+        UserError: the configuration sets another number.
+    """
+    count = classes_in(weights)
+    cfg = cfg.clone()
+    if count is not None:
+        set_num_classes(cfg, count, f"{path} knows")
+    return cfg
 
 
 def stride_note(cfg: CfgNode, student: str | Path) -> str:
@@ -119,13 +132,17 @@ def export(weights: str | Path, output: str | Path) -> int:
 
 
 def student_cfg(cfg: CfgNode, weights: str | Path) -> CfgNode:
-    """The configuration of the student alone. Plain detectron2 has all its keys, except those of a MobileNetV2."""
-    cfg = cfg.clone()
+    """The configuration of the student alone. Plain detectron2 has all its keys, except those of a MobileNetV2.
+
+    Args:
+        weights: the student's file, which tells the number of classes.
+    """
+    cfg = with_classes(cfg, weights, read_weights(weights)[0]) if Path(weights).is_file() else cfg.clone()
     cfg.defrost()
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.removesuffix("_kd")
     cfg.MODEL.WEIGHTS = str(Path(weights).resolve())
-    del cfg["KD"], cfg["TEACHER"]
+    del cfg["KD"], cfg["TEACHER"], cfg.DATASETS["OWN"]
     if "mobilenetv2" not in cfg.MODEL.BACKBONE.NAME:
         del cfg.MODEL["MOBILENETV2"]
     return cfg

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,21 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
 
+from mdistiller.engine.overrides import flat_settings
 from mdistiller.errors import UserError
 
-from .data import build_train_loader, seed_of
+from .data import build_test_loader, build_train_loader, seed_of
 from .weights import Checkpointer
+
+LOG = logging.getLogger("detectron2.trainer")
+
+
+def _is_no_user_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
+
+# detectron2's loop logs the traceback of everything that ends it; a UserError becomes one line in `train_net.py`.
+logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
 
 
 class CPUAMPTrainer(SimpleTrainer):
@@ -79,6 +91,30 @@ class Trainer(DefaultTrainer):
         super().resume_or_load(resume)
         self.data_loader.batch_sampler.start = self.start_iter
 
+    def state_dict(self) -> dict[str, Any]:
+        """As detectron2's, and the solver's settings."""
+        return {**super().state_dict(), "solver": flat_settings(self.cfg.SOLVER, "SOLVER.")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As detectron2's, but with the solver's settings of this configuration instead of the checkpoint's.
+
+        Raises:
+            UserError: the settings divide the parameters into other groups than the checkpoint's did.
+        """
+        settings = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
+        base_lrs = self.scheduler.base_lrs
+        inner = state_dict["_trainer"]
+        if isinstance(self._trainer, AMPTrainer):  # it may have been switched on since
+            inner = {"grad_scaler": self._trainer.grad_scaler.state_dict(), **inner}
+        _check_groups(inner["optimizer"]["param_groups"], self.optimizer.param_groups)
+        super().load_state_dict({**state_dict, "_trainer": inner})
+        self.scheduler.base_lrs = base_lrs
+        for group, own, lr in zip(self.optimizer.param_groups, settings, self.scheduler.get_lr()):
+            group.update({**own, "lr": lr})
+        changed = _changes(state_dict.get("solver", {}), flat_settings(self.cfg.SOLVER, "SOLVER."))
+        if changed:
+            LOG.info("from iteration %d on: %s", self.iter + 1, ", ".join(changed))
+
     def run_step(self) -> None:
         """One iteration, seeded by its number."""
         torch.manual_seed(seed_of(self.seed, self.iter, comm.get_rank()))
@@ -88,6 +124,11 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Batches for detectron2's PreciseBN hook."""
         return build_train_loader(cfg, max(cfg.SEED, 0))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """The images of a data set, one a batch."""
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "inference") -> COCOEvaluator:
@@ -104,7 +145,27 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:
         """The results of `test` on resized and flipped images, as `TEST.AUG` says; their names end in _TTA."""
-        logging.getLogger("detectron2.trainer").info("Evaluation with test-time augmentation")
+        LOG.info("Evaluation with test-time augmentation")
         evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+
+
+def _check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
+    """Refuse a checkpoint whose optimizer has its parameters in other groups, of equal settings each."""
+    sizes, own_sizes = ([len(group["params"]) for group in groups] for groups in (saved, own))
+    if sizes != own_sizes:
+        raise UserError(
+            f"the checkpoint's optimizer has groups of {sizes} parameters, this configuration makes groups of "
+            f"{own_sizes}: resume with the run's own network and SOLVER.WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS and "
+            "BIAS_LR_FACTOR"
+        )
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ, in words; tuples and lists of the same items are the same."""
+    return [
+        f"{key} {value} instead of {before[key]}"
+        for key, value in now.items()
+        if key in before and str(before[key]) != str(value)
+    ]

@@ -29,9 +29,19 @@ SAFE = re.compile(
     r"|numpy (ndarray|dtype)|numpy\._?core\.multiarray (_reconstruct|scalar)|numpy\.dtypes \w+DType"
 )
 
+# Prefixes of the state dict entries of an RCNNKD that do not belong to its student.
+NOT_STUDENT = ("teacher.", "kd_")
+CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"
+
 NO_TEACHER = (
     "MODEL.WEIGHTS is empty, so the teacher would be random: make a file of student and teacher with "
     "detection/merge_weights.py and name it in MODEL.WEIGHTS, or ask for a random teacher with KD.RANDOM_TEACHER True"
+)
+
+
+NO_STUDENT = (
+    "MODEL.WEIGHTS is empty, so --eval-only would score random weights: name a checkpoint, such as "
+    "MODEL.WEIGHTS output/.../model_final.pth"
 )
 
 
@@ -102,9 +112,11 @@ class Checkpointer(DetectionCheckpointer):
 
     Attributes:
         whole_teacher: refuse no weights, and weights that lack any tensor of the teacher; detectron2 only warns.
+        whole_student: likewise for the network that is scored.
     """
 
     whole_teacher = False
+    whole_student = False
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As detectron2's; without a `path` nothing is loaded.
@@ -114,6 +126,8 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not path and self.whole_teacher and any(name.startswith("teacher.") for name in self.model.state_dict()):
             raise UserError(NO_TEACHER)
+        if not path and self.whole_student:
+            raise UserError(NO_STUDENT)
         return super().load(path, *args, **kwargs)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -126,17 +140,38 @@ class Checkpointer(DetectionCheckpointer):
             raise UserError(
                 f"MODEL.WEIGHTS holds no student and teacher ({error}); detection/merge_weights.py makes such a file"
             ) from None
+        shapes = {name: f" of shape {model}, but {file}" for name, file, model in left.incorrect_shapes}
         lost = [name for name in left.missing_keys if name.startswith("teacher.")]
         if lost and self.whole_teacher:
-            shapes = {name: f" of shape {model}, but {file}" for name, file, model in left.incorrect_shapes}
             raise UserError(
                 f"MODEL.WEIGHTS holds no {lost[0]}{shapes.get(lost[0], '')}; {len(lost)} tensors of the teacher are "
                 "missing. Classes and network must be those of TEACHER.MODEL; detection/merge_weights.py makes the file"
+                + _other_classes(left.incorrect_shapes, "teacher.")
+            )
+        lost = [name for name in left.missing_keys if not name.startswith(NOT_STUDENT)]
+        if lost and self.whole_student:
+            raise UserError(
+                f"MODEL.WEIGHTS holds no {lost[0]}{shapes.get(lost[0], '')}; {len(lost)} tensors of the network that "
+                "--eval-only scores are missing. Name a checkpoint of the network that the config describes"
+                + _other_classes(left.incorrect_shapes, "")
             )
         return left
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return read_checkpoint(filename)
+
+
+def _other_classes(shapes: Iterable[tuple[str, Any, Any]], prefix: str) -> str:
+    """A note if the classifier whose name begins with `prefix` is for another number of classes, else ""."""
+    for name, file, model in shapes:
+        if name == prefix + CLASSIFIER:
+            return f" (it knows {file[0] - 1} classes, the data has {model[0] - 1}: docs/detection.md, Your own data)"
+    return ""
+
+
+def classes_in(weights: Mapping[str, Tensor]) -> int | None:
+    """How many classes a detector's weights, by detectron2's names, know besides the background."""
+    return len(weights[CLASSIFIER]) - 1 if CLASSIFIER in weights else None
 
 
 # From torchvision's and timm's names to detectron2's; a name that matches no rule stays unchanged.

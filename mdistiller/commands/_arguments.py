@@ -6,6 +6,7 @@ import argparse
 import re
 from typing import Any
 
+from ..console import with_numbers
 from ..errors import UserError
 
 
@@ -20,7 +21,18 @@ def command_parser(description: str | None, prog: str | None, **options: Any) ->
     if description and prog:
         description = re.sub(r"^    mdistiller [a-z-]+", f"    {prog}", description, flags=re.MULTILINE)
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=formatter, **options)
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=formatter, **options)
+    return with_numbers(parser)
+
+
+def override_arguments(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add the positional arguments KEY VALUE ..., as `opts`."""
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help=help)
+
+
+def local_rank_argument(parser: argparse.ArgumentParser) -> None:
+    """Accept the number of the process that `python -m torch.distributed.launch` appends; LOCAL_RANK has it too."""
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def trained_network_arguments(parser: argparse.ArgumentParser, batch_size: int, of_run: bool = False) -> None:

@@ -7,6 +7,7 @@ Every command is a module of this package with `main(arguments, prog)`. It is im
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from .. import __version__
 from ..console import tool
 from ..registry import unknown_name
 
+_LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")
 COMMANDS = {
     "train": "train a student, with or without a teacher, as a YAML file describes",
     "eval": "score a trained network on a data set",
@@ -41,7 +43,10 @@ def usage() -> str:
 @tool()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the first of `arguments` (default: the command line) names."""
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    # `python -m torch.distributed.launch -m mdistiller train` puts it before the command.
+    first = [word for word in given[:1] if _LOCAL_RANK.fullmatch(word)]
+    name, *rest = given[len(first) :] or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
         return
@@ -51,4 +56,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
     command = importlib.import_module(f".{name.replace('-', '_')}", __package__)
-    command.main(rest, prog=f"mdistiller {name}")
+    command.main([*first, *rest], prog=f"mdistiller {name}")

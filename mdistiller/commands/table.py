@@ -27,7 +27,7 @@ from ..experiments.plan import Plan, read_plan
 from ..experiments.summary import save_table, summarise
 from ..experiments.table_text import table_markdown, write_csv
 from ..user_files import writing
-from ._arguments import command_parser
+from ._arguments import command_parser, override_arguments
 
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
@@ -39,9 +39,7 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     parser.add_argument("--no-run", action="store_true", help="make the table from the finished runs, and run nothing")
     parser.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, host:port, or local to start one")
     parser.add_argument("-o", "--out", type=Path, help="the table's folder (default: the runs' folder)")
-    parser.add_argument(
-        "opts", nargs="*", metavar="KEY VALUE", help="overrides of the plan's settings, such as SOLVER.EPOCHS 1"
-    )
+    override_arguments(parser, "overrides of the plan's settings, such as SOLVER.EPOCHS 1")
     args = parser.parse_intermixed_args(arguments)
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs must be at least 1, not {args.jobs}")

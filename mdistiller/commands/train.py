@@ -16,7 +16,7 @@ from ..distributed.ranks import joined_ranks
 from ..engine.build import build_trainer, deployment_lines, frozen_lines
 from ..engine.cfg import cfg_text, load_cfg
 from ..errors import UserError
-from ._arguments import command_parser
+from ._arguments import command_parser, local_rank_argument, override_arguments
 
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
@@ -26,9 +26,8 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     parser.add_argument(
         "--overwrite", action="store_true", help="train from the start, and replace an existing run of this name"
     )
-    parser.add_argument(
-        "opts", nargs="*", metavar="KEY VALUE", help="overrides of the file's settings, such as SOLVER.LR 0.1"
-    )
+    local_rank_argument(parser)
+    override_arguments(parser, "overrides of the file's settings, such as SOLVER.LR 0.1")
     return parser.parse_intermixed_args(arguments)
 
 

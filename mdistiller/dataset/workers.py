@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from ..distributed.ranks import joined
+from ..distributed.ranks import joined, of_environment
 from ..system import held_signals, release_signals, usable_cpus
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -39,7 +39,7 @@ def worker_counts(num_workers: int) -> tuple[int, int]:
     """
     if num_workers <= 0:
         return num_workers, num_workers
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, as torchrun tells them
+    ranks = of_environment("LOCAL_WORLD_SIZE", 1, least=1)  # on this machine, as torchrun tells them
     train = max(1, min(num_workers // ranks, usable_cpus()))
     return train, max(1, train // 4)
 

@@ -224,10 +224,10 @@ class ContrastMemory(nn.Module):
         }
     ),
     ranges={
-        **{f"FEAT.{key}": whole(1) for key in ("DIM", "STUDENT_DIM", "TEACHER_DIM")},
+        **{f"FEAT.{key}": whole(1, most=2**16) for key in ("DIM", "STUDENT_DIM", "TEACHER_DIM")},
         "LOSS.CE_WEIGHT": NOT_NEGATIVE,
         "LOSS.FEAT_WEIGHT": NOT_NEGATIVE,
-        "NCE.K": whole(1),
+        "NCE.K": whole(1, most=2**24),
         "NCE.MOMENTUM": interval(0, 1, "[)"),
         "NCE.TEMPERATURE": POSITIVE,
     },

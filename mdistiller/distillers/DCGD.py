@@ -17,7 +17,7 @@ from ..grouping import load_groups
 from ..models.eval_mode import eval_mode
 from ..models.grouped import GroupedStudent
 from ..models.parameters import Group
-from ..ranges import NOT_NEGATIVE, POSITIVE
+from ..ranges import NOT_NEGATIVE, PATH, POSITIVE
 from ..registry import unknown_name
 from ._base import Distiller, Losses, register
 from .facts import RunFacts
@@ -43,7 +43,12 @@ DEFAULTS = CN(
 
 
 # The names, BASE, EVAL_HEAD and BRANCHES, are checked where they are looked up, with the names that resemble them.
-RANGES = {"TEMPERATURE": POSITIVE, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.KD_WEIGHT": NOT_NEGATIVE}
+RANGES = {
+    "GROUPS": PATH,
+    "TEMPERATURE": POSITIVE,
+    "LOSS.CE_WEIGHT": NOT_NEGATIVE,
+    "LOSS.KD_WEIGHT": NOT_NEGATIVE,
+}
 
 
 @register("DCGD", DEFAULTS, ranges=RANGES)

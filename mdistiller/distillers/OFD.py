@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,7 +115,11 @@ def _connector(s_channels: int, t_channels: int, kernel_size: int) -> nn.Sequent
 DEFAULTS = CN({"CONNECTOR": CN({"KERNEL_SIZE": 1}), "LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.001})})
 
 
-RANGES = {"CONNECTOR.KERNEL_SIZE": ODD, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.FEAT_WEIGHT": NOT_NEGATIVE}
+RANGES = {
+    "CONNECTOR.KERNEL_SIZE": replace(ODD, most=63),
+    "LOSS.CE_WEIGHT": NOT_NEGATIVE,
+    "LOSS.FEAT_WEIGHT": NOT_NEGATIVE,
+}
 
 
 @register("OFD", DEFAULTS, ranges=RANGES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,15 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
+from ..console import note, one_line
 from ..errors import UserError
+
+# What torchrun sets for every process that it starts.
+_LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Seconds that processes which another launcher started wait for each other: variables of an earlier job name
+# processes that never come.
+_MEETING = 90.0
+_NOTE_AFTER = 5.0
 
 
 @dataclass(frozen=True)
@@ -122,11 +131,71 @@ def current_ranks() -> Ranks:
     """The `Ranks` of this process; outside `joined_ranks`, those of a single process."""
     if not joined():
         return Ranks()
-    return Ranks(dist.get_rank(), dist.get_world_size(), _of_environment("LOCAL_RANK", 0))
+    return Ranks(dist.get_rank(), dist.get_world_size(), of_environment("LOCAL_RANK", 0))
 
 
-def _of_environment(name: str, otherwise: int) -> int:
-    return int(os.environ.get(name, otherwise))
+def of_environment(name: str, otherwise: int, least: int = 0) -> int:
+    """The whole number, at least `least`, that an environment variable holds; `otherwise` where it is not
+    set.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return otherwise
+    if not (text.isdecimal() and int(text) >= least):
+        raise UserError(
+            f"the environment variable {name} must be a whole number >= {least}, not {text!r}; run `unset {name}`, or "
+            "start the processes with torchrun, which sets it"
+        )
+    return int(text)
+
+
+def _check_launch(world: int) -> None:
+    """Refuse an environment that names other processes, but not how to meet them: what an earlier job has left.
+
+    Raises:
+        UserError: names the variables, and what to unset.
+    """
+    missing = [name for name in _LAUNCH if not os.environ.get(name)]
+    rank = of_environment("RANK", 0)
+    if missing or rank >= world:
+        why = f"{', '.join(missing)} not set" if missing else f"RANK is {rank}, which is not below it"
+        raise UserError(
+            f"the environment variable WORLD_SIZE is {world}, but {why}; torchrun sets all of them: if an earlier job "
+            f"has left this one, run `{_unset()}`"
+        )
+    of_environment("MASTER_PORT", 0, least=1)
+
+
+def _unset() -> str:
+    left = [name for name in (*_LAUNCH, "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in os.environ]
+    return f"unset {' '.join(left)}"
+
+
+def _join(backend: str, world: int, timeout: timedelta) -> None:
+    """Join the process group; torchrun's processes have met already, others wait `_MEETING` seconds for each other.
+
+    Raises:
+        UserError: not all of them came.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    rank, address, port = of_environment("RANK", 0), os.environ["MASTER_ADDR"], of_environment("MASTER_PORT", 0)
+    whom = f"the {world} processes that WORLD_SIZE names, at MASTER_ADDR {address}, MASTER_PORT {port}"
+    hint = f"if an earlier job has left these variables, stop this process and run `{_unset()}`"
+    reminder = threading.Timer(_NOTE_AFTER, note, [f"waiting for {whom}; {hint}"])
+    reminder.daemon = True
+    reminder.start()
+    try:
+        store = dist.TCPStore(address, port, world, rank == 0, min(timeout, timedelta(seconds=_MEETING)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"not all of {whom}, have come ({one_line(error, 150)}); {hint}") from None
+    finally:
+        reminder.cancel()
 
 
 # Numbers and barriers go over gloo between the CPUs, which does not wait for the work queued on the GPUs.
@@ -146,16 +215,18 @@ def joined_ranks(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks
         timeout: seconds to wait for another rank before an error.
 
     Raises:
-        UserError: more processes on this machine than GPUs, or `device` is one GPU for all of them.
+        UserError: more processes on this machine than GPUs, or `device` is one GPU for all of them; variables of an
+            earlier job.
     """
-    world = _of_environment("WORLD_SIZE", 1)
-    if world == 1 or "RANK" not in os.environ:
+    world = of_environment("WORLD_SIZE", 1, least=1)
+    if world == 1:
         yield Ranks()
         return
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if cuda:
+    if cuda and "RANK" in os.environ:
         torch.cuda.set_device(_own_gpu(device, torch.cuda.device_count()))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    _check_launch(world)
+    _join("nccl" if cuda else "gloo", world, timedelta(seconds=timeout))
     if cuda:
         _HOSTS.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))  # type: ignore[arg-type]
     try:
@@ -171,15 +242,17 @@ def _own_gpu(device: str, count: int) -> int:
     Raises:
         UserError: several ranks would share a GPU.
     """
-    local, processes = _of_environment("LOCAL_RANK", 0), _of_environment("LOCAL_WORLD_SIZE", 1)
+    local, processes = of_environment("LOCAL_RANK", 0), of_environment("LOCAL_WORLD_SIZE", 1, least=1)
     named = device.partition(":")[2]
     if named.isdecimal() and processes > 1:
         raise UserError(
             f"EXPERIMENT.DEVICE {device} is one GPU, but torchrun started {processes} processes on this machine; "
             "set it to auto, which gives each process its own"
         )
-    if named.isdecimal():
+    if named.isdecimal() and int(named) < count:
         return int(named)
+    if named:
+        raise UserError(f"EXPERIMENT.DEVICE {device} is not available: there are {count} GPUs; set it to auto or cpu")
     if local >= count:
         raise UserError(
             f"torchrun started more processes on this machine than it has GPUs ({count}); "

@@ -17,7 +17,7 @@ from yacs.config import CfgNode as CN
 from ..distillers import distiller_dict, method_defaults, method_ranges
 from ..errors import UserError
 from ..paths import find_file
-from ..ranges import NOT_NEGATIVE, POSITIVE, WHOLE, Range, interval, list_of, one_of, whole
+from ..ranges import NOT_NEGATIVE, PATH, POSITIVE, WHOLE, Range, interval, list_of, one_of, whole
 from ..user_files import read_yaml
 from .overrides import merge, override_pairs, setting, shown
 from .utils import log_msg
@@ -188,7 +188,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 # The engine's settings and their allowed values; `method_ranges` has those of the methods.
 _RANGES: dict[str, Range] = {
-    "EXPERIMENT.SEED": Range("a whole number from 0 to 2**63 - 1", lambda v: whole(0).holds(v) and v < 2**63),
+    "EXPERIMENT.SEED": Range("a whole number from 0 to 2**63 - 1", lambda v: whole(0).holds(v) and v < 2**63, 2**63),
+    **dict.fromkeys(("DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DISTILLER.TEACHER_CACHE", "LOG.PREFIX"), PATH),
     "DATASET.NUM_WORKERS": whole(0),
     "DATASET.TRAIN_FRACTION": interval(0, 1, "(]"),
     "DATASET.VAL_FRACTION": interval(0, 1, "[)"),
@@ -233,5 +234,6 @@ def check_cfg(cfg: CN) -> None:
     ranges = _RANGES | {f"{section}.{key}": of[key] for section, of in of_methods.items() for key in of}
     for key, allowed in ranges.items():
         value = setting(cfg, key)
-        if not allowed.holds(value):
-            raise UserError(f"{key} must be {allowed.words}, not {shown(value)}")
+        expected = allowed.refused(value)
+        if expected:
+            raise UserError(f"{key} must be {expected}, not {shown(value)}")

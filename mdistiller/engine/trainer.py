@@ -36,7 +36,7 @@ from .placing import own_share, placed
 from .progress_bar import ProgressBar
 from .resume import RunState
 from .resume_facts import facts_of_run
-from .runtime.device import choose_kernels, peak_memory, pick_device
+from .runtime.device import check_compiler, choose_kernels, peak_memory, pick_device
 from .runtime.environment import record_run
 from .runtime.malloc import keep_freed_memory
 from .runtime.signals import Stopped, StopRequest
@@ -80,6 +80,8 @@ class BaseTrainer:
         adopt_overrides(self, BaseTrainer)
         self.device = pick_device(cfg.EXPERIMENT.DEVICE)
         choose_kernels(cfg.EXPERIMENT.DETERMINISTIC)
+        if cfg.SOLVER.COMPILE:
+            check_compiler(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         plain: Any = getattr(distiller, "module", distiller)

@@ -86,6 +86,33 @@ def test_a_resumed_run_equals_the_uninterrupted_one(small_cfg, tmp_path):
     assert not equal(whole["model"], first["model"])
 
 
+def test_a_resumed_run_has_the_solver_settings_of_its_configuration(small_cfg, tmp_path, caplog):
+    opts = (*MOVING, "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.WEIGHT_DECAY_NORM", "None")
+    train(small_cfg("DKD/DKD-R18-R101", *opts))
+    changed = ("SOLVER.BASE_LR", "0.00025", "SOLVER.MOMENTUM", "0.5", "SOLVER.WEIGHT_DECAY", "0.003")
+    more = (*changed, "SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)")
+    with caplog.at_level("INFO", "detectron2.trainer"):
+        trainer, _ = train(small_cfg("DKD/DKD-R18-R101", *opts, *more), resume=True)
+    (said,) = [record.getMessage() for record in caplog.records if " instead of " in record.getMessage()]
+    assert said.startswith("from iteration 2 on: ") and "SOLVER.BASE_LR 0.00025 instead of 0.0001" in said
+    assert all(f"SOLVER.{key} " in said for key in ("MOMENTUM", "WEIGHT_DECAY", "MAX_ITER", "STEPS"))
+    (group,) = trainer.optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"], group["initial_lr"]) == (0.5, 0.003, 0.00025)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
+    assert [line["lr"] for line in lines if "lr" in line] == [0.0001, pytest.approx(0.000025)], "at iterations 1 and 3"
+    (again,) = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["trainer"]["_trainer"]["optimizer"][
+        "param_groups"
+    ]
+    assert again["lr"] == pytest.approx(0.000025)
+
+
+def test_a_resumed_run_whose_parameters_are_grouped_otherwise_is_refused(small_cfg):
+    opts = (*MOVING, "SOLVER.MAX_ITER", "1")
+    train(small_cfg("DKD/DKD-R18-R101", *opts, "SOLVER.WEIGHT_DECAY_NORM", "None"))
+    line = refused_weights(small_cfg("DKD/DKD-R18-R101", *opts, "SOLVER.WEIGHT_DECAY_NORM", "0.5"), resume=True)
+    assert line.startswith("the checkpoint's optimizer has groups of [") and "SOLVER.WEIGHT_DECAY_NORM" in line
+
+
 def refused_weights(cfg, resume=False):
     """The line by which the trainer refuses what MODEL.WEIGHTS names."""
     trainer = Trainer(cfg)
