@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdistiller.console import one_line_errors
 from mdistiller.errors import UserError
-from mdistiller.user_files import read_text, writing
+from mdistiller.user_files import PathArgument, read_text, writing
 
 ANNOTATIONS = Path("annotations/instances_train2017.json")
 
@@ -51,12 +51,14 @@ def copy_subset(source: Path, target: Path, count: int, max_objects: int) -> lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="a folder with annotations/ and train2017/")
+    parser.add_argument(
+        "--source", action=PathArgument, type=Path, required=True, help="a folder with annotations/ and train2017/"
+    )
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--max-objects", type=int, default=5, help="leave out images that show more (default 5)")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    args = parser.parse_args()
+    parser.add_argument("-o", "--output", action=PathArgument, type=Path, required=True)
     with one_line_errors():
+        args = parser.parse_args()
         print("images", *copy_subset(args.source, args.output, args.images, args.max_objects))
 
 

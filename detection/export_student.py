@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdistiller.console import one_line_errors, with_numbers
-from mdistiller.user_files import writing
+from mdistiller.user_files import PathArgument, writing
 
 with one_line_errors():
     import detection  # noqa: F401  (reports how to install detectron2 if it is missing)
@@ -26,12 +26,14 @@ from detection.model.merge import export, student_cfg
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="the config that the checkpoint was trained with")
-    parser.add_argument("--weights", required=True, help="a checkpoint of student and teacher")
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument(
+        "--config-file", action=PathArgument, required=True, help="the config that the checkpoint was trained with"
+    )
+    parser.add_argument("--weights", action=PathArgument, required=True, help="a checkpoint of student and teacher")
+    parser.add_argument("-o", "--output", action=PathArgument, type=Path, required=True)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings that override the config's")
-    args = with_numbers(parser).parse_intermixed_args()
     with one_line_errors():
+        args = with_numbers(parser).parse_intermixed_args()
         cfg = load_cfg(args.config_file, args.opts)
         count = export(args.weights, args.output)
         config = args.output.with_suffix(".yaml")

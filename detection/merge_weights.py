@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdistiller.console import one_line_errors, with_numbers
 from mdistiller.errors import UserError
+from mdistiller.user_files import PathArgument
 
 with one_line_errors():
     import detection  # noqa: F401  (reports how to install detectron2 if it is missing)
@@ -36,13 +37,18 @@ def report(whose: str, placed: merge.Placed) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="the teacher's weights: a detector")
-    parser.add_argument("--student", help="the student's weights: an ImageNet network or a detector (default: none)")
-    parser.add_argument("-o", "--output", required=True)
-    parser.add_argument("--config-file", help="the pair's config (default: the published one for both networks)")
+    parser.add_argument("--teacher", action=PathArgument, required=True, help="the teacher's weights: a detector")
+    parser.add_argument(
+        "--student", action=PathArgument,
+        help="the student's weights: an ImageNet network or a detector (default: none)",
+    )  # fmt: skip
+    parser.add_argument("-o", "--output", action=PathArgument, required=True)
+    parser.add_argument(
+        "--config-file", action=PathArgument, help="the pair's config (default: the published one for both networks)"
+    )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings that override the config's")
-    args = with_numbers(parser).parse_intermixed_args()
     with one_line_errors():
+        args = with_numbers(parser).parse_intermixed_args()
         if not (args.config_file or args.student):
             raise UserError("without --student the pair is unknown: name its config by --config-file")
         path = args.config_file or merge.config_for(args.teacher, args.student)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdistiller.console import one_line_errors
 from mdistiller.errors import UserError
+from mdistiller.paths import expanded
 
 with one_line_errors():
     import detection  # noqa: F401  (reports how to install detectron2 if it is missing)
@@ -95,6 +96,7 @@ def main() -> None:
     parser = default_argument_parser(epilog=__doc__)
     args = parser.parse_args()
     with one_line_errors():
+        args.config_file = expanded(args.config_file)  # detectron2 opens it too
         read_cfg(args)
     try:
         launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))

@@ -1,8 +1,13 @@
-"""Files that a user names: an error of the disk or of the content becomes a UserError that names the file."""
+"""Files that a user names: an error of the disk or of the content becomes a UserError that names the file.
+
+A key that a YAML or JSON file gives twice in one section is such an error: only its last value would be read.
+"""
 
 from __future__ import annotations
 
+import argparse
 import codecs
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +17,22 @@ import yaml
 
 from .console import one_line
 from .errors import UserError
+from .paths import expanded
+
+
+class PathArgument(argparse.Action):
+    """The action of a command's argument that is a path, or several: `~` is expanded before the argument's `type`."""
+
+    def __init__(self, *names: Any, type: Any = str, **options: Any) -> None:
+        super().__init__(*names, **options)
+        self._type = type
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        several = isinstance(values, list)
+        paths = [self._type(expanded(value)) for value in (values if several else [values])]
+        setattr(namespace, self.dest, paths if several else paths[0])
 
 _MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # that of UTF-32 LE begins as the first
 _ASCII_TEXT = bytes(range(0x20, 0x7F)) + b"\t\n\r\f"
@@ -69,13 +90,92 @@ def read_yaml(path: str | Path, what: str, next_step: str) -> Any:
     """The content of the YAML file `path`; the arguments are those of `read_text`.
 
     Raises:
-        UserError: it cannot be read, or it is not valid YAML.
+        UserError: it cannot be read, it is not valid YAML, or a key stands twice in a mapping.
+    """
+    return parse_yaml(read_text(path, what, next_step), f"{what} {path}")
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """The content of the YAML `text` of `what`, such as "config kd.yaml".
+
+    Raises:
+        UserError: it is not valid YAML, or a key stands twice in a mapping.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except GivenTwiceError as error:
+        raise UserError(f"{what}: {error}") from None
+    except Exception as error:  # PyYAML also raises ValueError, AttributeError, RecursionError and others
+        raise UserError(f"{what} is not valid YAML: {one_line(error)}") from None
+
+
+def read_json(path: str | Path, what: str, next_step: str) -> Any:
+    """The content of the JSON file `path`; the arguments are those of `read_text`.
+
+    Raises:
+        UserError: it cannot be read, it is not valid JSON, or a key stands twice in an object.
     """
     text = read_text(path, what, next_step)
     try:
-        return yaml.safe_load(text)
-    except Exception as error:  # PyYAML also raises ValueError, AttributeError, RecursionError and others
-        raise UserError(f"{what} {path} is not valid YAML: {one_line(error)}") from None
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except GivenTwiceError as error:
+        raise UserError(f"{what} {path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON file: {error}") from None
+
+
+class GivenTwiceError(Exception):
+    """A key stands twice in one section of a file, which would lose the first."""
+
+    def __init__(self, key: str, where: str) -> None:
+        super().__init__(f"{key} stands there twice{where}, and only the last would count; keep one, or join the two")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of `pairs`."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise GivenTwiceError(key, "")
+        content[key] = value
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a key that stands twice in a mapping, at any depth.
+
+    Keys are compared as Python does, for which 1, True and 1.0 are the same, and by their text. A key beside `<<` may
+    replace one of those that `<<` merges, which stand in another mapping.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._above: list[str] = []  # the keys that lead to the node
+        self._lines: dict[tuple[int, Any], int] = {}  # where a key stands, by the mapping's id and by the key
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        # `index` is the key of a mapping's value, the number of a sequence's item, and None for a mapping's key.
+        line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+        place = index.value if isinstance(index, yaml.ScalarNode) else index if isinstance(index, int) else "?"
+        self._above.append(str(place))
+        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        self._above.pop()
+        if index is None and isinstance(parent, yaml.MappingNode) and isinstance(node, yaml.ScalarNode):
+            self._check_new(parent, node, line)
+        return node
+
+    def _check_new(self, mapping: yaml.MappingNode, key: yaml.ScalarNode, line: int) -> None:
+        """Refuse `key`, in line number `line`, if an earlier one of the mapping is the same."""
+        if key.tag == "tag:yaml.org,2002:merge":
+            return
+        literal = key.tag == "tag:yaml.org,2002:value"  # `=`, which PyYAML reads as text
+        value = key.value if literal else self.construct_object(key)  # type: ignore[no-untyped-call]
+        names = {(id(mapping), value), (id(mapping), key.value)}
+        first = next((self._lines[name] for name in names if name in self._lines), None)
+        if first is not None:
+            lines = f", in lines {first} and {line}" if first != line else f", in line {line}"
+            raise GivenTwiceError(".".join([*self._above[1:], key.value]), lines)
+        self._lines |= dict.fromkeys(names, line)
 
 
 @contextmanager

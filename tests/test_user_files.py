@@ -1,9 +1,13 @@
 """Files that a user names: every error of reading and writing them is one UserError that names the file."""
 
+import argparse
+from pathlib import Path
+
 import pytest
+import yaml
 
 from mdistiller.errors import UserError
-from mdistiller.user_files import read_text, read_yaml, reading, writing
+from mdistiller.user_files import PathArgument, read_json, read_text, read_yaml, reading, writing
 
 
 @pytest.fixture
@@ -93,3 +97,91 @@ def test_bytes_that_are_no_text(files, tmp_path):
         with pytest.raises(UserError) as refused:
             read_text("other", "plan", "make one")
         assert str(refused.value) == f"plan other is not a text file ({why}); make one"
+
+
+# A key that stands twice
+
+TWICE = {
+    "SOLVER:\n  LR: 1\nLOG:\n  A: 1\nSOLVER:\n  TYPE: x\n": "SOLVER stands there twice, in lines 1 and 5",
+    "A:\n  B:\n    C: 1\n    D: 2\n    C: 1\n": "A.B.C stands there twice, in lines 3 and 5",
+    "A: [{B: 1}, {B: 1,\n C: 2, B: 3}]": "A.1.B stands there twice, in lines 1 and 2",
+    "{A: 1, A: 2}": "A stands there twice, in line 1,",
+    "1: a\ntrue: b\n": "true stands there twice, in lines 1 and 2",
+    "1: a\n'1': b\n": "1 stands there twice, in lines 1 and 2",
+    "1: a\n0x1: b\n": "0x1 stands there twice",
+    "null: a\n~: b\n": "~ stands there twice",
+    "'A': 1\n\"A\": 2\n": "A stands there twice",
+    "a: &k x\n*k : 1\n? x\n: 2\n": "x stands there twice, in lines 2 and 3",
+    "=: 1\n=: 2\n": "= stands there twice",
+    "base: &b {A: 1, A: 2}\n<<: *b\n": "base.A stands there twice, in line 1",
+}
+
+
+@pytest.mark.parametrize("text", TWICE)
+def test_a_key_that_stands_twice_in_yaml_is_refused_with_both_lines(tmp_path, text):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^plan {path}: ") as refused:
+        read_yaml(path, "plan", "make one")
+    assert TWICE[text] in str(refused.value) and "only the last would count; keep one" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  x: 3\n",
+        "a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: 3}\nd: [*a, *a, *b]\n",
+        "a: &a {x: 1}\nb: &b {x: 2}\nc:\n  <<: [*a, *b]\n",
+        "a: {x: 1}\nb: {x: 1}\nc: [{x: 1}, {x: 1}]\n",
+        "1: a\n2: b\n'01': c\n",
+        "=: 1\n'==': 2\n",
+        "a: !!set {x, y}\n",
+        "",
+    ],
+)
+def test_merge_keys_and_the_same_key_elsewhere_are_read_as_before(tmp_path, text):
+    path = tmp_path / "once.yaml"
+    path.write_text(text)
+    assert read_yaml(path, "plan", "make one") == yaml.safe_load(text)
+
+
+def test_keys_that_only_aliases_make_long_are_not_written_out(tmp_path):
+    path = tmp_path / "bomb.yaml"
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)), "? *a39\n: {b: 1, b: 2}"]
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r": \?\.b stands there twice, in line 42"):
+        read_yaml(path, "plan", "make one")
+
+
+def test_a_key_that_stands_twice_in_json_is_refused(tmp_path):
+    path = tmp_path / "groups.json"
+    path.write_text('{"groups": [[0, 1]], "more": {"groups": 1}}')
+    assert read_json(path, "groups file", "make one")["groups"] == [[0, 1]]
+    path.write_text('{"groups": [[0, 1]], "groups": [[0], [1]]}')
+    with pytest.raises(UserError, match=f"^groups file {path}: groups stands there twice, and only the last would"):
+        read_json(path, "groups file", "make one")
+    path.write_text("{")
+    with pytest.raises(UserError, match="is not a JSON file"):
+        read_json(path, "groups file", "make one")
+
+
+# Paths with ~
+
+
+def parsed(*arguments):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("runs", nargs="*", action=PathArgument, type=Path)
+    parser.add_argument("-c", "--ckpt", action=PathArgument, default="pretrain")
+    return parser.parse_args(arguments)
+
+
+def test_an_argument_that_is_a_path_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert vars(parsed()) == {"runs": [], "ckpt": "pretrain"}
+    assert vars(parsed("~/a", "b", "./~c", "-c", "~/x")) == {
+        "runs": [tmp_path / "a", Path("b"), Path("~c")], "ckpt": f"{tmp_path}/x",
+    }  # fmt: skip
+    assert parsed("--ckpt=~/x").ckpt == f"{tmp_path}/x"
+    with pytest.raises(UserError, match="no user nobody_such"):
+        parsed("-c", "~nobody_such/x")

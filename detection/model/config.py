@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, CascadeROIHeads
 from fvcore.common.registry import Registry
 
 from mdistiller.errors import UserError
+from mdistiller.paths import expanded
 from mdistiller.registry import unknown_name
+from mdistiller.user_files import parse_yaml
 
 from .losses import kd_types
 
@@ -45,19 +48,24 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
     """The configuration in `path`, overridden by `opts` (KEY VALUE KEY VALUE ...), checked and frozen.
 
     Raises:
-        UserError: no such file, an unknown key, a value of the wrong type, an unknown MODEL.META_ARCHITECTURE, or what
-            `check_pair` refuses for RCNNKD.
+        UserError: no such file, a key that stands twice in it or in a base, an unknown key, a value of the wrong type,
+            an unknown MODEL.META_ARCHITECTURE, or what `check_pair` refuses for RCNNKD.
     """
+    path = expanded(str(path))
     if path and not Path(path).is_file():
         raise UserError(f"no config file at {path}; detection/configs/ holds the published ones")
     cfg = get_cfg()
     add_distillation_cfg(cfg)
     try:
         if path:
-            cfg.merge_from_file(str(path), allow_unsafe=False)
+            _Checked.load_yaml_with_base(path)
+            cfg.merge_from_file(path, allow_unsafe=False)
         cfg.merge_from_list(list(opts))
+    except UserError:
+        raise
     except Exception as error:  # yacs, literal_eval and PyYAML raise many types
         raise UserError(f"config {path} {' '.join(opts)}: {error}") from None
+    cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = expanded(cfg.OUTPUT_DIR), expanded(cfg.MODEL.WEIGHTS)
     # One model, one device.
     cfg.TEACHER.MODEL.DEVICE = cfg.MODEL.DEVICE
     _check_registered("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
@@ -65,6 +73,17 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
         check_pair(cfg)
     cfg.freeze()
     return cfg
+
+
+class _Checked(CfgNode):
+    """Opens a config and its bases (`_BASE_`), and refuses a key that stands twice in one."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> StringIO:
+        with super()._open_cfg(filename) as file:
+            text = file.read()
+        parse_yaml(text, f"config {filename}")
+        return StringIO(text)
 
 
 def check_pair(cfg: CfgNode) -> None:

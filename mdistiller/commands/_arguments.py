@@ -8,6 +8,7 @@ from typing import Any
 
 from ..console import with_numbers
 from ..errors import UserError
+from ..user_files import PathArgument
 
 
 def command_parser(description: str | None, prog: str | None, **options: Any) -> argparse.ArgumentParser:
@@ -44,8 +45,9 @@ def trained_network_arguments(parser: argparse.ArgumentParser, batch_size: int, 
     from_config = "; without it, config.yaml next to the checkpoint says how the run deploys it" if of_run else ""
     parser.add_argument("-m", "--model", required=not of_run, help=f"the network's name, such as resnet20{from_config}")
     parser.add_argument(
-        "-c", "--ckpt", default="pretrain", help="its checkpoint; `pretrain` (default): the published one"
-    )
+        "-c", "--ckpt", action=PathArgument, default="pretrain",
+        help="its checkpoint; `pretrain` (default): the published one",
+    )  # fmt: skip
     parser.add_argument(
         "-d", "--dataset", default=None if of_run else "cifar100",
         help="cifar100 (default), tiny_imagenet, imagenet or digits",
@@ -53,7 +55,10 @@ def trained_network_arguments(parser: argparse.ArgumentParser, batch_size: int, 
     parser.add_argument(
         "-bs", "--batch-size", type=int, default=batch_size, help=f"images in a batch (default: {batch_size})"
     )
-    parser.add_argument("--data-root", default="./data", help="the folder that holds the data sets (default: ./data)")
+    parser.add_argument(
+        "--data-root", action=PathArgument, default="./data",
+        help="the folder that holds the data sets (default: ./data)",
+    )  # fmt: skip
     parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images (default: 2)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
 

@@ -17,6 +17,7 @@ from ..console import tool
 from ..engine.files.checkpoint import load_checkpoint, marks, model_state, save_checkpoint
 from ..engine.files.safetensors_file import SUFFIX, write_safetensors
 from ..errors import UserError
+from ..user_files import PathArgument
 from ._arguments import command_parser
 
 
@@ -45,10 +46,13 @@ def convert(source: Path, target: Path) -> str:
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("source", type=Path, help="the checkpoint: student_best, best, a published one, ...")
     parser.add_argument(
-        "target", type=Path, help="the file to write; without the suffix .safetensors, a torch checkpoint"
+        "source", action=PathArgument, type=Path, help="the checkpoint: student_best, best, a published one, ..."
     )
+    parser.add_argument(
+        "target", action=PathArgument, type=Path,
+        help="the file to write; without the suffix .safetensors, a torch checkpoint",
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 

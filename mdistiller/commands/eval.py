@@ -23,6 +23,7 @@ from ..engine.scores import Heads, evaluate, model_heads
 from ..errors import UserError
 from ..models.cost import network_cost
 from ..registry import unknown_name
+from ..user_files import PathArgument
 from ._arguments import check_batch_size, command_parser, trained_network_arguments
 
 
@@ -109,8 +110,9 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     trained_network_arguments(parser, batch_size=64, of_run=True)
     parser.add_argument("--head", help="for a network with several heads: the one to score (default: all)")
     parser.add_argument(
-        "--groups", default="", help="for a plain network that DCGD trained with groups: DCGD.GROUPS of its run"
-    )
+        "--groups", action=PathArgument, default="",
+        help="for a plain network that DCGD trained with groups: DCGD.GROUPS of its run",
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 

@@ -17,7 +17,7 @@ from ..engine.files.checkpoint import load_checkpoint, load_state, model_state, 
 from ..errors import UserError
 from ..models import build_model
 from ..models.grouped import published_students
-from ..user_files import read_yaml, writing
+from ..user_files import PathArgument, read_yaml, writing
 from ._arguments import command_parser
 
 PREFIX = "base."
@@ -70,9 +70,10 @@ def _run_of(ckpt: Path) -> tuple[str | None, str | None]:
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
     parser.add_argument(
-        "ckpt", type=Path, help="a grouped student's checkpoint: student_best_single, student_latest, best, ..."
-    )
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the file to write")
+        "ckpt", action=PathArgument, type=Path,
+        help="a grouped student's checkpoint: student_best_single, student_latest, best, ...",
+    )  # fmt: skip
+    parser.add_argument("-o", "--out", action=PathArgument, type=Path, required=True, help="the file to write")
     parser.add_argument("-m", "--model", help="the plain network (default: from config.yaml next to the checkpoint)")
     parser.add_argument("-d", "--dataset", help="its data set (default: from that config.yaml, else cifar100)")
     return parser.parse_args(arguments)

@@ -37,6 +37,7 @@ from ..grouping import (
 )
 from ..grouping.cifar100 import SUPERCLASS, SUPERCLASS_NAMES
 from ..registry import unknown_name
+from ..user_files import PathArgument
 from ._arguments import check_batch_size, command_parser, trained_network_arguments
 
 SPLITS = ("train", "heldout", "kfold", "test")
@@ -144,7 +145,7 @@ def _loader(dataset: str, split: str, val_fraction: float, data_root: str, batch
         return get_val_loader(dataset, data_root, batch_size, num_workers, train=split != "test")
     if not 0 < val_fraction < 1:
         raise UserError(f"--val-fraction must be between 0 and 1, not {val_fraction}")
-    train = dataset_info[dataset].read(Path(data_root).expanduser(), True)
+    train = dataset_info[dataset].read(Path(data_root), True)
     _, held_out = stratified_split(train.targets, 1 - val_fraction)
     return train.select(held_out).loader(batch_size, num_workers, train=False)
 
@@ -165,8 +166,9 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     parser = command_parser(__doc__, prog)
     trained_network_arguments(parser, batch_size=256)
     parser.add_argument(
-        "-o", "--out", type=Path, default=Path("groups.json"), help="JSON file; the PNG goes next to it"
-    )
+        "-o", "--out", action=PathArgument, type=Path, default=Path("groups.json"),
+        help="JSON file; the PNG goes next to it",
+    )  # fmt: skip
     parser.add_argument("--num-groups", type=int, default=5, help="at most half the number of classes (default: 5)")
     parser.add_argument(
         "--split", default="train",

@@ -37,7 +37,7 @@ from ..engine.build import load_trained
 from ..errors import UserError
 from ..experiments.runs import read_run
 from ..grouping import count_confusions
-from ..user_files import writing
+from ..user_files import PathArgument, writing
 from ._arguments import check_batch_size, command_parser, trained_network_arguments
 
 
@@ -209,23 +209,27 @@ def _write_calibrations(path: Path, calibrations: dict[str, Calibration]) -> Non
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     of_run = argparse.ArgumentParser(add_help=False)
-    of_run.add_argument("--run", type=Path, help="a run's folder; replaces -m, -c, -d and --teacher")
+    of_run.add_argument(
+        "--run", action=PathArgument, type=Path, help="a run's folder; replaces -m, -c, -d and --teacher"
+    )
     run, rest = of_run.parse_known_args(arguments)
     parser = command_parser(__doc__, prog, parents=[of_run])
     trained_network_arguments(parser, batch_size=256)
     parser.add_argument("--teacher", help="the teacher's name (default: none)")
     parser.add_argument(
-        "--teacher-ckpt", default="pretrain", help="its checkpoint; `pretrain` (default): the published one"
-    )
+        "--teacher-ckpt", action=PathArgument, default="pretrain",
+        help="its checkpoint; `pretrain` (default): the published one",
+    )  # fmt: skip
     parser.add_argument("--head", help="for a student with several heads: which one (default: the first)")
     parser.add_argument(
-        "--groups", default="", help="for a plain student that DCGD trained with groups: DCGD.GROUPS of its run"
-    )
+        "--groups", action=PathArgument, default="",
+        help="for a plain student that DCGD trained with groups: DCGD.GROUPS of its run",
+    )  # fmt: skip
     parser.add_argument("--tsne-images", type=int, default=1000, help="number of test images in the t-SNE; 0: no t-SNE")
     parser.add_argument("--bins", type=int, default=15, help="number of bins of the reliability diagram")
     parser.add_argument("--seed", type=int, default=0, help="random seed of t-SNE")
     parser.add_argument(
-        "-o", "--out", type=Path, default=Path("output/inspect"),
+        "-o", "--out", action=PathArgument, type=Path, default=Path("output/inspect"),
         help="the plots' folder (default: inspect in the run's folder with --run, else output/inspect)",
     )  # fmt: skip
     networks = run_networks(run.run) if run.run else {}

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..analysis.plots.curves import draw_curves
 from ..console import tool
 from ..experiments.runs import read_runs
-from ..user_files import writing
+from ..user_files import PathArgument, writing
 from ._arguments import command_parser
 
 
@@ -23,8 +23,9 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     parser = command_parser(__doc__, prog)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or LABEL=FOLDER")
     parser.add_argument(
-        "-o", "--out", type=Path, help="the file to write; without the suffix .png or .svg, both are written"
-    )
+        "-o", "--out", action=PathArgument, type=Path,
+        help="the file to write; without the suffix .png or .svg, both are written",
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 

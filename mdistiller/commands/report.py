@@ -16,14 +16,18 @@ from pathlib import Path
 
 from ..analysis.html_report import report
 from ..console import tool
-from ..user_files import writing
+from ..user_files import PathArgument, writing
 from ._arguments import command_parser
 
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("path", type=Path, metavar="RUN|TABLE", help="a run's folder, or a table's")
-    parser.add_argument("-o", "--out", type=Path, help="the page's file (default: report.html in that folder)")
+    parser.add_argument(
+        "path", action=PathArgument, type=Path, metavar="RUN|TABLE", help="a run's folder, or a table's"
+    )
+    parser.add_argument(
+        "-o", "--out", action=PathArgument, type=Path, help="the page's file (default: report.html in that folder)"
+    )
     return parser.parse_args(arguments)
 
 

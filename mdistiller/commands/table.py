@@ -20,13 +20,14 @@ from pathlib import Path
 
 from ..analysis.plots.bars import draw_bars
 from ..console import tool
+from ..engine.overrides import note_repeats
 from ..errors import UserError
 from ..experiments.jobs import Job, finished_run, task
 from ..experiments.launch import run_here, run_on_ray, visible_gpus
 from ..experiments.plan import Plan, read_plan
 from ..experiments.summary import save_table, summarise
 from ..experiments.table_text import table_markdown, write_csv
-from ..user_files import writing
+from ..user_files import PathArgument, writing
 from ._arguments import command_parser, override_arguments
 
 
@@ -38,7 +39,9 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     parser.add_argument("--dry-run", action="store_true", help="list the commands of the missing runs, and run nothing")
     parser.add_argument("--no-run", action="store_true", help="make the table from the finished runs, and run nothing")
     parser.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, host:port, or local to start one")
-    parser.add_argument("-o", "--out", type=Path, help="the table's folder (default: the runs' folder)")
+    parser.add_argument(
+        "-o", "--out", action=PathArgument, type=Path, help="the table's folder (default: the runs' folder)"
+    )
     override_arguments(parser, "overrides of the plan's settings, such as SOLVER.EPOCHS 1")
     args = parser.parse_intermixed_args(arguments)
     if args.jobs is not None and args.jobs < 1:
@@ -98,6 +101,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     args = parse_args(arguments, prog)
     failed: dict[str, str] = {}
     plan = read_plan(args.plan)
+    note_repeats(args.opts)
     jobs = [job for pair in plan.pairs for name in plan.methods for job in plan.jobs(pair, name, args.opts)]
     folders = [job.folder for job in jobs]
     for job in jobs:

@@ -15,6 +15,8 @@ from ..console import outlive_terminal, tool
 from ..distributed.ranks import joined_ranks
 from ..engine.build import build_trainer, deployment_lines, frozen_lines
 from ..engine.cfg import cfg_text, load_cfg
+from ..engine.overrides import note_repeats
+from ..engine.resumed_run import run_to_resume
 from ..errors import UserError
 from ._arguments import command_parser, local_rank_argument, override_arguments
 
@@ -39,7 +41,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
     cfg = load_cfg(args.cfg, args.opts)
     with joined_ranks(cfg.EXPERIMENT.DEVICE) as ranks:
-        trainer = build_trainer(cfg, args.opts)
+        if ranks.first:
+            note_repeats(args.opts)
+        name = run_to_resume(cfg, args.opts, ranks) if args.resume else None
+        trainer = build_trainer(cfg, args.opts, name)
         trainer.overwrite = args.overwrite
         if ranks.first:
             trainer.when_begun = lambda: print(

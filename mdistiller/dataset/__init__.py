@@ -6,6 +6,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode as CN
 
+from ..paths import expanded
 from . import digits  # noqa: F401  (it registers itself)
 from ._base import DatasetInfo, Loader, Split, check_class_names, dataset_dict, get_dataloaders, stratified_split
 from .batch import fields_of, named_batch
@@ -49,7 +50,7 @@ def get_val_loader(
     Raises:
         UserError: no such data set, or its data is missing or unreadable.
     """
-    return dataset_dict[name].read(Path(root).expanduser(), train).loader(batch_size, num_workers, train=False)
+    return dataset_dict[name].read(Path(expanded(str(root))), train).loader(batch_size, num_workers, train=False)
 
 
 __all__ = [

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..paths import expanded
 from ..registry import Registry
 from .batch import FIELDS
 from .workers import worker_counts
@@ -287,7 +288,7 @@ def get_dataloaders(
         UserError: no such data set, data missing or unreadable, nothing to hold out, or two lists of classes.
     """
     info: DatasetInfo = dataset_dict[name]
-    folder = Path(root).expanduser()
+    folder = Path(expanded(str(root)))
     train = info.read(folder, True, skip_broken)
     if val_fraction > 0:
         kept, held_out = stratified_split(train.targets, 1 - val_fraction)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from ..paths import expanded
 from ._base import Loader, get_dataloaders, missing, register
 from ._original import dataloaders_with_negatives, to_normalized
 from .folders import ImageFiles
@@ -63,4 +64,4 @@ def get_imagenet_test_transform(mean: Sequence[float] = MEAN, std: Sequence[floa
 
 def get_imagenet_val_loader(val_batch_size: int, num_workers: int = 4, root: str = "./data") -> Loader:
     """The validation images alone."""
-    return read(Path(root).expanduser(), False).loader(val_batch_size, num_workers, train=False)
+    return read(Path(expanded(str(root))), False).loader(val_batch_size, num_workers, train=False)

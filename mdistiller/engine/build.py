@@ -162,8 +162,11 @@ def frozen_lines(trainer: BaseTrainer) -> list[str]:
     return [] if frozen is None else [f"{name}: {words}" for name, words in frozen.words.items()]
 
 
-def build_trainer(cfg: CN, overrides: Sequence[str] = ()) -> BaseTrainer:
+def build_trainer(cfg: CN, overrides: Sequence[str] = (), name: str | None = None) -> BaseTrainer:
     """The trainer of a run, with everything checked and nothing written to disk yet.
+
+    Args:
+        name: of the run; None: its `experiment_name`.
 
     Raises:
         UserError: a setting or a file is wrong; the message says what to do.
@@ -177,6 +180,6 @@ def build_trainer(cfg: CN, overrides: Sequence[str] = ()) -> BaseTrainer:
         train_loader, val_loader, *_ = get_dataset(cfg)
     facts = RunFacts.of(cfg, train_loader)
     distiller = build_distiller(cfg, facts)
-    trainer = trainer_class(experiment_name(cfg, overrides), distiller, train_loader, val_loader, cfg)
+    trainer = trainer_class(name or experiment_name(cfg, overrides), distiller, train_loader, val_loader, cfg)
     check_scores(distiller, facts.image_size)
     return trainer

@@ -16,13 +16,28 @@ from yacs.config import CfgNode as CN
 
 from ..distillers import distiller_dict, method_defaults, method_ranges
 from ..errors import UserError
-from ..paths import find_file
+from ..paths import expanded, find_file
 from ..ranges import NOT_NEGATIVE, PATH, POSITIVE, WHOLE, Range, interval, list_of, one_of, whole
 from ..user_files import read_yaml
 from .overrides import merge, override_pairs, setting, shown
 from .utils import log_msg
 
-CFG = CN()
+
+class Settings(CN):
+    """The whole tree. Scripts of the original read their YAML files into it by `merge_from_file`."""
+
+    def merge_from_file(self, cfg_filename: str) -> None:
+        """As in yacs, but a key that stands twice is refused."""
+        if not str(cfg_filename).endswith(".py"):  # which yacs runs
+            read_config(cfg_filename)
+        super().merge_from_file(cfg_filename)
+
+    @classmethod
+    def _decode_cfg_value(cls, value: Any) -> Any:
+        return CN._decode_cfg_value(value)  # the sections are plain nodes, and yacs merges one class into the same
+
+
+CFG = Settings()
 
 CFG.EXPERIMENT = CN()
 # The run's folder is LOG.PREFIX/PROJECT/NAME (TAG if NAME is empty), with `KEY:VALUE` of the overrides that can change
@@ -152,12 +167,13 @@ def load_cfg(path: str | Path, overrides: Sequence[str] = ()) -> CN:
         UserError: no such file, not a YAML mapping, an unknown key, a value of the wrong type or range.
     """
     cfg = CFG.clone()
-    merge(cfg, _read_yaml(find_file(path) or Path(path)), CFG)
+    merge(cfg, read_config(path), CFG)
     for key, value in override_pairs(overrides):
         node: Any = value
         for part in reversed(key.split(".")):
             node = {part: node}
         merge(cfg, node, CFG)
+    _expand_paths(cfg)
     check_cfg(cfg)
     cfg.freeze()
     return cfg
@@ -177,13 +193,36 @@ def cfg_text(cfg: CN) -> str:
     return used.dump()
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The settings in the YAML file at `path`, which is searched for as `load_cfg` does.
+
+    Raises:
+        UserError: no such file, not a YAML mapping, or a key stands twice.
+    """
+    path = find_file(path) or Path(path)
     tree = read_yaml(path, "config", "configs/ holds the published ones")
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"config {path} holds a {type(tree).__name__}, not sections such as SOLVER: and DISTILLER:")
     return tree
+
+
+def _expand_paths(node: CN, above: str = "") -> None:
+    """Expand `~` in every setting that is text, of the engine and of the methods, but for the names in EXPERIMENT.
+
+    Raises:
+        UserError: names the setting; see `expanded`.
+    """
+    for key, value in node.items():
+        name = f"{above}{key}"
+        if isinstance(value, CN) and name != "EXPERIMENT":
+            _expand_paths(value, f"{name}.")
+        elif isinstance(value, str):
+            try:
+                node[key] = expanded(value)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
 
 
 # The engine's settings and their allowed values; `method_ranges` has those of the methods.

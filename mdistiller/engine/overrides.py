@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import reprlib
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from yacs.config import CfgNode as CN
 
+from ..console import note
 from ..errors import UserError
 from ..registry import near_names
 
@@ -24,6 +26,14 @@ def override_pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
     if len(overrides) % 2:
         raise UserError(f"override {overrides[-1]!r} has no value; write KEY VALUE pairs, such as SOLVER.LR 0.1")
     return list(zip(overrides[::2], overrides[1::2]))
+
+
+def note_repeats(overrides: Sequence[str]) -> None:
+    """Say which settings are given more than once, of which the last value counts, as in the original."""
+    pairs = override_pairs(overrides)
+    for key, times in Counter(key for key, _ in pairs).items():
+        if times > 1:
+            note(f"{key} is given {times} times; the last value counts, {dict(pairs)[key]}")
 
 
 def merge(cfg: CN, tree: dict[Any, Any], defaults: CN, above: tuple[str, ...] = ()) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from yacs.config import CfgNode as CN
 
-from ..distillers import Distiller, method_defaults
+from ..distillers import Distiller, distiller_dict, method_defaults
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from .files.checksum import weights_digest
@@ -117,6 +117,21 @@ def compare_facts(saved: Mapping[str, Any], own: Mapping[str, Any], step: int = 
     same = ", of the same weights" if _TEACHER in own and saved.get(_TEACHER) == own[_TEACHER] else ""
     more = {"DISTILLER.TEACHER_CKPT": same}
     return ", ".join(f"{name} {shown(own[name])} (was {shown(saved[name])}{more.get(name, '')})" for name in changed)
+
+
+def check_same_run(recorded: CN, cfg: CN) -> None:
+    """Refuse, by the settings alone, what `compare_facts` refuses once data and networks are there.
+
+    Args:
+        recorded: the configuration of the run that is resumed.
+
+    Raises:
+        UserError: see `compare_facts`.
+    """
+    saved, own = flat_settings(recorded), flat_settings(cfg)
+    unused = set() if distiller_dict[cfg.DISTILLER.TYPE].needs_teacher else {"DISTILLER.TEACHER"}
+    refused = [name for name, change in CHANGES.items() if change is Change.REFUSED and name not in unused]
+    compare_facts(saved, {name: own[name] for name in refused if name in own})
 
 
 def _to_set_back(changed: Mapping[str, Change], kind: Change) -> list[str]:

@@ -166,7 +166,9 @@ class BaseTrainer:
             Stopped: a signal asked for it; the run can be resumed from this step.
         """
         if first > self.cfg.SOLVER.EPOCHS:
-            self._say(f"{self.log_path} is trained already, to epoch {first - 1} of {self.cfg.SOLVER.EPOCHS}")
+            epochs = self.cfg.SOLVER.EPOCHS
+            of = f" of {epochs}" if first - 1 == epochs else f", and SOLVER.EPOCHS is {epochs}"
+            self._say(f"{self.log_path} is trained already, to epoch {first - 1}{of}")
             return
         with ExitStack() as stack:
             self.logger = Logger({})

@@ -15,6 +15,7 @@ from yacs.config import CfgNode as CN
 
 from ..engine.cfg import load_cfg
 from ..errors import UserError
+from ..paths import expanded
 
 HEAD = "test_acc_head_"
 
@@ -108,7 +109,7 @@ def read_runs(arguments: Sequence[str]) -> dict[str, Run]:
     Raises:
         UserError: one is not a run's folder, or two have the same label.
     """
-    given = [("", a) if os.path.exists(a) or "=" not in a else tuple(a.split("=", 1)) for a in arguments]
+    given = [_labelled(argument) for argument in arguments]
     short = iter(_short_names([os.path.basename(os.path.abspath(folder)) for label, folder in given if not label]))
     runs: dict[str, Run] = {}
     for label, folder in given:
@@ -117,6 +118,14 @@ def read_runs(arguments: Sequence[str]) -> dict[str, Run]:
             raise UserError(f"two runs are called {label!r}; tell them apart by LABEL=FOLDER")
         runs[label] = read_run(folder)
     return runs
+
+
+def _labelled(argument: str) -> tuple[str, str]:
+    """The label, "" if there is none, and the folder."""
+    if "=" not in argument or argument.startswith("~") or os.path.exists(argument):
+        return "", expanded(argument)
+    label, folder = argument.split("=", 1)
+    return label, expanded(folder)
 
 
 def _short_names(names: Sequence[str]) -> list[str]:

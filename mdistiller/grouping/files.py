@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UserError
 from ..paths import find_file
 from ..registry import unknown_name
-from ..user_files import read_text, writing
+from ..user_files import read_json, writing
 from .algorithm import expand
 from .cifar100 import PUBLISHED, SUPERCLASS
 
@@ -41,11 +41,7 @@ def load_groups(source: str) -> list[list[int]]:
     path = find_file(source)
     if path is None:
         raise UserError(f"no groups file {source}; tools/group_classes.py writes one")
-    text = read_text(path, "groups file", "tools/group_classes.py writes one")
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} is not a JSON file: {error}") from None
+    content = read_json(path, "groups file", "tools/group_classes.py writes one")
     groups: Any = content.get("groups") if isinstance(content, dict) else content
     if not _is_list_of_int_lists(groups):
         raise UserError(f'{source} holds no groups; expected {{"groups": [[0, 2], [1, 3]]}} or the bare list of lists')

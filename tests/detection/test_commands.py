@@ -158,3 +158,19 @@ def test_a_subset_of_a_coco_folder(datasets, tool, tmp_path):
     shutil.rmtree(target)
     _, error, status = tool("coco_subset", "--source", source, "--images", "9", "-o", target)
     assert status == 2 and "only 5 images of 1 to 5 objects" in error and not target.exists()
+
+
+def test_the_paths_of_the_commands_may_begin_with_the_home_folder(tool, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    for name, *arguments in (
+        ("coco_subset", "--source", "~/coco", "-o", "~/subset"),
+        ("export_student", "--config-file", REPOSITORY / CONFIG, "--weights", "~/w.pth", "-o", "~/student.pth"),
+        ("merge_weights", "--config-file", REPOSITORY / CONFIG, "--teacher", "~/w.pth", "-o", "~/pair.pth"),
+        ("train_net", "--config-file", "~/own.yaml"),
+    ):
+        _, said, status = tool(name, *arguments)
+        assert status == 2 and f" {home}/" in said and "~" not in said, (name, said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]

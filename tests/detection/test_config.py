@@ -133,3 +133,23 @@ def test_no_file_and_a_file_that_would_run_code(tmp_path):
 def test_keys_of_the_original_without_effect_are_accepted():
     cfg = load_cfg(HERE / "configs/DKD/DKD-R18-R101.yaml", ["MODEL.MOBILENETV2.DEBUG", "0"])
     assert "DEBUG" not in cfg.MODEL.MOBILENETV2
+
+
+def test_a_key_that_stands_twice_is_refused_in_the_file_and_in_its_base(tmp_path):
+    published = HERE / "configs/DKD/DKD-R18-R101.yaml"
+    (tmp_path / "base.yaml").write_text(f"_BASE_: {published}\nSEED: 1\nSOLVER: {{}}\nSEED: 2\n")
+    (tmp_path / "own.yaml").write_text("_BASE_: base.yaml\n")
+    with pytest.raises(UserError, match=rf"^config {tmp_path}/base\.yaml: SEED stands there twice, in lines 2 and 4"):
+        load_cfg(tmp_path / "own.yaml")
+    (tmp_path / "own.yaml").write_text("MODEL:\n  MASK_ON: True\n  MASK_ON: False\n")
+    with pytest.raises(UserError, match=r"own\.yaml: MODEL\.MASK_ON stands there twice, in lines 2 and 3"):
+        load_cfg(tmp_path / "own.yaml")
+
+
+def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text(f"_BASE_: {HERE}/configs/DKD/DKD-R18-R101.yaml\nOUTPUT_DIR: ~/out\n")
+    cfg = load_cfg("~/own.yaml", ["MODEL.WEIGHTS", "~/w.pth"])
+    assert {cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS} == {f"{tmp_path}/out", f"{tmp_path}/w.pth"}
+    with pytest.raises(UserError, match="there is no user nobody_such"):
+        load_cfg("~nobody_such/own.yaml")

@@ -84,3 +84,32 @@ def test_the_dump_of_a_config_reads_back_as_itself(tmp_path):
     assert load_cfg(tmp_path / "again.yaml") == cfg
 
 
+
+def test_a_key_that_stands_twice_is_refused_also_where_a_script_of_the_original_merges_the_file(yaml_file):
+    path = yaml_file("SOLVER:\n  LR: 1\nKD: {TEMPERATURE: 2}\nSOLVER: {TYPE: SGD}\n")
+    for read in (load_cfg, CFG.clone().merge_from_file):
+        with pytest.raises(UserError, match=f"^config {path}: SOLVER stands there twice, in lines 1 and 4"):
+            read(str(path))
+    path = yaml_file("SOLVER: &s {LR: 1.0, EPOCHS: 2}\nKD: {TEMPERATURE: 2}\n")
+    cfg = CFG.clone()
+    cfg.merge_from_file(str(path))
+    assert cfg.SOLVER.EPOCHS == load_cfg(path).SOLVER.EPOCHS == 2
+
+
+def test_text_settings_are_expanded_once_but_names_are_not(yaml_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "DATASET: {ROOT: ~/d}\nDISTILLER: {TEACHER_CKPT: ~/t, TEACHER_CACHE: '~'}\nDCGD: {GROUPS: ~/g.json}\n"
+    cfg = load_cfg(yaml_file(text), ["LOG.PREFIX", "~/p", "EXPERIMENT.NAME", "~/n", "EXPERIMENT.TAG", "~nobody_such"])
+    found = [cfg.DATASET.ROOT, cfg.DISTILLER.TEACHER_CKPT, cfg.DISTILLER.TEACHER_CACHE, cfg.DCGD.GROUPS, cfg.LOG.PREFIX]
+    assert found == [f"{tmp_path}/d", f"{tmp_path}/t", str(tmp_path), f"{tmp_path}/g.json", f"{tmp_path}/p"]
+    assert (cfg.EXPERIMENT.NAME, cfg.EXPERIMENT.TAG) == ("~/n", "~nobody_such")
+
+
+def test_yamls_bare_tilde_is_null_and_no_path(yaml_file):
+    with pytest.raises(UserError, match=r"LOG\.PREFIX must be text, not None"):
+        load_cfg(yaml_file("LOG: {PREFIX: ~}"))
+
+
+def test_the_setting_whose_user_does_not_exist_is_named(yaml_file):
+    with pytest.raises(UserError, match=r"^DISTILLER\.TEACHER_CKPT: cannot expand ~nobody_such of the path ~nobody_su"):
+        load_cfg(yaml_file("DISTILLER: {TEACHER_CKPT: ~nobody_such/x}"))

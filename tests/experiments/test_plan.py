@@ -99,6 +99,9 @@ WRONG = {
     "unknown source": (TINY.replace("69}, source: s}", "69}, source: t}"), "unknown source 't'"),
     "published text": (TINY.replace("69}", "high}"), "published value of 'a -> b' must be a number, not 'high'"),
     "wrong type": (TINY.replace("title: Tiny", "title: 5"), "title must be of type str, not 5"),
+    "a method twice": (
+        TINY + "methods: {KD: {config: configs/digits/kd.yaml}}\n", r"methods stands there twice, in lines \d+ and",
+    ),
     "over an unknown method": (TINY + "over: [DKD]", "over: unknown method 'DKD'"),
 }  # fmt: skip
 
