@@ -8,7 +8,9 @@ module `logging` prints them, and silences or redirects the log as that of any l
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
+import io
 import logging
 import os
 import re
@@ -81,13 +83,34 @@ def with_numbers(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of a file's name that Python could not decode, as they are; other characters as escapes, such as \\xfc."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error("mdistiller.escaped", _escaped)
+
+
+def print_in_any_encoding() -> None:
+    """Let no output fail because the terminal's encoding lacks a character, as in the locale C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="mdistiller.escaped")
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn a UserError into one line on stderr, `error: ...`, and exit status 2.
 
     Any other exception is a fault, of this package or of a user's own method, and its traceback is needed. So whatever
     reads a file turns the errors of the disk and of the content into UserErrors itself; see `user_files`.
+
+    Its output may be in any encoding.
     """
+    print_in_any_encoding()
     try:
         yield
     except UserError as error:

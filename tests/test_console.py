@@ -154,3 +154,35 @@ def test_a_line_for_a_closed_terminal_is_lost_without_an_error():
     with process.stdout:
         assert process.stdout.read() == "epoch 1/2: all is well\nthe end\n"
     assert process.wait(timeout=30) == 0
+
+
+ACCENTS = """
+from mdistiller.console import note, progress, tool
+from mdistiller.errors import UserError
+@tool()
+def main():
+    print("wrote", sys.argv[1], "\\u2192 \\u00fc")
+    progress("3 \\u00d7 4")
+    note("\\u00fc")
+    raise UserError("\\u00fc")
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "environment, name",
+    [
+        ({"PYTHONIOENCODING": "ascii"}, "\\xfc"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "ü"),
+        ({"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "ü"),
+        ({"PYTHONIOENCODING": "latin-1"}, "ü"),
+    ],
+    ids=["ascii", "C", "POSIX", "latin-1"],
+)
+def test_a_terminal_that_lacks_a_character_gets_an_escape(environment, name):
+    done = subprocess.run(light_command(ACCENTS, "ü"), capture_output=True, timeout=60, env=os.environ | environment)
+    encoding = "latin-1" if environment.get("PYTHONIOENCODING") == "latin-1" else "utf-8"
+    other = "ü" if encoding == "latin-1" else "\\xfc"
+    times = "\u00d7" if encoding == "latin-1" else "\\xd7"
+    assert done.stdout.decode(encoding) == f"wrote {name} \\u2192 {other}\n3 {times} 4\n"
+    assert done.stderr.decode(encoding).endswith(f"error: {other}\n") and done.returncode == 2

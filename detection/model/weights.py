@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 import re
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,16 +16,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor
 
+from mdistiller.engine.files import inert_pickle
+from mdistiller.engine.files.checkpoint import strip_module
 from mdistiller.errors import UserError
 
 from .backbone.mobilenetv2 import GROUPS
-
-# The globals that pickled tensors and arrays refer to. NumPy 2.0 renamed numpy.core to numpy._core.
-SAFE = re.compile(
-    r"collections OrderedDict|_codecs encode|torch \w+Storage|torch \w*(Size|device|dtype)|torch\.storage \w+Storage"
-    r"|torch\._utils _rebuild_(tensor_v2|tensor|parameter)|torch (float|int|uint|bfloat)\d+"
-    r"|numpy (ndarray|dtype)|numpy\._?core\.multiarray (_reconstruct|scalar)|numpy\.dtypes \w+DType"
-)
 
 # Prefixes of the state dict entries of an RCNNKD that do not belong to its student.
 NOT_STUDENT = ("teacher.", "kd_")
@@ -45,30 +38,13 @@ NO_STUDENT = (
 )
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if not SAFE.fullmatch(f"{module} {name}"):
-            raise pickle.UnpicklingError(
-                f"it refers to {module}.{name}; only tensors, arrays and plain values are read"
-            )
-        return super().find_class(module, name)
-
-
-def _load(file: Any, **kwargs: Any) -> Any:
-    return _Unpickler(file, **kwargs).load()
-
-
-# Given to torch.load in place of the pickle module.
-_SAFE_PICKLE = SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, load=_load)
-
-
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint as {"model": weights by name, ...}: a .pkl of detectron2's zoo or Caffe2, or torch.save's.
 
     For a Caffe2 file, "matching_heuristics" is also set: detectron2 then matches Caffe2's names to its own.
 
     Raises:
-        UserError: the file does not exist, is damaged, or holds anything but tensors, arrays and plain values.
+        UserError: the file does not exist, is damaged, or names what would run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -76,11 +52,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".pkl":
             with path.open("rb") as file:
-                data = _load(file, encoding="latin1")
+                data = inert_pickle.load(file, encoding="latin1")
         elif tarfile.is_tarfile(path):  # torch would unpack one that is in its first format
             raise ValueError("it is a tar archive; unpack it and name the file of weights in it")
         else:
-            data = torch.load(path, map_location="cpu", pickle_module=_SAFE_PICKLE, weights_only=False)
+            data = torch.load(path, map_location="cpu", pickle_module=inert_pickle, weights_only=False)
     except Exception as error:  # a damaged file fails anywhere inside zipfile, pickle or torch
         reason = str(error)[:200] or type(error).__name__
         raise UserError(f"{path} is not a readable file of weights: {reason}") from None
@@ -89,7 +65,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.suffix == ".pkl" and "__author__" not in data:
         weights = {k: v for k, v in data.get("blobs", data).items() if not k.endswith("_momentum")}
         data = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-    return data if "model" in data else {"model": data}
+    return data if "model" in data else {"model": data.get("state_dict", data)}
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], bool]:
@@ -103,8 +79,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], bool]:
     for name, value in data["model"].items():
         if not isinstance(value, (Tensor, np.ndarray)):
             raise UserError(f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor")
-        weights[name.removeprefix("module.")] = torch.as_tensor(value)
-    return weights, bool(data.get("matching_heuristics"))
+        weights[name] = torch.as_tensor(value)
+    return strip_module(weights), bool(data.get("matching_heuristics"))
 
 
 class Checkpointer(DetectionCheckpointer):

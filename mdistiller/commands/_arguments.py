@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..console import with_numbers
 from ..errors import UserError
 from ..user_files import PathArgument
+
+# Settings that messages about data and networks name, and what the commands that read no configuration have instead.
+_OPTIONS = {
+    "set DATASET.SKIP_BROKEN True": "add --skip-broken", "DATASET.SKIP_BROKEN": "--skip-broken",
+    "DATASET.TYPE digits (configs/digits)": "-d digits", "DATASET.ROOT": "--data-root",
+    "DATASET.NUM_WORKERS": "--num-workers",
+}  # fmt: skip
+
+
+@contextmanager
+def options_for_settings() -> Iterator[None]:
+    """In a UserError, name the options of this command instead of settings, which it cannot set."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for setting, option in _OPTIONS.items():
+            text = text.replace(setting, option)
+        if text == str(error):
+            raise
+        raise UserError(text) from None
 
 
 def command_parser(description: str | None, prog: str | None, **options: Any) -> argparse.ArgumentParser:
@@ -60,6 +83,7 @@ def trained_network_arguments(parser: argparse.ArgumentParser, batch_size: int, 
         help="the folder that holds the data sets (default: ./data)",
     )  # fmt: skip
     parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images (default: 2)")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read, and warn")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
 
 

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..models.cost import network_cost
 from ..registry import unknown_name
 from ..user_files import PathArgument
-from ._arguments import check_batch_size, command_parser, trained_network_arguments
+from ._arguments import check_batch_size, command_parser, options_for_settings, trained_network_arguments
 
 
 def evaluate_checkpoint(
@@ -37,6 +37,7 @@ def evaluate_checkpoint(
     data_root: str = "./data",
     num_workers: int = 2,
     device: str = "auto",
+    skip_broken: bool = False,
 ) -> str:
     """Score a trained network on a data set's validation images.
 
@@ -45,6 +46,7 @@ def evaluate_checkpoint(
         ckpt: its checkpoint, or "pretrain" for the published one.
         dataset: cifar100 by default or, without `model`, that of the run.
         groups: for a plain network that DCGD trained with groups, DCGD.GROUPS of its run.
+        skip_broken: leave out images that cannot be read.
 
     Returns:
         A line for each head, then the speed and the network's cost.
@@ -61,11 +63,11 @@ def evaluate_checkpoint(
         net = load_trained(dataset, model, ckpt, groups, device)
         networks, heads = {model: net}, model_heads(net, head)
     where = next(next(iter(networks.values())).parameters()).device
-    loader = get_val_loader(dataset, data_root, batch_size, num_workers).to(where)
+    loader = get_val_loader(dataset, data_root, batch_size, num_workers, skip_broken=skip_broken).to(where)
     started = time.perf_counter()
     scores = evaluate(loader, heads, where)
     seconds = time.perf_counter() - started
-    images = len(loader.targets)
+    images = len(loader.targets) - len(getattr(loader, "broken", ()))
     lines = [
         f"{name + ' head: ' if name else ''}top-1 {s.top1:.2f}, top-5 {s.top5:.2f}, loss {s.loss:.4f}"
         for name, s in scores.items()
@@ -117,5 +119,6 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
 
 
 @tool()
+@options_for_settings()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     print(evaluate_checkpoint(**vars(parse_args(arguments, prog))))

@@ -38,7 +38,7 @@ from ..grouping import (
 from ..grouping.cifar100 import SUPERCLASS, SUPERCLASS_NAMES
 from ..registry import unknown_name
 from ..user_files import PathArgument
-from ._arguments import check_batch_size, command_parser, trained_network_arguments
+from ._arguments import check_batch_size, command_parser, options_for_settings, trained_network_arguments
 
 SPLITS = ("train", "heldout", "kfold", "test")
 # Super-class of each class, and the super-classes' names, of the data sets that have them.
@@ -65,6 +65,7 @@ def group_classes(
     data_root: str = "./data",
     num_workers: int = 2,
     device: str = "auto",
+    skip_broken: bool = False,
 ) -> str:
     """Group a data set's classes by a teacher's errors; write the groups to `out` (JSON) and a plot next to it (PNG).
 
@@ -96,7 +97,7 @@ def group_classes(
 
     check_batch_size(batch_size)
     teacher = load_trained(dataset, model, ckpt, device=device)
-    loader = _loader(dataset, split, val_fraction, data_root, batch_size, num_workers)
+    loader = _loader(dataset, split, val_fraction, data_root, batch_size, num_workers, skip_broken)
     loader.to(next(teacher.parameters()).device)
     if split == "kfold":
         features, targets = _run(teacher, loader, "pooled_feat")
@@ -139,13 +140,15 @@ def group_classes(
     return "\n".join([*lines, f"wrote {out} and {plot}; train with DCGD.GROUPS {out}"])
 
 
-def _loader(dataset: str, split: str, val_fraction: float, data_root: str, batch_size: int, num_workers: int) -> Loader:
+def _loader(
+    dataset: str, split: str, val_fraction: float, data_root: str, batch_size: int, num_workers: int, skip_broken: bool
+) -> Loader:
     """The images of `split`, in order and not augmented."""
     if split != "heldout":
-        return get_val_loader(dataset, data_root, batch_size, num_workers, train=split != "test")
+        return get_val_loader(dataset, data_root, batch_size, num_workers, split != "test", skip_broken)
     if not 0 < val_fraction < 1:
         raise UserError(f"--val-fraction must be between 0 and 1, not {val_fraction}")
-    train = dataset_info[dataset].read(Path(data_root), True)
+    train = dataset_info[dataset].read(Path(data_root), True, skip_broken)
     _, held_out = stratified_split(train.targets, 1 - val_fraction)
     return train.select(held_out).loader(batch_size, num_workers, train=False)
 
@@ -184,5 +187,6 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
 
 
 @tool()
+@options_for_settings()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     print(group_classes(**vars(parse_args(arguments, prog))))

@@ -38,7 +38,7 @@ from ..errors import UserError
 from ..experiments.runs import read_run
 from ..grouping import count_confusions
 from ..user_files import PathArgument, writing
-from ._arguments import check_batch_size, command_parser, trained_network_arguments
+from ._arguments import check_batch_size, command_parser, options_for_settings, trained_network_arguments
 
 
 def run_networks(folder: Path) -> dict[str, str]:
@@ -73,6 +73,7 @@ def network_outputs(
     device: str = "auto",
     head: str | None = None,
     groups: str = "",
+    skip_broken: bool = False,
 ) -> Outputs:
     """The outputs of a trained network on a data set's test images.
 
@@ -85,7 +86,7 @@ def network_outputs(
     """
     check_batch_size(batch_size)
     net = load_trained(dataset, model, ckpt, groups, device)
-    loader = get_val_loader(dataset, data_root, batch_size, num_workers)
+    loader = get_val_loader(dataset, data_root, batch_size, num_workers, skip_broken=skip_broken)
     return collect(net, loader.to(next(net.parameters()).device), head)
 
 
@@ -119,7 +120,7 @@ def inspect_network(
         tsne_images: number of test images in the t-SNE, from the first one; 0 for no t-SNE.
         bins: number of bins of the reliability diagram.
         seed: random seed of t-SNE.
-        loading: arguments of `network_outputs`: batch_size, data_root, num_workers, device.
+        loading: arguments of `network_outputs`: batch_size, data_root, num_workers, device, skip_broken.
 
     Returns:
         The metrics, for the terminal.
@@ -240,5 +241,6 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
 
 
 @tool()
+@options_for_settings()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     print(inspect_network(**vars(parse_args(arguments, prog))))

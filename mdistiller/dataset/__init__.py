@@ -43,14 +43,22 @@ def get_dataset(cfg: CN) -> tuple[Loader, Loader, int, int]:
 
 
 def get_val_loader(
-    name: str, root: str = "./data", batch_size: int = 64, num_workers: int = 2, train: bool = False
+    name: str,
+    root: str = "./data",
+    batch_size: int = 64,
+    num_workers: int = 2,
+    train: bool = False,
+    skip_broken: bool = False,
 ) -> Loader:
     """A loader of the test images of data set `name`, or (`train`) its training images, in order, not augmented.
+
+    With `skip_broken`, images that cannot be read are left out, with a warning.
 
     Raises:
         UserError: no such data set, or its data is missing or unreadable.
     """
-    return dataset_dict[name].read(Path(expanded(str(root))), train).loader(batch_size, num_workers, train=False)
+    split = dataset_dict[name].read(Path(expanded(str(root))), train, skip_broken)
+    return split.loader(batch_size, num_workers, train=False)
 
 
 __all__ = [

@@ -4,7 +4,7 @@ A new method is one file in this folder. Either decorate its class with `@regist
 or add it to `distiller_dict` at the end of this file and its hyper-parameters to `engine/cfg.py`.
 """
 
-from ._base import Distiller, Vanilla
+from ._base import Distiller, Vanilla, logits_of
 from .AT import AT
 from .CRD import CRD
 from .DCGD import DCGD, DCGD_CE, DCGD_DKD, DCGD_KD
@@ -45,6 +45,7 @@ __all__ = [
     "Vanilla",
     "declare_defaults",
     "distiller_dict",
+    "logits_of",
     "method_defaults",
     "method_ranges",
     "register",

@@ -78,6 +78,8 @@ CFG.DISTILLER.TYPE = "NONE"
 CFG.DISTILLER.TEACHER = "ResNet50"
 # The teacher's checkpoint file; empty: the published one under download_ckpts, for ImageNet torchvision's weights.
 CFG.DISTILLER.TEACHER_CKPT = ""
+# Score the teacher on the validation images at the start of a new run, and warn if it is no better than chance.
+CFG.DISTILLER.SCORE_TEACHER = False
 # The name of the student network, likewise.
 CFG.DISTILLER.STUDENT = "resnet32"
 # For methods that compare feature maps: which, as [[student's map, teacher's map], ...], counted from 0 (the stem's),

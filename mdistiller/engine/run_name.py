@@ -16,7 +16,7 @@ from .overrides import flat_settings, override_pairs
 # between a plan and the finished run that it finds.
 _MACHINE_KEYS = re.compile(
     r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|NUM_WORKERS|TEST\.BATCH_SIZE)$"
-    r"|DISTILLER\.TEACHER_CACHE(_GIB)?$"
+    r"|DISTILLER\.(TEACHER_CACHE(_GIB)?|SCORE_TEACHER)$"
 )
 # Bytes that are left of a name which is too long for a folder.
 _CUT_TO = 240

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dataset.batch import labelled, to_device
-from ..distillers import Distiller
+from ..distillers import Distiller, logits_of
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..registry import unknown_name
@@ -98,6 +99,30 @@ def _score(shares: list[list[float]], count: int) -> Score:
     """The score from each rank's sums of top-1 hits, top-5 hits and losses."""
     top1, top5, loss = (sum(values) / count for values in zip(*shares))
     return Score(100 * top1, 100 * top5, loss)
+
+
+def score_teacher(loader: Iterable[Any], teacher: nn.Module, device: torch.device, ranks: Ranks) -> tuple[str, bool]:
+    """The teacher's score in one line, and whether its top-1 accuracy is no better than chance.
+
+    Better than chance is more than three standard deviations above 1 / classes.
+
+    Args:
+        loader, device, ranks: as of `evaluate`.
+        teacher: in eval mode.
+    """
+    images = classes = 0
+
+    def heads(image: Tensor) -> dict[str, Tensor]:
+        nonlocal images, classes
+        logits = logits_of(teacher(image))
+        images, classes = images + len(logits), logits.shape[1]
+        return {"": logits}
+
+    (score,) = evaluate(loader, heads, device, ranks).values()
+    shares = ranks.gather((images, classes))
+    images, chance = sum(own for own, _ in shares), 1 / max(width for _, width in shares)
+    line = f"teacher: top-1 {score.top1:.2f}, top-5 {score.top5:.2f}, loss {score.loss:.4f} on {images} images"
+    return line, score.top1 / 100 <= chance + 3 * math.sqrt(chance * (1 - chance) / images)
 
 
 class ScoreRecord:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from yacs.config import CfgNode as CN
 
-from ..console import PROGRESS, log_to_terminal, progress
+from ..console import PROGRESS, log_to_terminal, progress, warn
 from ..dataset import check_class_names
 from ..dataset.batch import fields_of, named_batch
 from ..dataset.workers import started
@@ -40,7 +40,7 @@ from .runtime.device import check_compiler, choose_kernels, peak_memory, pick_de
 from .runtime.environment import record_run
 from .runtime.malloc import keep_freed_memory
 from .runtime.signals import Stopped, StopRequest
-from .scores import Score, by_head, epoch_metrics, evaluate
+from .scores import Score, by_head, epoch_metrics, evaluate, score_teacher
 from .step import Step
 from .teacher.fast_teacher import FrozenNetworks
 from .update import DotUpdate, SumUpdate
@@ -180,12 +180,27 @@ class BaseTrainer:
                 done = (first - 1) * len(self.train_loader) + self.state.position.step
                 self.logger = build_logger(self.log_path, self.name, self.cfg, first, done)
             stack.enter_context(self.stop.listening())
+            if first == 1 and not self.state.interrupted:
+                self._score_teacher()
             for epoch in range(first, self.cfg.SOLVER.EPOCHS + 1):
                 self.train_epoch(epoch)
         for name, best in self.state.best_acc.items():
             label = f" ({name} head)" if name else ""
             last = self.state.last_acc[name]
             self._say(f"Best accuracy{label}: {best:.2f}, last epoch: {last:.2f}  -> {self.log_path}")
+
+    def _score_teacher(self) -> None:
+        """With DISTILLER.SCORE_TEACHER: say how accurate the teacher is. No epoch's draws depend on it."""
+        if not self.cfg.DISTILLER.SCORE_TEACHER or not self.distiller.needs_teacher:
+            return
+        self.distiller.eval()
+        fields = fields_of(self.val_loader)
+        batches = (named_batch(batch, fields) for batch in started(self.val_loader))
+        line, poor = score_teacher(batches, self.distiller.teacher, self.device, self.ranks)
+        self._say(line)
+        if poor and self.ranks.first:
+            warn("the teacher is no better than chance: check DISTILLER.TEACHER_CKPT, and that it was trained on this "
+                 "data set, with its order of classes and its normalisation")  # fmt: skip
 
     def train_epoch(self, epoch: int) -> None:
         """One epoch, or the rest of one: its steps, then validation, then the log, then the checkpoints."""

@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._network import Network, with_features
 from .copies import copy_without_hooks
 
 Maps = list[Tensor]
@@ -45,7 +46,7 @@ def global_pool(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
-class StagedNet(nn.Module):
+class StagedNet(Network):
     """An image classifier whose last stage can be split off; see the module's docstring.
 
     A family defines `forward_trunk`, `forward_last`, the two names below, and what distillers call on every network:
@@ -89,6 +90,10 @@ class StagedNet(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """(B, 3, H, W) -> logits (B, C) and {"feats", "preact_feats": maps by stage, "pooled_feat": (B, D)}."""
+        return with_features(*self.logits_and_features(image))
+
+    def logits_and_features(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """What `forward` returns, also while torch.jit.trace records."""
         feats, preacts = self.forward_trunk(image)
         last_feats, last_preacts, pooled = self.forward_last(self, feats[-1])
         features = {"feats": feats + last_feats, "preact_feats": preacts + last_preacts, "pooled_feat": pooled}

@@ -1,5 +1,6 @@
 """Conversion of weights between torch checkpoints and safetensors, through the tools."""
 
+import argparse
 import re
 
 import pytest
@@ -101,3 +102,26 @@ def test_another_architecture_is_refused(tmp_path, student, tool):
     tool("convert.py", tmp_path / "best", tmp_path / "net.safetensors")
     with pytest.raises(UserError, match=r"net\.safetensors does not fit"):
         load_model_weights(build_model(cifar_model_dict, "resnet14", 10), tmp_path / "net.safetensors")
+
+
+def test_one_of_several_state_dicts_is_written(tmp_path, student, tool, capsys):
+    averaged = {name: tensor + 1 for name, tensor in student.items()}
+    content = {"state_dict": student, "state_dict_ema": averaged, "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, tmp_path / "model_best.pth.tar")
+    tool("convert.py", tmp_path / "model_best.pth.tar", tmp_path / "ema.safetensors", "--key", "state_dict_ema")
+    assert equal(load_file(tmp_path / "ema.safetensors"), averaged)
+    tool("convert.py", tmp_path / "model_best.pth.tar", tmp_path / "net.safetensors")
+    assert equal(load_file(tmp_path / "net.safetensors"), student)
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path}/model_best.pth.tar holds several state dicts: state_dict, state_dict_ema; --key NAME writes "
+        "another one\n"
+    )
+    with pytest.raises(SystemExit):
+        tool("convert.py", tmp_path / "model_best.pth.tar", tmp_path / "none", "--key", "model")
+    assert "holds no weights under 'model'; it holds state_dict, state_dict_ema" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_teacher_is_taken_out_of_a_run(tmp_path, student, tool):
+    tool("convert.py", tmp_path / "best", tmp_path / "teacher", "--key", "teacher")
+    assert list(load_checkpoint(tmp_path / "teacher")["model"]) == ["fc.bias"]

@@ -1,11 +1,17 @@
 """The output of tools/eval.py for a network with one head and with several."""
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mdistiller.commands.eval import evaluate_checkpoint
+from mdistiller.dataset import dataset_info
+from mdistiller.dataset.folders import ImageFiles
+from mdistiller.dataset.image_file import read_pixels
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.files.checkpoint import save_checkpoint
 from mdistiller.errors import UserError
@@ -90,3 +96,29 @@ def test_the_data_set_of_the_run_counts(tmp_path):
 def plain_file(folder):
     save_checkpoint({"model": cifar_model_dict["resnet8"][0](num_classes=10).state_dict()}, folder / "plain")
     return str(folder / "plain")
+
+
+@pytest.fixture
+def broken_images(tmp_path, monkeypatch):
+    """Digits whose third of four images cannot be read."""
+    for i in range(4):
+        Image.fromarray(np.full((32, 32, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    files = [(str(tmp_path / f"{i}.png"), i) for i in range(4)]
+
+    def read(root, train, skip_broken=False):
+        return ImageFiles.of(files, read_pixels, read_pixels, (0.5,) * 3, (0.5,) * 3, skip_broken)
+
+    monkeypatch.setitem(dataset_info, "digits", replace(dataset_info["digits"], read=read))
+
+
+def test_a_broken_image_is_refused_with_the_option_of_this_command_or_left_out(grouped, tool, capsys, broken_images):
+    command = ("eval.py", "-m", "resnet8", "-d", "digits", "-c", grouped[1], "--groups", GROUPS, "--device", "cpu",
+               "--num-workers", "0")  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        tool(*command)
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and line.startswith("error: ") and "2.png cannot be read" in line
+    assert line.endswith("put an intact copy there, or add --skip-broken\n")
+    tool(*command, "--skip-broken")
+    assert "\n3 images in " in capsys.readouterr().out

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from mdistiller.engine.scores import Score, ScoreRecord, accuracy, correct_counts, evaluate
+from mdistiller.distributed.ranks import Ranks
+from mdistiller.engine.scores import Score, ScoreRecord, accuracy, correct_counts, evaluate, score_teacher
 
 LOGITS = torch.tensor([[5.0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]])
 TARGET = torch.tensor([0, 1, 5])  # first place; fifth place; sixth place
@@ -46,3 +47,15 @@ def test_the_best_is_that_of_each_head_however_low_it_is():
     improved = [record.note({name: Score(top1, 0, 0) for name, top1 in scores.items()}) for scores in heads]
     assert improved == [["student", "ema"], ["student", "ema"], ["ema"]]
     assert record.best == {"student": 0.3, "ema": 0.2} and record.last == {"student": 0.2, "ema": 0.2}
+
+
+@pytest.mark.parametrize("right, poor", [(100, True), (115, True), (135, False), (900, False), (0, True)])
+def test_a_teacher_within_three_standard_deviations_of_chance_is_poor(right, poor):
+    """Of 1000 images in 10 classes, 100 are right by chance, with a standard deviation of 9.5."""
+    target = torch.arange(1000) % 10
+    guess = torch.where(torch.arange(1000) < right, target, (target + 1) % 10)
+    logits = torch.nn.functional.one_hot(guess, 10).float()
+    loader = [(logits[:600], target[:600]), (logits[600:], target[600:])]
+    line, is_poor = score_teacher(loader, lambda image: (image, {}), torch.device("cpu"), Ranks())
+    assert line.startswith(f"teacher: top-1 {right / 10:.2f}, top-5 ") and line.endswith(" on 1000 images")
+    assert is_poor == poor

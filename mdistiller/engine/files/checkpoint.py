@@ -9,32 +9,43 @@ are files of torch.save with a checksum at the end, which torch.load ignores.
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
-from ...console import one_line
+from ...console import note, one_line
 from ...errors import UserError
+from . import inert_pickle
 from .atomic import SaveError, write_whole
 from .checksum import check_seal, seal
-from .safetensors_file import SUFFIX, read_safetensors
+from .file_kinds import is_safetensors, other_kind
+from .inert_pickle import StandIn
+from .safetensors_file import read_safetensors
+from .state_names import State, strip_module, without_attribute, without_counters
+from .states import (
+    DEPLOYED,
+    HEAD,
+    distiller_state,
+    fitting_state,
+    is_grouped,
+    is_of_run,
+    is_state,
+    likely,
+    marks,
+    model_state,
+    states_in,
+)
 
 __all__ = [
-    "DEPLOYED", "HEAD", "SaveError", "distiller_state", "is_of_run", "load_checkpoint", "load_model_weights",
-    "load_state", "marks", "model_state", "save_checkpoint", "strip_module",
+    "DEPLOYED", "HEAD", "SaveError", "distiller_state", "found_weights", "is_of_run", "is_state", "load_checkpoint",
+    "load_model_weights", "load_state", "marks", "model_state", "save_checkpoint", "strip_module",
 ]  # fmt: skip
-
-State = dict[str, Tensor]
-
-# Keys of a checkpoint: the class of the network that its run deploys, where that is not the student alone, and the name
-# of the deployment, where the run has several.
-DEPLOYED, HEAD = "deployed", "head"
 
 
 def save_checkpoint(obj: Any, path: str | Path, keep_previous: bool = False) -> None:
@@ -53,95 +64,86 @@ def save_checkpoint(obj: Any, path: str | Path, keep_previous: bool = False) -> 
 
 
 def load_checkpoint(path: str | Path) -> Any:
-    """The content of `path`, on the CPU: tensors and plain containers only, so that no file can run code.
+    """The content of `path`, on the CPU, read without running anything of it.
 
-    A .safetensors file is returned as {"model": its tensors} and its `marks`.
+    Objects of other classes than tensors, arrays and plain containers are `StandIn`s. A safetensors file is returned as
+    {"model": its tensors} and its `marks`.
 
     Raises:
-        UserError: no such file, or not an intact checkpoint.
+        UserError: no such file, or not an intact checkpoint; says what the file looks like.
     """
-    path = Path(path)
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[Any, bool]:
+    """The content of `path`, as `load_checkpoint`, and whether this package wrote the file: it has our checksum."""
     if not os.path.isfile(path):  # False for a name that no file system takes
-        raise UserError(f"no checkpoint at {path}")
+        raise UserError(f"no checkpoint at {path}{', which is a folder' if os.path.isdir(path) else ''}")
     try:
-        if path.suffix == SUFFIX:
+        if is_safetensors(path):
             tensors, metadata = read_safetensors(path)
-            return {"model": tensors, **marks(metadata)}
-        check_seal(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch also warns about the format of files that it then loads or refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return {"model": tensors, **marks(metadata)}, "sha256" in metadata
+        ours, kind = check_seal(path), other_kind(path)
+        content = None if kind else _load(path)
     except Exception as error:  # a damaged file fails anywhere inside zipfile, pickle or torch
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{path} is not a readable checkpoint (damaged, or it holds more than tensors and plain containers): "
-            f"{reason[:200]}"
-        ) from None
+        raise UserError(f"{path} is not a readable checkpoint (damaged, or another kind): {_reason(error)}") from None
+    if isinstance(content, StandIn) and not states_in(content):
+        kind = f"a saved {type(content).__module__}.{type(content).__name__}; save a network's state_dict() instead"
+    if kind:
+        raise UserError(f"{path} is not a readable checkpoint: it looks like {kind}")
+    return content, ours
 
 
-def model_state(checkpoint: Any, path: str | Path) -> State:
-    """The network's state inside a loaded checkpoint.
+def _load(path: Path) -> Any:
+    with path.open("rb") as file, warnings.catch_warnings():  # not by the path, whose suffix torch may go by
+        warnings.simplefilter("ignore")  # torch also warns about the format of files that it then loads or refuses
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
+                more = "it holds more than tensors and plain containers"
+                raise ValueError(f"{more}, and TORCH_FORCE_WEIGHTS_ONLY_LOAD forbids to read it") from None
+        file.seek(0)
+        return torch.load(file, map_location="cpu", pickle_module=inert_pickle, weights_only=False)
 
-    Accepts {"model": state}, {"state_dict": state}, a bare state, names with DataParallel's prefix `module.`, and a
-    distiller's whole state, of which it returns the student's.
+
+def _reason(error: Exception) -> str:
+    """An error in one line, without torch's advice to unpickle the file in a way that runs its code."""
+    first = str(error).strip().partition("\n")[0]
+    return first[:200] if first and "weights_only" not in str(error) else type(error).__name__
+
+
+def found_weights(path: str | Path, key: str = "") -> tuple[State, dict[str, str]]:
+    """The network's state in the file at `path`, for no network in particular, and the checkpoint's `marks`.
+
+    Counters are left out, and from files of other trainers the attribute that held the network, such as `model.`.
+
+    Args:
+        key: see `model_state`.
 
     Raises:
-        UserError: the checkpoint contains no state dict, or it is a distiller's whose student is not deployed alone.
+        UserError: as `load_checkpoint` and `model_state`.
     """
-    state = distiller_state(checkpoint, path)
-    deployed = marks(checkpoint).get(DEPLOYED)
-    student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
-    if deployed and is_of_run(checkpoint):
-        raise UserError(
-            f"{path} belongs to a run that deploys a {deployed}, not its student alone; tools/eval.py without -m "
-            "scores it"
-        )
-    return state if deployed else student or state
-
-
-def marks(checkpoint: Any) -> dict[str, str]:
-    """What a loaded checkpoint says of the network whose weights it holds: `DEPLOYED` and `HEAD`, if it says so."""
-    known = checkpoint if isinstance(checkpoint, Mapping) else {}
-    return {key: known[key] for key in (DEPLOYED, HEAD) if isinstance(known.get(key), str)}
-
-
-def distiller_state(checkpoint: Any, path: str | Path) -> State:
-    """The whole state inside a loaded checkpoint, as it was saved, without DataParallel's prefix.
-
-    Raises:
-        UserError: the checkpoint contains no state dict.
-    """
-    state = checkpoint
-    for key in ("model", "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not is_state(state) or not state:
-        raise UserError(f"{path} holds no network weights (neither a state dict nor one under 'model')")
-    return strip_module(state)
-
-
-def is_of_run(checkpoint: Any) -> bool:
-    """Whether a loaded checkpoint holds a run's whole state (`latest`, `best`, `epoch_N`), not one network's."""
-    return isinstance(checkpoint, Mapping) and "optimizer" in checkpoint
-
-
-def is_state(state: Any) -> bool:
-    return isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-
-
-def strip_module(state: Mapping[str, Tensor]) -> State:
-    """The state without the prefix `module.` that DataParallel adds to each name."""
-    return {k.removeprefix("module."): v for k, v in state.items()}
+    content, ours = _read(Path(path))
+    state = without_counters(model_state(content, path, key))
+    if not ours:
+        state = without_attribute(state)
+        names = list(likely(states_in(content)))
+        if len(names) > 1 and not key:
+            note(f"{path} holds several state dicts: {', '.join(names)}; --key NAME writes another one")
+    return state, {} if key else marks(content)
 
 
 def load_model_weights(model: nn.Module, path: str | Path) -> None:
     """Load the checkpoint at `path` into `model`, all of it or, if it does not fit, nothing.
 
+    Of a file with several state dicts, or names with a prefix, what has the names of `model` is loaded.
+
     Raises:
-        UserError: unreadable, or names or shapes differ; says which.
+        UserError: unreadable, or names or shapes differ, says which; or several state dicts fit.
     """
-    content = load_checkpoint(path)
-    state = model_state(content, path)
+    content, ours = _read(Path(path))
+    state = fitting_state(model, content, path, ours)
     try:
         load_state(model, state, path)
     except UserError as error:
@@ -153,7 +155,7 @@ def load_model_weights(model: nn.Module, path: str | Path) -> None:
 
 def _held_instead(model: nn.Module, content: Any, state: State) -> str:
     """What a checkpoint holds that `model` is not, and what to do with it; nothing if that is not known."""
-    if any(key.startswith("branches.") for key in state.keys() - model.state_dict().keys()):
+    if is_grouped(state, model):
         return (
             "a student that DCGD grouped: add --groups with DCGD.GROUPS of its run, or take its plain head from "
             "tools/export_head.py; tools/eval.py without -m reads the groups from the run's config.yaml"

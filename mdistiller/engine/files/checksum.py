@@ -30,15 +30,18 @@ def seal(archive: BytesIO) -> memoryview:
     return archive.getbuffer()
 
 
-def check_seal(path: Path) -> None:
+def check_seal(path: Path) -> bool:
     """Check a sealed archive's checksum, or the CRCs of any other zip archive; other files are not checked.
+
+    Returns:
+        Whether the file is sealed.
 
     Raises:
         ValueError, or any exception of zipfile: the file is damaged.
     """
     with path.open("rb") as file:
         if file.read(2) != _END[:2]:
-            return
+            return False
         tail = _tail(file, _END_SIZE + _LONGEST_COMMENT)
         end = tail.rfind(_END)
         if end < 0:
@@ -46,8 +49,10 @@ def check_seal(path: Path) -> None:
         declared, comment = tail[end + 20 : end + 22], tail[end + _END_SIZE :]
         if not comment and declared == b"\0\0":
             _check_records(file)
-        elif comment != _MARK + _sha256(file, all_but=64).encode():
+            return False
+        if comment != _MARK + _sha256(file, all_but=64).encode():
             raise ValueError("its checksum does not match")
+    return True
 
 
 def weights_digest(network: nn.Module, about: str = "") -> str:

@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._network import Network, with_features
 from .._staged import global_pool
 
 STEM_CHANNELS = 24
@@ -65,7 +66,7 @@ def _run(stage: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, preact
 
 
-class ShuffleNet(nn.Module):
+class ShuffleNet(Network):
     """ShuffleNet for 32x32 images (or larger), with four features: the stem and the three stages.
 
     The stem's pre-activation is its feature, after the ReLU, as in the pinned values.
@@ -114,11 +115,11 @@ class ShuffleNet(nn.Module):
         feat2, preact2 = _run(self.layer2, feat1)
         feat3, preact3 = _run(self.layer3, feat2)
         pooled = global_pool(feat3)
-        return self.linear(pooled), {
+        return with_features(self.linear(pooled), {
             "feats": [stem, feat1, feat2, feat3],
             "preact_feats": [stem, preact1, preact2, preact3],
             "pooled_feat": pooled,
-        }
+        })  # fmt: skip
 
 
 def ShuffleV1(num_classes: int = 100) -> ShuffleNet:

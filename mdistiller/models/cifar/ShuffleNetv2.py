@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import channel_shuffle
 
+from .._network import Network, with_features
 from .._staged import global_pool
 
 STEM_CHANNELS = 24
@@ -126,7 +127,7 @@ class Stage(nn.Sequential):
         return norm
 
 
-class ShuffleNetV2(nn.Module):
+class ShuffleNetV2(Network):
     """ShuffleNetV2 for 32x32 images (or larger), with four features: the stem and the three stages.
 
     A stage's pre-activation holds the half that passed (made by earlier blocks, after their ReLU) and the half that
@@ -181,11 +182,11 @@ class ShuffleNetV2(nn.Module):
         feat3, preact3 = self.layer3(feat2)
         out = F.relu(self.bn2(self.conv2(feat3)))
         pooled = global_pool(out)
-        return self.linear(pooled), {
+        return with_features(self.linear(pooled), {
             "feats": [stem, feat1, feat2, feat3],
             "preact_feats": [stem, preact1, preact2, preact3],
             "pooled_feat": pooled,
-        }
+        })  # fmt: skip
 
 
 def ShuffleV2(num_classes: int = 100) -> ShuffleNetV2:

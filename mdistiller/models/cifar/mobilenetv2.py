@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._network import Network, with_features
 from .._staged import global_pool, init_weights
 
 # One row per group of blocks: expansion, channels at width 1, repeats, first stride. Table 2 of the paper, with the
@@ -86,7 +87,7 @@ def _conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int) -> n
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Network):
     """MobileNetV2 for 32x32 images (or larger), with five features: the stem and the four resolutions.
 
     The stem's pre-activation is its BatchNorm's output. The other four features end in a linear projection, which
@@ -147,7 +148,8 @@ class MobileNetV2(nn.Module):
                 preacts.append(out)
         out = F.relu(self.conv2(out))
         pooled = global_pool(out)
-        return self.classifier(pooled), {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}
+        features = {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}
+        return with_features(self.classifier(pooled), features)
 
 
 def mobile_half(num_classes: int = 100) -> MobileNetV2:

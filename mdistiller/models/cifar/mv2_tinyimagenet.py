@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._network import Network, with_features
 from .mobilenetv2 import InvertedResidual, last_bn
 
 
@@ -26,7 +27,7 @@ def _stage(in_channels: int, out_channels: int, repeats: int, stride: int) -> nn
     return nn.Sequential(first, *rest)
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Network):
     """MobileNetV2 for 64x64 images, with five features: the stem, stages 2 to 4, and the last 1x1 convolution.
 
     Pre-activations: the BatchNorm's output of the stem and of the last convolution, which ReLU6 follows; stages 2
@@ -76,11 +77,11 @@ class MobileNetV2(nn.Module):
         last = self.conv1(self.stage7(self.stage6(self.stage5(feat3))))
         feat4 = F.relu6(last)
         pooled = F.adaptive_avg_pool2d(feat4, 1)
-        return self.conv2(pooled).flatten(1), {
+        return with_features(self.conv2(pooled).flatten(1), {
             "feats": [feat0, feat1, feat2, feat3, feat4],
             "preact_feats": [stem, feat1, feat2, feat3, last],
             "pooled_feat": pooled.flatten(1),
-        }
+        })  # fmt: skip
 
 
 def mobilenetv2_tinyimagenet(num_classes: int = 200) -> MobileNetV2:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UserError
+from .._network import Network, with_features
 from .._staged import global_pool
 
 # Channels and stride of the 13 depthwise separable convolutions: table 1 of the paper.
@@ -45,7 +46,7 @@ def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequentia
     )
 
 
-class MobileNetV1(nn.Module):
+class MobileNetV1(Network):
     """MobileNetV1 of width 1, with four features: the last at 1/4, 1/8, 1/16 and 1/32 of the image's size.
 
     Args:
@@ -97,4 +98,4 @@ class MobileNetV1(nn.Module):
                 feats.append(x)
                 preacts.append(preact)
         pooled = global_pool(x)
-        return self.fc(pooled), {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}
+        return with_features(self.fc(pooled), {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled})
