@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 try:
     import fcntl
@@ -62,6 +62,11 @@ def release_signals(numbers: Iterable[int]) -> None:
     """Let this thread receive the signals that `held_signals` held back when its process was started."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+def child_signal_handler() -> Any:
+    """What handles the end of a child process, as `signal.getsignal` tells it; None on Windows."""
+    return signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
 
 
 def lock(file: BinaryIO) -> None:

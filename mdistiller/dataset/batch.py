@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .workers import started
 
 # The items of a loader without `fields`: what the original's loaders yield.
 FIELDS = ("image", "target", "index")
@@ -74,10 +75,10 @@ def labelled(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """(image, target) of each batch of a loader.
 
     Raises:
-        UserError: a batch has no such items; see `named_batch` and `check_fields`.
+        UserError: a batch has no such items; see `named_batch` and `check_fields`. Or a worker fails; see `started`.
     """
     fields = fields_of(loader)
-    for batch in loader:
+    for batch in started(loader):
         named = named_batch(batch, fields)
         check_fields(named, FIELDS[:2])
         yield named["image"], named["target"]

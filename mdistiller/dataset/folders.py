@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import UserError
 from ._base import Batch, Loader, mix_seed
@@ -21,6 +21,7 @@ from .image_file import BrokenImageError, silent_pillow, warn_of_broken
 from .in_memory import Normalize
 from .listing import LabelledFiles, class_folders, labelled_files
 from .pixels import check_pixels
+from .worker_failures import RefusedError
 from .workers import started
 
 __all__ = ["FolderLoader", "ImageFiles", "class_folders", "cpu_seed", "labelled_files"]
@@ -83,6 +84,8 @@ def cpu_seed(seed: int) -> Iterator[None]:
 class _Batches(Dataset[tuple[Batch | UserError, dict[str, str]]]):
     """A batch for each key (epoch, indices); the key carries the epoch to persistent workers.
 
+    The indices are an array, because a tensor would go to the worker through shared memory.
+
     Returns the batch (image, target, index) with images (B, H, W, 3) uint8, or () if no file could be read, and what
     is wrong with each broken file, by path. In place of a batch, the error of a view that returns no such image.
     """
@@ -90,13 +93,15 @@ class _Batches(Dataset[tuple[Batch | UserError, dict[str, str]]]):
     def __init__(self, data: ImageFiles, train: bool, seed: int) -> None:
         self.data, self.train, self.seed = data, train, seed
 
-    def __getitem__(self, key: tuple[int, Tensor]) -> tuple[Batch | UserError, dict[str, str]]:
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[Batch | UserError, dict[str, str]]:
         try:
             return self._batch(*key)
+        except RefusedError:  # `started` says what to do
+            raise
         except UserError as error:  # of what a worker raises, a DataLoader makes a traceback
             return error, {}
 
-    def _batch(self, epoch: int, indices: Tensor) -> tuple[Batch, dict[str, str]]:
+    def _batch(self, epoch: int, indices: np.ndarray) -> tuple[Batch, dict[str, str]]:
         broken: dict[str, str] = {}
         shown = []
         with silent_pillow():
@@ -108,7 +113,8 @@ class _Batches(Dataset[tuple[Batch | UserError, dict[str, str]]]):
             return (), broken
         places, images = torch.tensor([place for place, _ in shown]), [image for _, image in shown]
         self._check(places, images)
-        return (torch.stack(images), self.data.targets[places], places), broken
+        stacked = default_collate(images)  # by a worker, in shared memory
+        return (stacked, self.data.targets[places], places), broken
 
     def _check(self, places: Tensor, images: list[Tensor]) -> None:
         """Refuse what a view has returned unless all are (H, W, 3) uint8 of one size."""
@@ -160,7 +166,7 @@ class FolderLoader(Loader):
         self.broken: dict[str, str] = {}
         self._data = data
         self._normalize: Normalize | None = None
-        self._keys: list[tuple[int, Tensor]] = []
+        self._keys: list[tuple[int, np.ndarray]] = []
         self._num_workers = num_workers
 
     @cached_property
@@ -191,9 +197,9 @@ class FolderLoader(Loader):
         """Read the batches of `keys` and bring them to the device.
 
         Raises:
-            UserError: a file is broken and `skip_broken` is off, or all files are broken.
+            UserError: a file is broken and `skip_broken` is off, or all files are broken; or a worker fails.
         """
-        self._keys[:] = keys
+        self._keys[:] = [(epoch, indices.numpy()) for epoch, indices in keys]
         following = (indices for _, indices in [*keys[1:], (0, torch.empty(0, dtype=torch.int64))])
         met: dict[str, str] = {}
         for (fields, broken), foreseen in zip(self._started(), following):
@@ -213,9 +219,9 @@ class FolderLoader(Loader):
 
     def _started(self) -> Iterator[tuple[Batch | UserError, dict[str, str]]]:
         if self.device.type != "cuda":
-            return started(self._loader)
+            return started(self._loader, "DATASET.NUM_WORKERS")
         with torch.cuda.device(self.device):  # the thread that pins memory works on the current one
-            return started(self._loader)
+            return started(self._loader, "DATASET.NUM_WORKERS")
 
     def _on_device(self, fields: Batch, foreseen: Tensor) -> Batch:
         image, target, index = fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import warnings
@@ -17,6 +18,7 @@ from ..console import one_line, warn
 from ..errors import UserError
 from .formats import formats_of
 from .pixels import UnknownWhiteError, to_rgb
+from .worker_failures import RefusedError
 
 # Largest ratio of long to short side. A 1x65,500 image, resized to a short side of 256 pixels, would take 12 GB.
 SLIMMEST = 100
@@ -50,6 +52,9 @@ def _opened(path: str) -> Iterator[Image.Image]:
                 raise OSError(f"it has {image.width}x{image.height} pixels, too narrow to resize")
             yield image
     except Exception as error:  # on damaged bytes the decoders raise nearly anything
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            limit = "raise the limit, such as by `ulimit -n 65536`"
+            raise RefusedError(f"cannot open {path}: {error.strerror}; {limit}") from None  # the file may be intact
         reason = one_line(error) or type(error).__name__
         known = isinstance(error, UnknownWhiteError)
         remedy = "save it with 8 or 16 bits a channel" if known else "put an intact copy there"
@@ -65,6 +70,7 @@ def read_image(path: str, upright: bool = False) -> Image.Image:
 
     Raises:
         BrokenImageError: the file is missing, broken, too large or too narrow, or its white is not known.
+        RefusedError: too many files are open.
     """
     with _opened(path) as image:
         image.load()

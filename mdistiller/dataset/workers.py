@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..distributed.ranks import joined, of_environment
 from ..system import held_signals, release_signals, usable_cpus
+from .worker_failures import Pickling, Watched
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A fork copies the locks that other threads hold at that moment, and in the child nobody releases them. The threads of
@@ -44,19 +45,29 @@ def worker_counts(num_workers: int) -> tuple[int, int]:
     return train, max(1, train // 4)
 
 
-def started(loader: Any) -> Iterator[Any]:
-    """`iter(loader)`; the workers that a torch DataLoader starts for it are guarded against signals."""
+def started(loader: Any, setting: str = "the loader's num_workers") -> Iterator[Any]:
+    """`iter(loader)`; the workers of a torch DataLoader are guarded against signals, and never waited for in vain.
+
+    Args:
+        setting: what sets the number of workers, for the message.
+
+    Raises:
+        WorkerError: here or by `next`; see there. An error of the data set's own code stays as it is.
+    """
     if not isinstance(loader, DataLoader) or not loader.num_workers:
         return iter(loader)
-    own = loader.worker_init_fn
     if loader.persistent_workers and loader._iterator is not None:
-        return iter(loader)  # by the workers of the pass before
+        return Watched(loader, setting)  # the workers of the pass before
     if joined():
         time.sleep(QUIET_SECONDS)
-    loader.worker_init_fn = _Guarded(own.own if isinstance(own, _Guarded) else own)  # anew: this process may be a fork
-    # Until `_guard` takes them over there; in this process, its other threads receive them.
-    with held_signals(SIGNALS):
-        return iter(loader)
+    init, collate = loader.worker_init_fn, loader.collate_fn
+    loader.worker_init_fn, loader.collate_fn = _Guarded(init), Pickling(collate)
+    try:
+        # Until `_guard` takes them over there; in this process, its other threads receive them.
+        with held_signals(SIGNALS):
+            return Watched(loader, setting)
+    finally:
+        loader.worker_init_fn, loader.collate_fn = init, collate
 
 
 class _Guarded:

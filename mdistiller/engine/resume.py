@@ -141,12 +141,18 @@ class RunState:
             return "no checkpoint could be written, so there is none to resume from"
         if self._saved == self._tried:
             return "the same command with --resume goes on from here"
-        epochs, step = self._saved
-        where = f"epoch {epochs + 1}, step {step}" if step else f"the end of epoch {epochs}"
         return (
             "nothing could be written here: the same command with --resume resumes from the last saved checkpoint "
-            f"({where})"
+            f"({self.last_saved})"
         )
+
+    @property
+    def last_saved(self) -> str:
+        """What the last `save` or `save_within` was after, in words; empty if none stands."""
+        if self._saved is None:
+            return ""
+        epochs, step = self._saved
+        return f"epoch {epochs + 1}, step {step}" if step else f"the end of epoch {epochs}"
 
     def _content(self, epoch: int) -> dict[str, Any]:
         """Everything that resuming needs at the end of `epoch`: the original's keys, and more."""

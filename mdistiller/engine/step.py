@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from ..distributed.data_parallel import averaging, data_parallel, is_data_parall
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from .ema import EMA
+from .kept_buffers import KeptBuffers
 from .meters import Names
 from .nan_watch import NanPolicy, Outcome
 from .scores import correct_counts
@@ -28,6 +31,8 @@ Batch = dict[str, Tensor]
 
 # The metrics of every step before its losses; see `Step._run_micro_batch`.
 _METRICS = ("train_acc", "train_acc_top5", "train_loss")
+# How torch's BatchNorm refuses one image with a 1x1 map.
+_ONE_VALUE = "Expected more than 1 value per channel when training"
 _NO_GRADIENT = "train what uses them, such as a grouped student by DCGD, or name them in the method's `untrained`"
 
 
@@ -64,6 +69,7 @@ class Step:
     ) -> None:  # fmt: skip
         self.distiller, self.update, self.nan_policy, self.ema = distiller, update, nan_policy, ema
         self.frozen = frozen
+        self.cfg = cfg
         self.device = device
         self.micro_batches = cfg.SOLVER.ACCUMULATE
         self.full_batch = cfg.SOLVER.BATCH_SIZE // ranks.world
@@ -71,6 +77,8 @@ class Step:
         self.ranks = ranks
         self.compiled = cfg.SOLVER.COMPILE
         self._gradients_checked = False
+        self._takes_one_image = False  # once a single image has passed
+        self._left_out_said = False
         self.module = self._module()
 
     def _module(self) -> nn.Module:
@@ -95,14 +103,14 @@ class Step:
         return once and self.device.type == "cuda"
 
     def __call__(self, batch: Batch, epoch: int, number: int) -> StepResult | None:
-        """Take the step; None where the NaN policy skips it.
+        """Take the step; None where the NaN policy skips it, or where the networks cannot train on a single image.
 
         Args:
             number: the step's number in its epoch, from 1.
 
         Raises:
             NonFiniteLossError: a loss or a gradient is not finite, and the NaN policy says stop.
-            UserError: in the first step, see `_check_gradients`.
+            UserError: in the first step, see `_check_gradients` and `_run_if_enough`.
         """
         # In every epoch, so that the second step sees what the first one changes. A network checks itself when it is
         # called, but not inside a compiled step.
@@ -110,7 +118,11 @@ class Step:
             self.frozen.check(thoroughly=number <= 2)
         self.nan_policy.begin_step()
         with self.distiller.one_step():
-            names, sums = self._run_micro_batches(batch, epoch)
+            result = self._run_if_enough(batch, epoch, number)
+        if result is None:
+            self.update.skip()
+            return None
+        names, sums = result
         self._check_gradients()
         images, norm = len(batch["target"]), self.update.norm()
         losses, index = sums[len(_METRICS) :] / images, batch.get("index", batch["target"][:0])
@@ -145,17 +157,46 @@ class Step:
         if gap and self.ranks.first:
             warn(f"{gap}, and keep their values; {_NO_GRADIENT}")
 
-    def _run_micro_batches(self, batch: Batch, epoch: int) -> tuple[Names, Tensor]:
+    def _run_if_enough(self, batch: Batch, epoch: int, number: int) -> tuple[Names, Tensor] | None:
+        """`_run_micro_batches`; None for the batch of a single image that a user's own loader has left, see below.
+
+        Where a BatchNorm sees 1x1 maps, networks cannot train on one image. Then that batch is left out, and changes
+        nothing.
+
+        Raises:
+            UserError: they cannot, and it is the epoch's first batch, so that the others are of the same size.
+        """
+        micro_batches = split_batch(batch, self.micro_batches, self.full_batch)
+        if self._takes_one_image or min(len(part["target"]) for part in micro_batches) > 1:
+            return self._run_micro_batches(micro_batches, epoch)
+        kept = KeptBuffers(self.distiller)
+        kept.keep()
+        try:
+            result = self._run_micro_batches(micro_batches, epoch)
+        except ValueError as error:
+            if _ONE_VALUE not in str(error):
+                raise
+            kept.restore()
+            if number == 1:
+                raise _too_few_images(self.distiller, self.cfg, self.ranks.world) from None
+            if self.ranks.first and not self._left_out_said:
+                warn(f"batch {number} is a single image, {_cannot_train(self.distiller)}; such a batch is left out")
+            self._left_out_said = True
+            return None
+        self._takes_one_image = True
+        return result
+
+    def _run_micro_batches(self, micro_batches: Sequence[Batch], epoch: int) -> tuple[Names, Tensor]:
         """Forward and backward passes of a batch; returns the names of its losses, and its metrics summed over images.
 
         The metrics are those of `_METRICS`, then the losses: float64, as StepResult's.
         """
-        micro_batches = split_batch(batch, self.micro_batches, self.full_batch)
+        images = sum(len(part["target"]) for part in micro_batches)
         names: Names = ()
         sums: list[Tensor] = []
         for count, micro_batch in enumerate(micro_batches, start=1):
             # A short batch may give fewer micro-batches than asked for.
-            weight, last = len(micro_batch["target"]) / len(batch["target"]), count == len(micro_batches)
+            weight, last = len(micro_batch["target"]) / images, count == len(micro_batches)
             names, own = self._run_micro_batch(micro_batch, epoch, weight, last)
             sums.append(own)
         return names, sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
@@ -173,6 +214,43 @@ class Step:
         hits = correct_counts(logits.detach(), target).double() * 100
         values = [loss.detach().mean() if loss.ndim else loss.detach() for loss in losses.values()]
         return tuple(losses), torch.cat([hits, torch.stack([total, *values]).double() * len(target)])
+
+
+def check_single_images(distiller: Distiller, make: Callable[[], Batch], cfg: CN, ranks: Ranks) -> None:
+    """Refuse a run whose full batches give single images, if its networks cannot train on one.
+
+    It is tried on a copy, with random generators that are put back.
+
+    Args:
+        distiller: on its device.
+        make: a batch of one image. Whatever fails in it, or in the trial, shows in the run's first step.
+
+    Raises:
+        UserError: a BatchNorm sees 1x1 maps.
+    """
+    if cfg.SOLVER.BATCH_SIZE // ranks.world > cfg.SOLVER.ACCUMULATE:
+        return
+    device = next(distiller.parameters()).device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            copy.deepcopy(distiller).train().forward_train(**make(), epoch=1)
+    except Exception as error:
+        if _ONE_VALUE in str(error):
+            raise _too_few_images(distiller, cfg, ranks.world) from None
+
+
+def _too_few_images(distiller: Distiller, cfg: CN, world: int) -> UserError:
+    """The error where every batch, or micro-batch, is a single image."""
+    size, parts = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
+    by = (f" over {world} processes" if world > 1 else "") + (f" in {parts} micro-batches" if parts > 1 else "")
+    remedy = f"set SOLVER.BATCH_SIZE {world * max(2, parts + (parts > 1))} or more"
+    if parts > 1 and size > world:
+        remedy += ", or SOLVER.ACCUMULATE 1"
+    return UserError(f"SOLVER.BATCH_SIZE {size}{by} gives single images, {_cannot_train(distiller)}; {remedy}")
+
+
+def _cannot_train(distiller: Distiller) -> str:
+    return f"on which {type(distiller).__name__} cannot train, because a BatchNorm of its networks sees 1x1 maps"
 
 
 def split_batch(batch: Batch, parts: int, full: int = 0) -> list[Batch]:

@@ -8,17 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.optim import Optimizer
 from yacs.config import CfgNode as CN
 
 from ..console import PROGRESS, log_to_terminal, progress, warn
-from ..dataset import check_class_names
+from ..dataset import Loader, check_class_names
 from ..dataset.batch import fields_of, named_batch
+from ..dataset.worker_failures import WorkerError
 from ..dataset.workers import started
 from ..distillers import Distiller
 from ..distillers.contract import check_distiller, learnable_parameters
+from ..distillers.facts import image_size_of
 from ..distributed.ranks import current_ranks
 from ..registry import Registry
 from .batches import BatchReader, batches_from, calling
@@ -41,7 +44,7 @@ from .runtime.environment import record_run
 from .runtime.malloc import keep_freed_memory
 from .runtime.signals import Stopped, StopRequest
 from .scores import Score, by_head, epoch_metrics, evaluate, score_teacher
-from .step import Step
+from .step import Step, check_single_images
 from .teacher.fast_teacher import FrozenNetworks
 from .update import DotUpdate, SumUpdate
 
@@ -66,8 +69,8 @@ class BaseTrainer:
         when_begun: called by `train` once it is known where to begin, before anything is written.
 
     Raises:
-        UserError: the method breaks its contract (`distillers.contract`), needs a field that no batch has, or does not
-            support a SOLVER setting.
+        UserError: the method breaks its contract (`distillers.contract`), needs a field that no batch has, does not
+            support a SOLVER setting, or cannot train on the single images that the settings give it.
     """
 
     update_rule: ClassVar[type[SumUpdate]] = SumUpdate
@@ -93,6 +96,8 @@ class BaseTrainer:
             own_share(loader, self.device, self.ranks) for loader in (train_loader, val_loader)
         )
         self.prepare_batch = BatchReader(self.distiller, self.train_loader, self.device, cfg)
+        if isinstance(self.train_loader, Loader):
+            check_single_images(self.distiller, self._one_image, cfg, self.ranks)
         self.update = self.update_rule(learnable_parameters(self.distiller), cfg)
         adopt_optimizer(self, self.init_optimizer(cfg), "init_optimizer must return")
         self.ema = EMA(self.distiller.main_network(), cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
@@ -109,6 +114,12 @@ class BaseTrainer:
         self.when_begun: Callable[[], None] = lambda: None
         self.stop = StopRequest()
         self._agreed_stop = self.ranks.late_maximum()
+
+    def _one_image(self) -> dict[str, Tensor]:
+        """A batch of one image, black."""
+        size = image_size_of(self.cfg)
+        zero = torch.zeros(1, dtype=torch.int64)
+        return self.prepare_batch({"image": torch.zeros(1, 3, size, size), "target": zero, "index": zero}, epoch=1)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -163,6 +174,7 @@ class BaseTrainer:
         Raises:
             UserError: a loss became NaN or infinite (NonFiniteLossError), a checkpoint could not be written, or
                 another process is training in this folder.
+            WorkerError: a loader's worker failed. A single process has saved `latest` at its last step.
             Stopped: a signal asked for it; the run can be resumed from this step.
         """
         if first > self.cfg.SOLVER.EPOCHS:
@@ -180,10 +192,13 @@ class BaseTrainer:
                 done = (first - 1) * len(self.train_loader) + self.state.position.step
                 self.logger = build_logger(self.log_path, self.name, self.cfg, first, done)
             stack.enter_context(self.stop.listening())
-            if first == 1 and not self.state.interrupted:
-                self._score_teacher()
-            for epoch in range(first, self.cfg.SOLVER.EPOCHS + 1):
-                self.train_epoch(epoch)
+            try:
+                if first == 1 and not self.state.interrupted:
+                    self._score_teacher()
+                for epoch in range(first, self.cfg.SOLVER.EPOCHS + 1):
+                    self.train_epoch(epoch)
+            except WorkerError as error:
+                raise self._saved_after(error) from None
         for name, best in self.state.best_acc.items():
             label = f" ({name} head)" if name else ""
             last = self.state.last_acc[name]
@@ -320,6 +335,13 @@ class BaseTrainer:
         if signal:
             self._say(f"stopped by signal {signal}; {self.state.continuation()}")
             raise Stopped(signal)
+
+    def _saved_after(self, error: WorkerError) -> WorkerError:
+        """`error`, with where to go on. A single process saves first; of several, the others would not take part."""
+        if self.ranks.world == 1 and self.state.position.step:
+            self.state.save_within(self.state.position)
+        where = self.state.last_saved
+        return WorkerError(f"{error}; the same command with --resume goes on after {where}") if where else error
 
     def _say(self, line: str) -> None:
         if self.ranks.first:

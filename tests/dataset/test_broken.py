@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import struct
 import subprocess
 import sys
@@ -245,3 +246,22 @@ def test_a_worker_s_warnings_stay_off_the_terminal(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout == "0\n", done.stderr
     assert done.stderr.startswith("warning: 1 of 1 images are broken") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files through /proc")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_open_files_is_not_a_broken_image(paths: list[Path], workers: int) -> None:
+    """Skipping broken images would leave out intact ones."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def view(path: str) -> torch.Tensor:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+        try:
+            return read_pixels(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    data = ImageFiles.of([(str(paths[0]), 0)], view, view, MEAN, STD, skip_broken=True)
+    with pytest.raises(UserError, match=r"open files.* `ulimit -n 65536`") as error:
+        list(data.loader(1, workers, train=False))
+    assert "\n" not in str(error.value) and not isinstance(error.value, BrokenImageError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mdistiller.dataset import get_dataloaders, workers
+from mdistiller.dataset.worker_failures import WorkerError
 from mdistiller.dataset.workers import started, worker_counts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -125,3 +127,65 @@ def test_started_leaves_the_signal_mask_and_other_loaders_alone() -> None:
     list(started(DataLoader(Slow(), batch_size=4, num_workers=1)))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
     assert list(started([1, 2])) == [1, 2] and DataLoader(Slow()).worker_init_fn is None
+
+
+@pytest.mark.parametrize("busy", [False, True])  # the training process waits for a batch, or does something else
+def test_a_worker_that_is_gone_is_told_when_a_batch_is_waited_for(busy: bool) -> None:
+    iterator = started(DataLoader(Slow(), batch_size=1, num_workers=1, prefetch_factor=1), "N")
+    next(iterator)
+    (worker,) = iterator._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    if busy:
+        worker.join(10)  # torch would raise here
+    with pytest.raises(WorkerError, match=rf"worker is gone \(process {worker.pid}: SIGKILL\); .* fewer .*\(N; 0"):
+        list(iterator)
+
+
+class Odd(Dataset):
+    """Items that raise, or that another process cannot receive."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> object:
+        if self.what == "lambda":
+            return lambda: i
+        if self.what == "gradient":
+            return torch.ones(2, requires_grad=True) * 1
+        if self.what == "files":
+            raise OSError(24, "Too many open files", "mine")
+        raise ValueError("Connection, 7")
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "text"),
+    [
+        ("value", ValueError, "(?s)Original Traceback.*Connection, 7"),
+        ("files", OSError, "(?s)Original Traceback.*Too many open files: 'mine'"),
+        ("lambda", Exception, "(?s)Original Traceback.*pickle"),
+        ("gradient", RuntimeError, "(?s)Original Traceback.*Cowardly refusing"),
+    ],
+)
+def test_an_error_of_the_data_set_s_own_code_keeps_its_traceback(what: str, error: type, text: str) -> None:
+    """Also one in pickling its items, for which a plain DataLoader waits without end."""
+    with pytest.raises(error, match=text) as raised:
+        list(started(DataLoader(Odd(what), batch_size=None, num_workers=1)))
+    assert not isinstance(raised.value, WorkerError)
+
+
+def test_a_refusal_to_open_files_names_the_limit() -> None:
+    class Many(Dataset):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, i: int) -> list[torch.Tensor]:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            shared = [torch.ones(4).share_memory_() for _ in range(4)]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, limit))
+            return shared
+
+    with pytest.raises(WorkerError, match=r"open files .* `ulimit -n 65536`, or take fewer workers"):
+        list(started(DataLoader(Many(), batch_size=None, num_workers=1)))

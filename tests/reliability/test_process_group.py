@@ -27,10 +27,10 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="fi
 
 
 def launch_with(*before, **variables):
-    def start(arguments, folder, output, environment):
+    def start(arguments, folder, output, environment, shell=()):
         with output.open("a") as out:
             return subprocess.Popen(
-                [sys.executable, *before, str(TOOL), *arguments], cwd=folder, stdout=out, stderr=out,
+                [*shell, sys.executable, *before, str(TOOL), *arguments], cwd=folder, stdout=out, stderr=out,
                 start_new_session=True, env=os.environ | ONE_THREAD | environment | variables,
             )  # fmt: skip
 

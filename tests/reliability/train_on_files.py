@@ -1,8 +1,10 @@
 """tools/train.py on a data set of image files, which loader workers read: DATASET.TYPE files, below DATASET.ROOT.
 
-START_METHOD in the environment chooses how workers are started: fork or spawn.
+START_METHOD in the environment chooses how workers are started: fork or spawn. `--command eval` as the first arguments
+runs another tool.
 """
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -44,7 +46,8 @@ def write_images(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    from mdistiller.commands.train import main
-
     multiprocessing.set_start_method(os.environ.get("START_METHOD", "fork"))
-    main()
+    command = sys.argv.pop(2) if sys.argv[1:2] == ["--command"] else "train"
+    if sys.argv[1:2] == ["--command"]:
+        del sys.argv[1]
+    importlib.import_module(f"mdistiller.commands.{command}").main()
