@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..paths import expanded
 from ..registry import Registry
 from .batch import FIELDS
+from .labels import check_labels
 from .workers import worker_counts
 
 Batch = tuple[Tensor, ...]
@@ -63,7 +64,13 @@ def register(
     """Decorator: register a data set in `dataset_dict`; the decorated function is its `DatasetInfo.read`."""
 
     def enter(read: Read) -> Read:
-        dataset_dict.register(name)(DatasetInfo(num_classes, image_size, model_family, read, mean, std))
+        @wraps(read)
+        def checked(root: Path, train: bool, skip_broken: bool = False) -> Split:
+            split = read(root, train, skip_broken)
+            check_labels(split.targets, f"the {'training' if train else 'test'} labels of {name}", num_classes)
+            return split
+
+        dataset_dict.register(name)(DatasetInfo(num_classes, image_size, model_family, checked, mean, std))
         return read
 
     return enter
@@ -126,6 +133,7 @@ class Loader(ABC):
     ) -> None:
         if batch_size < 1:
             raise UserError(f"the batch size must be at least 1, it is {batch_size}")
+        check_labels(targets, f"the targets of {type(self).__name__}")
         self.targets = targets
         self.class_names = tuple(class_names)
         if self.class_names and len(targets) and int(targets.max()) >= len(self.class_names):

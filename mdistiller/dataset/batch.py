@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .labels import as_labels
 from .workers import started
 
 # The items of a loader without `fields`: what the original's loaders yield.
@@ -71,17 +72,49 @@ def check_fields(batch: Mapping[str, Any], needed: Iterable[str]) -> None:
         )
 
 
+def check_tensors(batch: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse a batch of which an item is something else than a tensor.
+
+    Raises:
+        UserError: naming the item and its type.
+    """
+    for name in names:
+        item = batch[name]
+        if not isinstance(item, Tensor):
+            of = f" of {type(item[0]).__name__}" if isinstance(item, (list, tuple)) and item else ""
+            raise UserError(
+                f"a batch's {name!r} is a {type(item).__name__}{of}, not a tensor of one entry for each image; let the "
+                "data set return tensors, arrays or numbers, which torch's DataLoader collates to tensors"
+            )
+
+
 def labelled(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """(image, target) of each batch of a loader.
 
     Raises:
-        UserError: a batch has no such items; see `named_batch` and `check_fields`. Or a worker fails; see `started`.
+        UserError: a batch has no such items, or they are no tensors; see `named_batch` and `check_fields`.
+            Or a worker fails; see `started`.
     """
     fields = fields_of(loader)
     for batch in started(loader):
-        named = named_batch(batch, fields)
-        check_fields(named, FIELDS[:2])
-        yield named["image"], named["target"]
+        yield image_and_label(named_batch(batch, fields))
+
+
+def image_and_label(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The images of a named batch, and their labels as int64.
+
+    Raises:
+        UserError: it has none, or they are no tensors of equal length.
+    """
+    check_fields(batch, FIELDS[:2])
+    check_tensors(batch, FIELDS[:2])
+    image, target = batch["image"], as_labels(batch["target"])
+    if image.shape[:1] != target.shape[:1] or not len(target):
+        raise UserError(
+            f"a batch has images {tuple(image.shape)} and labels {tuple(target.shape)}; their first dimension must be "
+            "the same number of images, 1 or more"
+        )
+    return image, target
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

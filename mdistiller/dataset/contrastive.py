@@ -45,7 +45,10 @@ class ContrastiveSampler:
             raise unknown_name("CRD.MODE", mode, MODES)
         if k < 1:
             raise UserError(f"CRD.NCE.K must be a whole number >= 1, not {k!r}")
-        classes, labels, sizes = np.unique(np.asarray(targets), return_inverse=True, return_counts=True)
+        known = np.asarray(targets)
+        if known.ndim != 1:
+            raise UserError(f"the training loader's targets must be (N,) labels, their shape is {known.shape}")
+        classes, labels, sizes = np.unique(known, return_inverse=True, return_counts=True)
         if len(classes) < 2:
             raise UserError(f"CRD draws negatives from other classes, but the training set has {len(classes)}")
         self.k, self.mode, self.seed = k, mode, seed
@@ -69,6 +72,11 @@ class ContrastiveSampler:
     def begin(self, index: Tensor, epoch: int) -> Callable[[], Tensor]:
         """Draw in other threads from now on; the returned function waits for the draws and returns them."""
         images = index.tolist()
+        if images and not 0 <= min(images) <= max(images) < len(self._labels):
+            raise UserError(
+                f"a batch's index goes from {min(images)} to {max(images)}, but negatives are drawn from the labels of "
+                f"{len(self._labels)} images; let the loader's `targets` be those of all images, as `index` counts them"
+            )
         drawn = torch.empty((len(images), self.k + 1), dtype=torch.int64, pin_memory=self.device.type == "cuda")
         rows = drawn.numpy()
         # NumPy releases the GIL while it draws, so the threads run in parallel.

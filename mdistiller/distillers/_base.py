@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..console import one_line
+from ..errors import UserError
 from ..models.parameters import Group
 from ._compiled import CompiledForward
 from ._declared import declared
@@ -85,6 +87,7 @@ class Distiller(nn.Module):
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
+        _check_networks(type(self).__name__, student, teacher)
         # Frozen network -> what the method reads of it; see `add_frozen`.
         self.frozen: dict[str, tuple[str, ...] | None] = {}
         # Frozen network -> what is called instead of it. In a dict, so that a runner that is a module becomes no
@@ -285,9 +288,18 @@ class Distiller(nn.Module):
         return output
 
 
+def _check_networks(name: str, student: Any, teacher: Any) -> None:
+    for role, network in (("student", student), ("teacher", teacher)):
+        if not isinstance(network, nn.Module):
+            raise UserError(
+                f"{name}(student, teacher, ...) takes two networks (torch.nn.Module), its {role} is "
+                f"{one_line(network, 60)}; give it one, or train without a teacher by NONE (Vanilla)"
+            )
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits of a network's output: (logits, features), or the logits alone."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _check_output(name: str, output: Any, target: Tensor) -> None:

@@ -14,6 +14,7 @@ from yacs.config import CfgNode as CN
 from ..console import one_line
 from ..errors import UserError
 from ..models.eval_mode import eval_mode
+from ..models.returned import FORM, ReturnedFeatures, described
 from ._base import Features
 from .facts import image_size_of
 
@@ -45,9 +46,9 @@ def _probed(model: nn.Module, size: Sequence[int], role: str) -> Features:
         output = probe(model, size)
     except RuntimeError as error:
         raise ValueError(f"{name} cannot take an image of {size[0]}x{size[1]}: {one_line(error)}") from error
-    if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping)):
-        raise UserError(f"{name} must return (logits, features by name), it returns {type(output).__name__}")
-    return dict(output[1])
+    if not (isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], Mapping)):
+        raise UserError(f"{name} must return (logits, features by name), it returns {described(output)}; {FORM}")
+    return ReturnedFeatures(output[1], name)
 
 
 def get_feat_shapes(
@@ -172,7 +173,7 @@ class MapPairs:
         self, features: tuple[Features, Features], networks: tuple[nn.Module, nn.Module], method: str
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         for kind, own, network in zip(self.kinds, features, networks):
-            if not isinstance(own.get(kind), (list, tuple)):
+            if kind not in own:
                 raise UserError(f"{method} compares feature maps, but {type(network).__name__} returns no {kind!r}")
         return features[0][self.kinds[0]], features[1][self.kinds[1]]
 

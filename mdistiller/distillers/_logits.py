@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..errors import UserError
+
 
 def check_logits(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> None:
     """Refuse logits of different shapes and a temperature that is not positive.
 
     Raises:
-        ValueError: in either case; the message names the shapes or the temperature.
+        UserError: they differ in shape.
+        ValueError: the temperature is not positive.
     """
     if logits_student.shape != logits_teacher.shape:
-        raise ValueError(
+        raise UserError(
             f"student logits {tuple(logits_student.shape)} and teacher logits {tuple(logits_teacher.shape)} "
             "differ in shape; both networks must know the same classes"
         )

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from ..console import one_line
 from ..errors import UserError
 from ..models.eval_mode import eval_mode
 from ..models.parameters import Group, flat_parameters
+from ..models.returned import described, returned
 from ._base import Distiller, logits_of
 
 
-def check_distiller(distiller: Distiller) -> None:
-    """Refuse a method that would train, score or save something else than it says.
+def check_distiller(distiller: nn.Module) -> None:
+    """Refuse what is no method, and a method that would train, score or save something else than it says.
 
     Raises:
         UserError: names the method, what is wrong, and how to declare it.
     """
+    if not isinstance(distiller, Distiller):
+        raise UserError(
+            f"the trainer's distiller is a {type(distiller).__name__}; give it a method, a subclass of "
+            "mdistiller.distillers.Distiller, such as KD(student, teacher, cfg)"
+        )
     check_parameters(distiller)
     _check_frozen(distiller)
+    _check_owned(distiller)
     _check_deployments(distiller)
 
 
@@ -60,6 +68,100 @@ def check_parameters(distiller: Distiller) -> None:
         raise UserError(f"{method}.untrained names {_few(unknown)}, but it has no such parameters")
 
 
+_OWNED = (
+    "In __init__, make them attributes: a Module, an nn.Parameter, or entries of an nn.ModuleList; and return them in "
+    "get_learnable_parameters()"
+)
+
+
+def _check_owned(distiller: Distiller) -> None:
+    """What is learnable belongs to the method's modules, and some of it can be trained."""
+    method, own = type(distiller).__name__, {id(p) for p in distiller.parameters()}
+    learnable = flat_parameters(learnable_parameters(distiller))
+    hidden = _hidden(distiller)
+    # A tensor that is a plain attribute, `self.scale = torch.ones(1, requires_grad=True)`, is no parameter for torch.
+    plain = [p for p, name in hidden if not isinstance(p, nn.Parameter) and p.requires_grad and p.is_leaf]
+    strange = [p for p in (*learnable, *plain) if id(p) not in own]
+    if strange:
+        names = _few(_named(strange, hidden))
+        raise UserError(
+            f"{method} is to train {names}, which no module of the method has, so that they would be neither saved nor "
+            f"moved to the device. {_OWNED}"
+        )
+    if not any(p.requires_grad for p in learnable):
+        raise UserError(
+            f"{method}: none of the {len(learnable)} learnable parameters requires a gradient, so nothing would be "
+            "trained; leave requires_grad on for what is to be trained"
+        )
+
+
+def check_losses(distiller: Distiller, losses: Iterable[Tensor]) -> None:
+    """Refuse a first step's losses that depend on a parameter of no module of the method: one in a plain list, say.
+
+    Raises:
+        UserError: naming it; or no loss depends on any parameter.
+    """
+    method, leaves = type(distiller).__name__, _leaves(losses)
+    if not leaves:
+        raise UserError(
+            f"{method}: no loss depends on a parameter that requires a gradient, so that nothing would be trained; "
+            "compute them from the student's outputs, without detach() or no_grad()"
+        )
+    own = {id(p) for p in distiller.parameters()}
+    forgotten = [p for p in leaves if isinstance(p, nn.Parameter) and id(p) not in own]
+    if forgotten:
+        names = _few(_named(forgotten, _hidden(distiller)))
+        raise UserError(
+            f"{method}: a loss depends on {names}, which no module of the method has, so that they would be neither "
+            f"trained nor saved. {_OWNED}"
+        )
+
+
+def _leaves(losses: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors that get a gradient from the losses' backward pass."""
+    nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    seen, leaves = set(nodes), []
+    while nodes:
+        node = nodes.pop()
+        if node.name().endswith("AccumulateGrad"):
+            leaves.append(node.variable)
+        before = {one for one, _ in node.next_functions if one is not None} - seen
+        seen |= before
+        nodes += before
+    return leaves
+
+
+def _hidden(distiller: Distiller) -> list[tuple[Tensor, str]]:
+    """The tensors that torch does not know of, with their names: in plain attributes of what is not frozen."""
+    modules = [(name, m) for name, m in distiller.named_modules() if not _belongs(name, distiller.frozen)]
+    known = vars(nn.Module()).keys()
+    return [
+        found
+        for prefix, module in modules
+        for key, value in vars(module).items()
+        if key not in known
+        for found in _tensors(value, f"{prefix}.{key}" if prefix else key)
+    ]
+
+
+def _tensors(value: Any, name: str, depth: int = 3) -> Iterator[tuple[Tensor, str]]:
+    """The tensors in `value`: itself, a module's parameters, or what lists and dictionaries hold."""
+    if isinstance(value, Tensor):
+        yield value, name
+    elif isinstance(value, nn.Module):
+        yield from ((p, key) for key, p in value.named_parameters(prefix=name))
+    elif depth and isinstance(value, (list, tuple, dict)):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in entries:
+            yield from _tensors(entry, f"{name}[{key!r}]", depth - 1)
+
+
+def _named(tensors: Iterable[Tensor], hidden: Iterable[tuple[Tensor, str]]) -> list[str]:
+    """What the method calls the `tensors`, or their shapes."""
+    names = {id(tensor): name for tensor, name in hidden}
+    return list(dict.fromkeys(names.get(id(tensor), f"a parameter {tuple(tensor.shape)}") for tensor in tensors))
+
+
 def _learnable_ids(distiller: Distiller) -> set[int]:
     return set(map(id, flat_parameters(distiller.get_learnable_parameters())))
 
@@ -71,6 +173,11 @@ def _belongs(key: str, names: Iterable[str]) -> bool:
 
 def _check_frozen(distiller: Distiller) -> None:
     """No frozen network has a parameter that would be trained."""
+    if distiller.student is distiller.teacher:
+        raise UserError(
+            f"{type(distiller).__name__}: student and teacher are the same {type(distiller.student).__name__}, and a "
+            "teacher is frozen; give it two networks, such as copy.deepcopy(student) for the teacher"
+        )
     learnable = _learnable_ids(distiller)
     for name in distiller.frozen:
         own = distiller.get_submodule(name).named_parameters(prefix=name)
@@ -115,8 +222,14 @@ def check_scores(distiller: Distiller, image_size: int) -> None:
     name, main = next(iter(distiller.deployments().items()))
     shape = (2, 3, image_size, image_size)
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(next(main.parameters()))
+    output = returned(distiller.deployments()[name], image, f"the deployment {name} {type(main).__name__}")
     with eval_mode(distiller):
-        deployed = logits_of(distiller.deployments()[name](image))
+        deployed = logits_of(output)
+        if not isinstance(deployed, Tensor) or deployed.ndim != 2:
+            raise UserError(
+                f"{type(distiller).__name__}'s deployment {name!r} ({type(main).__name__}) returns {described(output)}"
+                "; it must return logits (B, C), or (logits, features by name)"
+            )
         scored = {
             "forward_test": distiller.forward_test(image),
             "forward_heads": next(iter(distiller.forward_heads(image).values())),
@@ -132,9 +245,9 @@ def check_scores(distiller: Distiller, image_size: int) -> None:
 def gradient_gap(distiller: Distiller, without: Iterable[nn.Parameter]) -> str:
     """A sentence that names the parameters `without` a gradient after a step; empty if there are none.
 
-    Those that the method declares as untrained are left out.
+    Those that the method declares as untrained are left out, and so are those that require none.
     """
-    missing = set(map(id, without))
+    missing = {id(p) for p in without if p.requires_grad}
     names = [key for key, p in distiller.named_parameters() if id(p) in missing]
     names = [key for key in names if not _belongs(key, distiller.untrained)]
     return f"{type(distiller).__name__}: {len(names)} parameters get no gradient ({_few(names)})" if names else ""

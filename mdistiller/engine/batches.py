@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ..dataset.batch import batch_on_device, fields_of, host_index, named_batch
+from ..dataset.batch import batch_on_device, fields_of, host_index, image_and_label, named_batch
 from ..dataset.contrastive import ContrastiveSampler
+from ..dataset.labels import check_labels, form
 from ..dataset.workers import started
 from ..distillers import Distiller
 from ..errors import UserError
@@ -74,6 +75,9 @@ class BatchReader:
         device: where the tensors are moved.
         cfg: the whole configuration tree.
 
+    Attributes:
+        classes: C, to refuse labels that are no class; 0 if the labels of all images have been checked.
+
     Raises:
         UserError: nobody provides a field that the method needs; the message suggests near names.
     """
@@ -81,6 +85,7 @@ class BatchReader:
     def __init__(self, distiller: Distiller, loader: Any, device: torch.device, cfg: CN) -> None:
         self.method, self.needs = type(distiller).__name__, distiller.needs_batch
         self.fields, self.device = fields_of(loader), device
+        self.classes = 0
         self.contiguous = not cfg.SOLVER.CHANNELS_LAST
         if self.needs and not hasattr(loader, "fields"):
             self.fields = _fields_of_first(loader, self.fields)
@@ -98,13 +103,19 @@ class BatchReader:
             UserError: a field that the method needs is not in it.
         """
         named = named_batch(batch, self.fields)
-        fields = batch_on_device(named, self.device)
-        for name in ("image", "target", *self.needs):
+        image, target = image_and_label(named)
+        if self.classes and target.device.type == "cpu":
+            check_labels(target, "the labels of a training batch", self.classes)
+        fields = batch_on_device({**named, "image": image, "target": target}, self.device)
+        for name in self.needs:
             if name not in fields and name not in self.added:
                 raise UserError(
                     f"{self.method} needs the field {name!r} of the batch as a tensor; the loader's batch has "
                     f"{', '.join(named) or 'none'}"
                 )
+        index = fields["index"] if "index" in self.needs else target
+        if index.shape != target.shape or (index is not target and index.is_floating_point()):
+            raise UserError(f"a batch's index is {form(index)}, not each image's place in the training set, (B,) int64")
         if self.contiguous:
             fields["image"] = fields["image"].contiguous()
         for name, make in self.added.items():

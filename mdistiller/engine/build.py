@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import Parameter, signature
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 from yacs.config import CfgNode as CN
 
@@ -17,8 +19,10 @@ from ..distributed.ranks import current_ranks
 from ..errors import UserError
 from ..grouping import load_groups
 from ..models import build_model, cifar_model_dict, imagenet_model_dict, teacher_checkpoint, tiny_imagenet_model_dict
+from ..models.copies import has_hooks
 from ..models.cost import network_cost
 from ..models.grouped import GroupedStudent
+from ..models.returned import Doubt, check_network, explained
 from ..registry import Registry, unknown_name
 from .cfg import load_cfg
 from .files.checkpoint import (
@@ -57,13 +61,20 @@ def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "", 
     """
     models = model_dict(dataset)
     entry = models[name]
-    if not path and not isinstance(entry, tuple):
+    published = entry[1] if isinstance(entry, tuple) else None
+    if not path and not isinstance(entry, tuple) and _loads_weights(entry):
         return build_model(models, name, num_classes, pretrained=True)
     model = build_model(models, name, num_classes)
     if groups:
         model = GroupedStudent(model, load_groups(groups))
-    load_model_weights(model, teacher_checkpoint(path or entry[1], name))
+    load_model_weights(model, teacher_checkpoint(path or published, name))
     return model
+
+
+def _loads_weights(constructor: Callable[..., nn.Module]) -> bool:
+    """Whether a constructor takes `pretrained`; one that a user has registered may not."""
+    parameters = signature(constructor).parameters.values()
+    return any(p.name == "pretrained" or p.kind is Parameter.VAR_KEYWORD for p in parameters)
 
 
 def load_trained(dataset: str, model: str, ckpt: str = "pretrain", groups: str = "", device: str = "auto") -> nn.Module:
@@ -97,7 +108,26 @@ def build_distiller(cfg: CN, facts: RunFacts, trained: bool = True) -> Distiller
         teacher = build_pretrained(cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, classes, cfg.DISTILLER.TEACHER_CKPT)
     elif method.needs_teacher:
         teacher = build_model(models, cfg.DISTILLER.TEACHER, classes)
-    return method.from_run(student, teacher, cfg, facts)
+    doubts = []
+    for role, network in (("student", student), ("teacher", teacher)):
+        try:
+            _check_built(network, role, cfg, facts)
+        except Doubt as doubt:
+            doubts.append(doubt)
+    with explained(doubts):
+        return method.from_run(student, teacher, cfg, facts)
+
+
+def _check_built(network: nn.Module | None, role: str, cfg: CN, facts: RunFacts) -> None:
+    """What `network` returns for images of the data set's size; see `check_network`."""
+    if network is None or has_hooks(network):
+        return
+    shape = (2, 3, facts.image_size, facts.image_size)
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    trains, read = role == "student", distiller_dict[cfg.DISTILLER.TYPE].teacher_outputs or ()
+    # A teacher of other classes can still teach its features.
+    classes = facts.num_classes if trains or "logits" in read else 0
+    check_network(network, image, f"the {role} {cfg.DISTILLER[role.upper()]}", trains, classes)
 
 
 def facts_without_data(cfg: CN) -> RunFacts:

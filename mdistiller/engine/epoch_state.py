@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +40,13 @@ class Clock:
     def go_on(self) -> None:
         """Count from now on: a restored clock stood still up to here."""
         self.start = time.perf_counter()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """A context whose time does not count."""
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
 
     def stop_training(self) -> None:
         """End the training time; validation follows."""

@@ -22,12 +22,30 @@ def placed(distiller: Distiller, device: torch.device, ranks: Ranks, cfg: CN) ->
     return distiller
 
 
+def counted(loader: Any) -> Any:
+    """The training loader, whose steps can be counted.
+
+    Raises:
+        UserError: it has no len().
+    """
+    try:
+        len(loader)
+    except TypeError as error:
+        raise UserError(
+            f"the training loader, a {type(loader).__name__}, has no len() ({error}); give it __len__, the number of "
+            "batches in an epoch, which schedule and progress count by"
+        ) from None
+    return loader
+
+
 def own_share(loader: Any, device: torch.device, ranks: Ranks) -> Any:
     """This rank's share of `loader`, on the device. A custom loader may lack `to` and, in one process, `shard`.
 
     Raises:
-        UserError: there are several processes, and it has no `shard`.
+        UserError: it cannot be iterated over, or there are several processes, and it has no `shard`.
     """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise UserError(f"a loader is a {type(loader).__name__}; give the trainer loaders, which yield batches")
     if ranks.world > 1:
         if not hasattr(loader, "shard"):
             raise UserError(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dataset.batch import labelled, to_device
+from ..dataset.labels import check_labels
 from ..distillers import Distiller, logits_of
 from ..distributed.ranks import Ranks
 from ..errors import UserError
@@ -75,15 +76,17 @@ def evaluate(loader: Iterable[Any], heads: Heads, device: torch.device, ranks: R
         ranks: the processes that share the data set; each gets the scores of the whole data set.
 
     Raises:
-        UserError: a batch has no image or no target, or the loader is empty.
+        UserError: a batch has no image or no target, a label is no class, or the loader is empty.
     """
     totals: dict[str, Tensor] = {}
     count = 0
     with torch.inference_mode():
         for image, target in labelled(loader):
-            image, target = to_device(image, device), to_device(target, device)
+            host, image, target = target, to_device(image, device), to_device(target, device)
             count += len(target)
             for name, logits in heads(image).items():
+                if host.device.type == "cpu":  # those of our own loaders on a GPU have been checked as a whole
+                    check_labels(host, "the labels of a validation batch", logits.shape[1])
                 loss = F.cross_entropy(logits.float(), target, reduction="sum").double()
                 sums = torch.cat([correct_counts(logits, target).double(), loss[None]])
                 totals[name] = totals[name] + sums if name in totals else sums

@@ -14,7 +14,7 @@ from yacs.config import CfgNode as CN
 
 from ..console import warn
 from ..distillers import Distiller
-from ..distillers.contract import check_parameters, gradient_gap, not_averaged
+from ..distillers.contract import check_losses, check_parameters, gradient_gap, not_averaged
 from ..distributed.data_parallel import averaging, data_parallel, is_data_parallel
 from ..distributed.ranks import Ranks
 from ..errors import UserError
@@ -142,17 +142,20 @@ class Step:
         return None if self.frozen is None else self.frozen.cache
 
     def _check_gradients(self) -> None:
-        """In the first step: name the parameters that got no gradient.
+        """In the first step, and on several ranks in every step: name the parameters that got no gradient.
 
         Raises:
-            UserError: there are some, and several ranks, which cannot average them; or the step has made a layer.
+            UserError: there are some, and several ranks, which cannot average them; or the first step has made a layer.
         """
-        if self._gradients_checked:
+        first, parallel = not self._gradients_checked, is_data_parallel(self.module)
+        if not (first or parallel):
             return
         self._gradients_checked = True
-        check_parameters(self.distiller)
-        gap = gradient_gap(self.distiller, self.update.without_gradient())
-        if gap and is_data_parallel(self.module):
+        if first:
+            check_parameters(self.distiller)
+        without = self.update.without_gradient()
+        gap = gradient_gap(self.distiller, without) if without else ""
+        if gap and parallel:
             raise UserError(f"{gap}, and several processes cannot average what is not there; {_NO_GRADIENT}")
         if gap and self.ranks.first:
             warn(f"{gap}, and keep their values; {_NO_GRADIENT}")
@@ -209,6 +212,8 @@ class Step:
         with averaging(self.module, now=last):
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
                 logits, losses = self.module(**micro_batch, epoch=epoch)
+            if not self._gradients_checked:
+                check_losses(self.distiller, losses.values())
             total = self.update.backward(losses, weight)
         target = micro_batch["target"]
         hits = correct_counts(logits.detach(), target).double() * 100

@@ -23,6 +23,7 @@ from ..distillers import Distiller
 from ..distillers.contract import check_distiller, learnable_parameters
 from ..distillers.facts import image_size_of
 from ..distributed.ranks import current_ranks
+from ..errors import UserError
 from ..registry import Registry
 from .batches import BatchReader, batches_from, calling
 from .ema import EMA
@@ -35,7 +36,8 @@ from .meters import Meters
 from .modes import check_modes
 from .nan_watch import NonFiniteLossError, nan_policy_dict
 from .overridden import adopt_optimizer, adopt_overrides
-from .placing import own_share, placed
+from .parts import Parts
+from .placing import counted, own_share, placed
 from .progress_bar import ProgressBar
 from .resume import RunState
 from .resume_facts import facts_of_run
@@ -93,7 +95,7 @@ class BaseTrainer:
         check_modes(cfg, plain, self.update_rule, self.ranks.world, train_loader)
         self.distiller: Distiller = placed(plain, self.device, self.ranks, cfg)
         self.train_loader, self.val_loader = (
-            own_share(loader, self.device, self.ranks) for loader in (train_loader, val_loader)
+            own_share(loader, self.device, self.ranks) for loader in (counted(train_loader), val_loader)
         )
         self.prepare_batch = BatchReader(self.distiller, self.train_loader, self.device, cfg)
         if isinstance(self.train_loader, Loader):
@@ -111,6 +113,8 @@ class BaseTrainer:
         )  # fmt: skip
         self.best_acc = -1.0
         self.overwrite = self._replace = False
+        self._open_files: Callable[[], None] | None = None
+        self._parts_checked = False
         self.when_begun: Callable[[], None] = lambda: None
         self.stop = StopRequest()
         self._agreed_stop = self.ranks.late_maximum()
@@ -186,11 +190,8 @@ class BaseTrainer:
             self.logger = Logger({})
             if self.ranks.first:
                 stack.enter_context(run_lock(self.log_path))
-                if self._replace:
-                    remove_run(self.log_path)
-                record_run(self.log_path, self.cfg, device=str(self.device), processes=self.ranks.world)
                 done = (first - 1) * len(self.train_loader) + self.state.position.step
-                self.logger = build_logger(self.log_path, self.name, self.cfg, first, done)
+                self._open_files = partial(self._open, first, done)
             stack.enter_context(self.stop.listening())
             try:
                 if first == 1 and not self.state.interrupted:
@@ -217,6 +218,35 @@ class BaseTrainer:
             warn("the teacher is no better than chance: check DISTILLER.TEACHER_CKPT, and that it was trained on this "
                  "data set, with its order of classes and its normalisation")  # fmt: skip
 
+    def _open(self, first: int, done: int) -> None:
+        """Begin the run's files, or go on with them, after `done` steps. A former run stands until then."""
+        if self._replace:
+            remove_run(self.log_path)
+        record_run(self.log_path, self.cfg, device=str(self.device), processes=self.ranks.world)
+        self.logger = build_logger(self.log_path, self.name, self.cfg, first, done)
+
+    def _opened(self, at: EpochState) -> None:
+        """Open the run's files, unless they are open: after a first step, which shows that the run's parts fit."""
+        if self._open_files is not None:
+            with at.clock.stopped():
+                self._open_files()
+            self._open_files = None
+
+    def _first_step(self, fields: dict[str, Tensor], epoch: int, *args: Any, **options: Any) -> None:
+        """`train_iter` for the first step of this process, before which the parts of the run are checked.
+
+        Raises:
+            UserError: they do not fit; see `Parts`.
+        """
+        self._parts_checked = True
+        parts = Parts(self.distiller, self.train_loader, self.val_loader, self.ranks, self.cfg)
+        with self.state.position.clock.stopped():
+            parts.check(fields)
+        if not isinstance(self.train_loader, Loader):
+            self.prepare_batch.classes = parts.classes
+        with parts.explaining(fields):
+            self.train_iter(fields, epoch, *args, **options)
+
     def train_epoch(self, epoch: int) -> None:
         """One epoch, or the rest of one: its steps, then validation, then the log, then the checkpoints."""
         at = self.state.take_up(epoch)
@@ -232,13 +262,21 @@ class BaseTrainer:
             at.step += 1
             log_now = at.step % self.cfg.LOG.TENSORBOARD_FREQ == 0
             fields = self.prepare_batch(batch, epoch)
-            self.train_iter(fields, epoch, at.meters, at.recent, at.step, measure=log_now)
+            take = self.train_iter if self._parts_checked else self._first_step
+            take(fields, epoch, at.meters, at.recent, at.step, measure=log_now)
+            self._opened(at)
             bar.update(lr, at.meters, len(fields["target"]) * self.ranks.world)
             if log_now:
                 self.logger.step((epoch - 1) * steps + at.step, {"lr": lr, **at.recent.over(self.ranks).means()})
                 at.recent.reset()
             self._save_or_stop(at)
         bar.close()
+        if not at.step:
+            raise UserError(
+                f"epoch {epoch}: the training loader yields no batch; let iter() of it begin anew in every epoch, as a "
+                "torch DataLoader's does"
+            )
+        self._opened(at)
         self.nan_policy.check()
         whole = at.meters.over(self.ranks)
         if not whole.count:

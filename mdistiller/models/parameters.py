@@ -39,6 +39,10 @@ def _entries(learnable: Learnable) -> list[nn.Parameter | Group]:
     """The parameters and copies of the groups, checked."""
     entries: list[Any] = []
     places: dict[int, str] = {}
+    if not isinstance(learnable, Iterable):
+        raise UserError(
+            f"get_learnable_parameters() returns {type(learnable).__name__}, not a list of parameters or groups of them"
+        )
     for i, entry in enumerate(learnable):
         if isinstance(entry, Mapping) and "params" in entry:
             params = entry["params"]

@@ -6,6 +6,10 @@ import torch
 from mdistiller.distillers import RunFacts
 from mdistiller.engine.build import build_distiller, build_trainer, deployment_lines
 from mdistiller.engine.cfg import load_cfg
+from mdistiller.errors import UserError
+from mdistiller.models import cifar_model_dict
+
+from .._networks import write_untrained
 
 CONFIG = "configs/digits/vanilla.yaml"
 
@@ -42,3 +46,43 @@ def test_the_facts_of_a_run():
     facts = RunFacts.of(trainer.cfg, trainer.train_loader)
     assert (facts.num_data, facts.num_classes, facts.image_size, facts.epochs) == (143, 10, 32, 7)
     assert facts.class_names == tuple("0123456789") and facts.mean == (0.3050,) * 3 and facts.std == (0.3234,) * 3
+
+
+class Mine(torch.nn.Module):
+    """A user's network for images of `size`, whose logits are `bare` and have `num_classes`, or `width`."""
+
+    def __init__(self, num_classes, size=32, width=None, bare=False):
+        super().__init__()
+        self.fc, self.bare = torch.nn.Linear(3 * size**2, width or num_classes), bare
+
+    def forward(self, image):
+        logits = self.fc(image.flatten(1))
+        return logits if self.bare else (logits, {})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"bare": True}, r"the (student|teacher) Mine returns a tensor \(2, 10\)"),
+        ({"width": 1000}, "the (student|teacher) mine returns logits of 1000 classes, but the data set has 10"),
+        ({"size": 64}, r"(student|teacher) Mine does not take images \(B, 3, 32, 32\).*; it takes 64x64"),
+    ],
+)
+@pytest.mark.parametrize("role", ["STUDENT", "TEACHER"])
+def test_a_users_network_that_does_not_fit_the_data_set(role, options, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(cifar_model_dict, "mine", (lambda num_classes: Mine(num_classes, **options), None))
+    torch.save({"model": Mine(10, **options).state_dict()}, tmp_path / "mine")
+    names = ["DISTILLER.STUDENT", "resnet8", "DISTILLER.TEACHER", "resnet8", f"DISTILLER.{role}", "mine"]
+    names += ["DISTILLER.TEACHER_CKPT", str(tmp_path / ("mine" if role == "TEACHER" else "resnet8"))]
+    write_untrained(tmp_path / "resnet8", "resnet8", seed=0)
+    quiet = ["LOG.PREFIX", str(tmp_path), "LOG.WANDB", "False", "EXPERIMENT.DEVICE", "cpu"]
+    with pytest.raises(UserError, match=message):
+        build_trainer(load_cfg("configs/digits/kd.yaml", [*names, *quiet])).train()
+
+
+def test_a_users_teacher_without_a_checkpoint(monkeypatch):
+    monkeypatch.setitem(cifar_model_dict, "mine", Mine)
+    overrides = ["DISTILLER.TEACHER", "mine", "DISTILLER.TEACHER_CKPT", ""]
+    cfg = load_cfg("configs/digits/kd.yaml", overrides)
+    with pytest.raises(UserError, match=r"mine has no published checkpoint; set DISTILLER\.TEACHER_CKPT"):
+        build_distiller(cfg, RunFacts.of(cfg))

@@ -1,0 +1,206 @@
+"""Whether the parts of a run fit each other: networks, images and labels, any of which may be the user's own.
+
+Checked once, with the first batch, before its step. `distillers.contract` checks the method by itself;
+`models.returned` says what a network returns, `dataset.labels` what labels are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ..console import warn
+from ..dataset import Loader
+from ..dataset.batch import fields_of, image_and_label, named_batch
+from ..dataset.labels import check_labels, form
+from ..dataset.workers import started
+from ..distillers import Distiller
+from ..distributed.ranks import Ranks
+from ..errors import UserError
+from ..models.copies import has_hooks
+from ..models.returned import Doubt, check_network, explained, no_feature, returned
+from .runtime.seeds import random_state, set_random_state
+from .teacher.fast_teacher import DTYPES
+
+# Images whose values go beyond this are hardly normalised: at a standard deviation of 1 they stay below 10.
+_NOT_NORMALISED = 100
+_FIRST = "the labels of the first training batch"
+_FEATURES = ("feats", "preact_feats", "pooled_feat")
+
+
+class Parts:
+    """The parts of a run.
+
+    Args:
+        distiller: on its device, in training mode.
+        train_loader, val_loader: as the trainer uses them.
+
+    Attributes:
+        classes: the width of the student's logits; 0 while it is not known.
+        doubts: what is unusual in the networks; a method of the user's own may work with it, as the first step shows.
+    """
+
+    def __init__(self, distiller: Distiller, train_loader: Any, val_loader: Any, ranks: Ranks, cfg: CN) -> None:
+        self.distiller, self.loaders, self.ranks, self.cfg = distiller, (train_loader, val_loader), ranks, cfg
+        self.classes = 0
+        self.doubts: list[Doubt] = []
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Check the parts with the first `batch`, on all ranks alike. They and the random generators do not change.
+
+        Raises:
+            UserError: two parts do not fit; names the part, its value and what to change.
+        """
+        problem = ""
+        try:
+            for check in _CHECKS:
+                check(self, batch)
+        except UserError as error:
+            problem = str(error)
+        found = next(filter(None, self.ranks.gather(problem)), "")
+        if found:
+            raise UserError(found)
+
+    @contextmanager
+    def explaining(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Around the first step, with the `batch`: what it raises is explained by what is unusual in the networks.
+
+        Raises:
+            UserError: a feature that a network does not return was read; or the step failed, and a network is unusual.
+        """
+        with explained(self.doubts):
+            try:
+                yield
+            except KeyError as error:
+                name = error.args[0] if error.args else ""
+                for role, network in self.networks() if name in _FEATURES and not self.doubts else ():
+                    features = returned(network, batch["image"][:2], _owner(role, network))[1]
+                    if name not in features:
+                        raise no_feature(name, features, _owner(role, network)) from error
+                raise
+
+    def networks(self) -> Iterator[tuple[str, nn.Module]]:
+        """The student and the frozen networks, by name; but not those with hooks, which are the user's to call."""
+        for name in ("student", *self.distiller.frozen):
+            network = self.distiller.get_submodule(name)
+            # One without parameters stands for a teacher that the method does not need.
+            if next(network.parameters(), None) is not None and not has_hooks(network):
+                yield name, network
+
+    @contextmanager
+    def undisturbed(self, image: Tensor) -> Iterator[None]:
+        """In the precision of the step; afterwards the random generators are as before."""
+        dtype, state = DTYPES.get(self.cfg.SOLVER.AMP), random_state(image.device)
+        try:
+            with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+                yield
+        finally:
+            set_random_state(state, image.device)
+
+
+def _check_loaders(parts: Parts, batch: Mapping[str, Any]) -> None:
+    train, val = (getattr(loader, "train", None) for loader in parts.loaders)
+    if train is False and val is True:
+        raise UserError(
+            "the training loader yields images in order and not augmented, and the validation loader shuffles and "
+            "augments them: they are swapped; the trainer takes (..., train_loader, val_loader, cfg)"
+        )
+
+
+def _check_images(parts: Parts, batch: Mapping[str, Any]) -> None:
+    image = batch["image"]
+    check_labels(batch["target"], _FIRST)
+    if image.ndim < 2:
+        raise UserError(
+            f"a batch's image is {form(image)}, not float32 (B, 3, H, W); do the loader's `fields` name its items in "
+            "their order?"
+        )
+    if not image.is_floating_point():
+        return
+    largest = float(image.detach().abs().max())
+    if largest <= _NOT_NORMALISED:
+        return
+    if largest < float("inf"):
+        if parts.ranks.first:
+            warn(
+                f"the training images have values up to {largest:g}; a network learns best from normalised ones: "
+                "divide by 255, subtract the mean, divide by the standard deviation"
+            )
+    elif parts.cfg.SOLVER.NAN_POLICY == "stop":
+        raise UserError(
+            f"{int((~image.isfinite()).flatten(1).any(dim=1).sum())} of the first {len(image)} training images have "
+            "values that are NaN or infinite; look into the data set's files and its normalisation (a std of 0?)"
+        )
+
+
+def _check_networks(parts: Parts, batch: Mapping[str, Any]) -> None:
+    image = batch["image"][:2].nan_to_num()
+    with parts.undisturbed(image):
+        for name, network in parts.networks():
+            try:
+                logits = check_network(network, image, _owner(name, network), trains=name == "student")
+            except Doubt as doubt:
+                parts.doubts.append(doubt)
+            else:
+                parts.classes = logits.shape[1] if name == "student" else parts.classes
+
+
+def _check_labels(parts: Parts, batch: Mapping[str, Any]) -> None:
+    check_labels(batch["target"], _FIRST, parts.classes)
+    for loader, words in zip(parts.loaders, ("training", "validation")):
+        targets = getattr(loader, "targets", ())
+        try:
+            known = np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets)
+        except ValueError:  # lists of different lengths
+            continue
+        if known.ndim == 1 and known.dtype.kind in "iu":
+            check_labels(torch.from_numpy(known.astype(np.int64)), f"the {words} loader's targets", parts.classes)
+
+
+def _check_index(parts: Parts, batch: Mapping[str, Any]) -> None:
+    index, targets = batch.get("index"), getattr(parts.loaders[0], "targets", None)
+    if "index" not in parts.distiller.needs_batch or index is None or targets is None:
+        return
+    low, high = (int(end) for end in index.aminmax())
+    if not 0 <= low <= high < len(targets):
+        raise UserError(
+            f"a batch's index goes from {low} to {high}, but the training loader's targets are those of {len(targets)} "
+            "images; let them be those of all images, as `index` counts them"
+        )
+
+
+def _check_validation(parts: Parts, batch: Mapping[str, Any]) -> None:
+    """The first batch of a validation loader of the user's own; training would read it after an epoch only."""
+    loader, image = parts.loaders[1], batch["image"]
+    if isinstance(loader, Loader):
+        return
+    with parts.undisturbed(image):
+        batches = started(loader)
+        if batches is loader:  # it can be read once
+            return
+        first = next(batches, None)
+        del batches  # and with it, its workers
+        if first is None:
+            if parts.ranks.world == 1:  # of several, some may have no batch
+                raise UserError("the validation loader is empty; give it images to evaluate on")
+            return
+        own, target = image_and_label(named_batch(first, fields_of(loader)))
+        check_labels(target, "the labels of the first validation batch", parts.classes)
+        own = own[:2].to(image.device)
+        for name, network in parts.networks():
+            if name == "student" and not parts.doubts:
+                returned(network, own, _owner(name, network), "validation images")
+
+
+def _owner(name: str, network: nn.Module) -> str:
+    return f"the {name} {type(network).__name__}"
+
+
+_CHECKS = (_check_loaders, _check_images, _check_networks, _check_labels, _check_index, _check_validation)
