@@ -48,7 +48,8 @@ class Parts:
     """
 
     def __init__(self, distiller: Distiller, train_loader: Any, val_loader: Any, ranks: Ranks, cfg: CN) -> None:
-        self.distiller, self.loaders, self.ranks, self.cfg = distiller, (train_loader, val_loader), ranks, cfg
+        self.distiller, self.ranks, self.cfg = distiller, ranks, cfg
+        self.train_loader, self.val_loader = train_loader, val_loader
         self.classes = 0
         self.doubts: list[Doubt] = []
 
@@ -106,7 +107,7 @@ class Parts:
 
 
 def _check_loaders(parts: Parts, batch: Mapping[str, Any]) -> None:
-    train, val = (getattr(loader, "train", None) for loader in parts.loaders)
+    train, val = (getattr(loader, "train", None) for loader in (parts.train_loader, parts.val_loader))
     if train is False and val is True:
         raise UserError(
             "the training loader yields images in order and not augmented, and the validation loader shuffles and "
@@ -154,7 +155,7 @@ def _check_networks(parts: Parts, batch: Mapping[str, Any]) -> None:
 
 def _check_labels(parts: Parts, batch: Mapping[str, Any]) -> None:
     check_labels(batch["target"], _FIRST, parts.classes)
-    for loader, words in zip(parts.loaders, ("training", "validation")):
+    for loader, words in ((parts.train_loader, "training"), (parts.val_loader, "validation")):
         targets = getattr(loader, "targets", ())
         try:
             known = np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets)
@@ -165,7 +166,7 @@ def _check_labels(parts: Parts, batch: Mapping[str, Any]) -> None:
 
 
 def _check_index(parts: Parts, batch: Mapping[str, Any]) -> None:
-    index, targets = batch.get("index"), getattr(parts.loaders[0], "targets", None)
+    index, targets = batch.get("index"), getattr(parts.train_loader, "targets", None)
     if "index" not in parts.distiller.needs_batch or index is None or targets is None:
         return
     low, high = (int(end) for end in index.aminmax())
@@ -178,7 +179,7 @@ def _check_index(parts: Parts, batch: Mapping[str, Any]) -> None:
 
 def _check_validation(parts: Parts, batch: Mapping[str, Any]) -> None:
     """The first batch of a validation loader of the user's own; training would read it after an epoch only."""
-    loader, image = parts.loaders[1], batch["image"]
+    loader, image = parts.val_loader, batch["image"]
     if isinstance(loader, Loader):
         return
     with parts.undisturbed(image):

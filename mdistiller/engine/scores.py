@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..console import warn
 from ..dataset.batch import labelled, to_device
 from ..dataset.labels import check_labels
 from ..distillers import Distiller, logits_of
@@ -104,8 +105,8 @@ def _score(shares: list[list[float]], count: int) -> Score:
     return Score(100 * top1, 100 * top5, loss)
 
 
-def score_teacher(loader: Iterable[Any], teacher: nn.Module, device: torch.device, ranks: Ranks) -> tuple[str, bool]:
-    """The teacher's score in one line, and whether its top-1 accuracy is no better than chance.
+def score_teacher(loader: Iterable[Any], teacher: nn.Module, device: torch.device, ranks: Ranks) -> str:
+    """The teacher's score in one line; warns if its top-1 accuracy is no better than chance.
 
     Better than chance is more than three standard deviations above 1 / classes.
 
@@ -125,7 +126,12 @@ def score_teacher(loader: Iterable[Any], teacher: nn.Module, device: torch.devic
     shares = ranks.gather((images, classes))
     images, chance = sum(own for own, _ in shares), 1 / max(width for _, width in shares)
     line = f"teacher: top-1 {score.top1:.2f}, top-5 {score.top5:.2f}, loss {score.loss:.4f} on {images} images"
-    return line, score.top1 / 100 <= chance + 3 * math.sqrt(chance * (1 - chance) / images)
+    if ranks.first and score.top1 / 100 <= chance + 3 * math.sqrt(chance * (1 - chance) / images):
+        warn(
+            "the teacher is no better than chance: check DISTILLER.TEACHER_CKPT, and that it was trained on this data "
+            "set, with its order of classes and its normalisation"
+        )
+    return line
 
 
 class ScoreRecord:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from .kept_buffers import KeptBuffers
 from .meters import Names
 from .nan_watch import NanPolicy, Outcome
 from .scores import correct_counts
+from .single_images import cannot_train, is_of_one_value, too_few_images
 from .teacher.cache import TeacherCache
 from .teacher.fast_teacher import DTYPES, FrozenNetworks
 from .update import SumUpdate
@@ -31,8 +31,6 @@ Batch = dict[str, Tensor]
 
 # The metrics of every step before its losses; see `Step._run_micro_batch`.
 _METRICS = ("train_acc", "train_acc_top5", "train_loss")
-# How torch's BatchNorm refuses one image with a 1x1 map.
-_ONE_VALUE = "Expected more than 1 value per channel when training"
 _NO_GRADIENT = "train what uses them, such as a grouped student by DCGD, or name them in the method's `untrained`"
 
 
@@ -177,13 +175,13 @@ class Step:
         try:
             result = self._run_micro_batches(micro_batches, epoch)
         except ValueError as error:
-            if _ONE_VALUE not in str(error):
+            if not is_of_one_value(error):
                 raise
             kept.restore()
             if number == 1:
-                raise _too_few_images(self.distiller, self.cfg, self.ranks.world) from None
+                raise too_few_images(self.distiller, self.cfg, self.ranks.world) from None
             if self.ranks.first and not self._left_out_said:
-                warn(f"batch {number} is a single image, {_cannot_train(self.distiller)}; such a batch is left out")
+                warn(f"batch {number} is a single image, {cannot_train(self.distiller)}; such a batch is left out")
             self._left_out_said = True
             return None
         self._takes_one_image = True
@@ -219,43 +217,6 @@ class Step:
         hits = correct_counts(logits.detach(), target).double() * 100
         values = [loss.detach().mean() if loss.ndim else loss.detach() for loss in losses.values()]
         return tuple(losses), torch.cat([hits, torch.stack([total, *values]).double() * len(target)])
-
-
-def check_single_images(distiller: Distiller, make: Callable[[], Batch], cfg: CN, ranks: Ranks) -> None:
-    """Refuse a run whose full batches give single images, if its networks cannot train on one.
-
-    It is tried on a copy, with random generators that are put back.
-
-    Args:
-        distiller: on its device.
-        make: a batch of one image. Whatever fails in it, or in the trial, shows in the run's first step.
-
-    Raises:
-        UserError: a BatchNorm sees 1x1 maps.
-    """
-    if cfg.SOLVER.BATCH_SIZE // ranks.world > cfg.SOLVER.ACCUMULATE:
-        return
-    device = next(distiller.parameters()).device
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            copy.deepcopy(distiller).train().forward_train(**make(), epoch=1)
-    except Exception as error:
-        if _ONE_VALUE in str(error):
-            raise _too_few_images(distiller, cfg, ranks.world) from None
-
-
-def _too_few_images(distiller: Distiller, cfg: CN, world: int) -> UserError:
-    """The error where every batch, or micro-batch, is a single image."""
-    size, parts = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
-    by = (f" over {world} processes" if world > 1 else "") + (f" in {parts} micro-batches" if parts > 1 else "")
-    remedy = f"set SOLVER.BATCH_SIZE {world * max(2, parts + (parts > 1))} or more"
-    if parts > 1 and size > world:
-        remedy += ", or SOLVER.ACCUMULATE 1"
-    return UserError(f"SOLVER.BATCH_SIZE {size}{by} gives single images, {_cannot_train(distiller)}; {remedy}")
-
-
-def _cannot_train(distiller: Distiller) -> str:
-    return f"on which {type(distiller).__name__} cannot train, because a BatchNorm of its networks sees 1x1 maps"
 
 
 def split_batch(batch: Batch, parts: int, full: int = 0) -> list[Batch]:

@@ -8,20 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.optim import Optimizer
 from yacs.config import CfgNode as CN
 
-from ..console import PROGRESS, log_to_terminal, progress, warn
+from ..console import PROGRESS, log_to_terminal, progress
 from ..dataset import Loader, check_class_names
 from ..dataset.batch import fields_of, named_batch
 from ..dataset.worker_failures import WorkerError
 from ..dataset.workers import started
 from ..distillers import Distiller
 from ..distillers.contract import check_distiller, learnable_parameters
-from ..distillers.facts import image_size_of
 from ..distributed.ranks import current_ranks
 from ..errors import UserError
 from ..registry import Registry
@@ -30,6 +28,7 @@ from .ema import EMA
 from .epoch_state import EpochState
 from .files.run_folder import check_no_run, remove_run
 from .files.run_lock import run_lock
+from .first_step import FirstStep
 from .logs.logger import Logger, build_logger
 from .lr_schedule import adjust_learning_rate, learning_rate
 from .meters import Meters
@@ -46,7 +45,8 @@ from .runtime.environment import record_run
 from .runtime.malloc import keep_freed_memory
 from .runtime.signals import Stopped, StopRequest
 from .scores import Score, by_head, epoch_metrics, evaluate, score_teacher
-from .step import Step, check_single_images
+from .single_images import check_single_images
+from .step import Step
 from .teacher.fast_teacher import FrozenNetworks
 from .update import DotUpdate, SumUpdate
 
@@ -99,7 +99,7 @@ class BaseTrainer:
         )
         self.prepare_batch = BatchReader(self.distiller, self.train_loader, self.device, cfg)
         if isinstance(self.train_loader, Loader):
-            check_single_images(self.distiller, self._one_image, cfg, self.ranks)
+            check_single_images(self.distiller, self.prepare_batch, cfg, self.ranks)
         self.update = self.update_rule(learnable_parameters(self.distiller), cfg)
         adopt_optimizer(self, self.init_optimizer(cfg), "init_optimizer must return")
         self.ema = EMA(self.distiller.main_network(), cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
@@ -113,17 +113,12 @@ class BaseTrainer:
         )  # fmt: skip
         self.best_acc = -1.0
         self.overwrite = self._replace = False
-        self._open_files: Callable[[], None] | None = None
-        self._parts_checked = False
+        self.first_step = FirstStep(
+            Parts(self.distiller, self.train_loader, self.val_loader, self.ranks, cfg), self.prepare_batch
+        )
         self.when_begun: Callable[[], None] = lambda: None
         self.stop = StopRequest()
         self._agreed_stop = self.ranks.late_maximum()
-
-    def _one_image(self) -> dict[str, Tensor]:
-        """A batch of one image, black."""
-        size = image_size_of(self.cfg)
-        zero = torch.zeros(1, dtype=torch.int64)
-        return self.prepare_batch({"image": torch.zeros(1, 3, size, size), "target": zero, "index": zero}, epoch=1)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -191,7 +186,7 @@ class BaseTrainer:
             if self.ranks.first:
                 stack.enter_context(run_lock(self.log_path))
                 done = (first - 1) * len(self.train_loader) + self.state.position.step
-                self._open_files = partial(self._open, first, done)
+                self.first_step.open_files = partial(self._open, first, done)
             stack.enter_context(self.stop.listening())
             try:
                 if first == 1 and not self.state.interrupted:
@@ -207,16 +202,9 @@ class BaseTrainer:
 
     def _score_teacher(self) -> None:
         """With DISTILLER.SCORE_TEACHER: say how accurate the teacher is. No epoch's draws depend on it."""
-        if not self.cfg.DISTILLER.SCORE_TEACHER or not self.distiller.needs_teacher:
-            return
-        self.distiller.eval()
-        fields = fields_of(self.val_loader)
-        batches = (named_batch(batch, fields) for batch in started(self.val_loader))
-        line, poor = score_teacher(batches, self.distiller.teacher, self.device, self.ranks)
-        self._say(line)
-        if poor and self.ranks.first:
-            warn("the teacher is no better than chance: check DISTILLER.TEACHER_CKPT, and that it was trained on this "
-                 "data set, with its order of classes and its normalisation")  # fmt: skip
+        if self.cfg.DISTILLER.SCORE_TEACHER and self.distiller.needs_teacher:
+            self.distiller.eval()
+            self._say(score_teacher(self.val_loader, self.distiller.teacher, self.device, self.ranks))
 
     def _open(self, first: int, done: int) -> None:
         """Begin the run's files, or go on with them, after `done` steps. A former run stands until then."""
@@ -224,28 +212,6 @@ class BaseTrainer:
             remove_run(self.log_path)
         record_run(self.log_path, self.cfg, device=str(self.device), processes=self.ranks.world)
         self.logger = build_logger(self.log_path, self.name, self.cfg, first, done)
-
-    def _opened(self, at: EpochState) -> None:
-        """Open the run's files, unless they are open: after a first step, which shows that the run's parts fit."""
-        if self._open_files is not None:
-            with at.clock.stopped():
-                self._open_files()
-            self._open_files = None
-
-    def _first_step(self, fields: dict[str, Tensor], epoch: int, *args: Any, **options: Any) -> None:
-        """`train_iter` for the first step of this process, before which the parts of the run are checked.
-
-        Raises:
-            UserError: they do not fit; see `Parts`.
-        """
-        self._parts_checked = True
-        parts = Parts(self.distiller, self.train_loader, self.val_loader, self.ranks, self.cfg)
-        with self.state.position.clock.stopped():
-            parts.check(fields)
-        if not isinstance(self.train_loader, Loader):
-            self.prepare_batch.classes = parts.classes
-        with parts.explaining(fields):
-            self.train_iter(fields, epoch, *args, **options)
 
     def train_epoch(self, epoch: int) -> None:
         """One epoch, or the rest of one: its steps, then validation, then the log, then the checkpoints."""
@@ -262,9 +228,8 @@ class BaseTrainer:
             at.step += 1
             log_now = at.step % self.cfg.LOG.TENSORBOARD_FREQ == 0
             fields = self.prepare_batch(batch, epoch)
-            take = self.train_iter if self._parts_checked else self._first_step
-            take(fields, epoch, at.meters, at.recent, at.step, measure=log_now)
-            self._opened(at)
+            with self.first_step.around(fields, at.clock):
+                self.train_iter(fields, epoch, at.meters, at.recent, at.step, measure=log_now)
             bar.update(lr, at.meters, len(fields["target"]) * self.ranks.world)
             if log_now:
                 self.logger.step((epoch - 1) * steps + at.step, {"lr": lr, **at.recent.over(self.ranks).means()})
@@ -276,7 +241,7 @@ class BaseTrainer:
                 f"epoch {epoch}: the training loader yields no batch; let iter() of it begin anew in every epoch, as a "
                 "torch DataLoader's does"
             )
-        self._opened(at)
+        self.first_step.open(at.clock)  # of an epoch that is resumed after its last step
         self.nan_policy.check()
         whole = at.meters.over(self.ranks)
         if not whole.count:
