@@ -49,6 +49,8 @@ def found(tmp_path):
 FOUND = [
     ([""], "", ""),
     ([""], "SOLVER.SYNC_BN True", ""),
+    ([""], "SOLVER.BATCH_SIZE 32", ""),
+    ([""], "EXPERIMENT.SEED 0 SOLVER.LR 1", ""),  # the default seed, said
     ([""], "LOG.WANDB False DATASET.NUM_WORKERS 3", ""),
     (["", "SOLVER.SYNC_BN True"], "SOLVER.SYNC_BN True", "SOLVER.SYNC_BN:True"),
     (["SOLVER.LR 0.1"], "SOLVER.LR 0.1 SOLVER.EPOCHS 300", "SOLVER.LR:0.1"),
@@ -84,6 +86,7 @@ REFUSED = [
     (["SOLVER.LR 0.1"], "", "no checkpoint at .*; .* holds vanilla.*: to resume one of them, give its overrides"),
     (["SOLVER.LR 0.1"], "SOLVER.EPOCHS 3", f"or its name, such as EXPERIMENT.NAME '{TAG}SOLVER.LR:0.1'$"),
     (["EXPERIMENT.SEED 1"], "EXPERIMENT.SEED 2", "no checkpoint at .*EXPERIMENT.SEED:2/latest"),  # not seed 1's
+    ([""], "EXPERIMENT.SEED 2 SOLVER.EPOCHS 20", "no checkpoint at .*EXPERIMENT.SEED:2"),  # nor the default seed's
     (
         ["SOLVER.LR 0.1", "SOLVER.EPOCHS 3"], "SOLVER.LR 0.1 SOLVER.EPOCHS 3",
         r"may mean .*SOLVER.EPOCHS:3 or .*SOLVER.LR:0.1; name one of them, such as EXPERIMENT.NAME 'van.*EPOCHS:3'$",
@@ -123,6 +126,16 @@ def test_a_trained_run_of_another_value_is_not_taken_for_a_new_one(runs, found):
     assert found("SOLVER.LR 0.2 SOLVER.EPOCHS 16") == "SOLVER.LR:0.1"
 
 
+def test_a_trained_run_without_the_override_is_not_taken_for_a_new_one(runs, found):
+    runs("", epoch=15)
+    with pytest.raises(UserError, match=r"no checkpoint at .*LR:0.2/latest, and .*resnet8 is trained already, to epo"):
+        found("SOLVER.LR 0.2")
+    with pytest.raises(UserError, match="STUDENT was 'resnet8' and is now 'resnet14'"):
+        found("DISTILLER.STUDENT resnet14")
+    assert found("SOLVER.LR 0.2 SOLVER.EPOCHS 16") == found("SOLVER.EPOCHS 16") == ""
+
+
+
 def test_runs_without_a_readable_configuration_are_found_by_their_names(runs, found, tmp_path):
     """As those of the original."""
     runs("", "SOLVER.LR 0.1", config=False)
@@ -139,9 +152,10 @@ def test_a_value_that_was_changed_by_resuming_is_that_of_the_run(runs, found, tm
 
 
 def test_a_name_that_was_cut_is_found_by_fewer_overrides(runs, found):
-    keys = ["LR", "LR_MIN", "WEIGHT_DECAY", "MOMENTUM", "EPOCHS", "WARMUP_EPOCHS", "CLIP_GRAD_NORM", "NAN_LIMIT"]
-    start = " ".join(f"SOLVER.{key} {'1' * 10}" for key in keys if key != "MOMENTUM")
+    keys = ["LR", "LR_MIN", "WEIGHT_DECAY", "EPOCHS", "WARMUP_EPOCHS", "CLIP_GRAD_NORM", "NAN_LIMIT", "BATCH_SIZE"]
+    start = " ".join(f"SOLVER.{key} {'1' * 9}" for key in [*keys, "ACCUMULATE"])
     runs("", start)
+    assert "~" in found(start)
     assert found(f"{start} SOLVER.SYNC_BN True SOLVER.EMA 0.5") == found(start)
 
 
@@ -172,5 +186,5 @@ def test_the_overrides_in_a_name_are_those_that_made_it(overrides):
     cfg = load_cfg(CONFIG, given)
     folder = experiment_name(cfg, given).split("/")[1]
     pairs = named_overrides(cfg, given)
-    assert overrides_in(folder, cfg) == [(key, override_text(key, value)) for key, value in pairs]
+    assert overrides_in(folder, cfg) == [(key, override_text(cfg, key, value)) for key, value in pairs]
     assert overrides_in(f"{folder}~", cfg) != overrides_in(folder, cfg) and overrides_in("other", cfg) is None
