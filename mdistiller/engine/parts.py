@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import length_hint
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from yacs.config import CfgNode as CN
 
 from ..console import warn
-from ..dataset import Loader
 from ..dataset.batch import fields_of, image_and_label, named_batch
 from ..dataset.labels import check_labels, form
 from ..dataset.workers import started
@@ -149,6 +150,10 @@ def _check_networks(parts: Parts, batch: Mapping[str, Any]) -> None:
                 logits = check_network(network, image, _owner(name, network), trains=name == "student")
             except Doubt as doubt:
                 parts.doubts.append(doubt)
+            except UserError:
+                raise
+            except Exception:  # the method may call it otherwise; if it does not, the step raises the same error
+                continue
             else:
                 parts.classes = logits.shape[1] if name == "student" else parts.classes
 
@@ -178,26 +183,40 @@ def _check_index(parts: Parts, batch: Mapping[str, Any]) -> None:
 
 
 def _check_validation(parts: Parts, batch: Mapping[str, Any]) -> None:
-    """The first batch of a validation loader of the user's own; training would read it after an epoch only."""
+    """The first batch of a validation DataLoader of the user's own; training would read it after an epoch only.
+
+    Of other loaders, a batch that is read may be missing later.
+    """
     loader, image = parts.val_loader, batch["image"]
-    if isinstance(loader, Loader):
+    if parts.ranks.world == 1 and not length_hint(loader, 1):  # of several, some may have no batch
+        raise UserError("the validation loader is empty; give it images to evaluate on")
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return
-    with parts.undisturbed(image):
+    with parts.undisturbed(image), _kept_generators(loader):
         batches = started(loader)
-        if batches is loader:  # it can be read once
-            return
         first = next(batches, None)
         del batches  # and with it, its workers
         if first is None:
-            if parts.ranks.world == 1:  # of several, some may have no batch
-                raise UserError("the validation loader is empty; give it images to evaluate on")
             return
         own, target = image_and_label(named_batch(first, fields_of(loader)))
         check_labels(target, "the labels of the first validation batch", parts.classes)
         own = own[:2].to(image.device)
         for name, network in parts.networks():
-            if name == "student" and not parts.doubts:
+            if name == "student" and not parts.doubts and parts.classes:
                 returned(network, own, _owner(name, network), "validation images")
+
+
+@contextmanager
+def _kept_generators(loader: DataLoader[Any]) -> Iterator[None]:
+    """Afterwards the generators that a DataLoader and its sampler draw from, which others may share, are as before."""
+    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    generators = [own for own in (getattr(holder, "generator", None) for holder in holders) if own is not None]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states):
+            generator.set_state(state)
 
 
 def _owner(name: str, network: nn.Module) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mdistiller.distillers import CRD, KD, RKD, Distiller, FitNet, Vanilla
 from mdistiller.engine.cfg import CFG
@@ -461,3 +461,57 @@ def test_what_one_rank_refuses_all_do(tmp_path):
     printed, files = two_ranks(tmp_path, "99", "labels")
     assert printed.count("error: the labels of the first training batch go from 3 to ") == 2
     assert not files
+
+
+class TakesTwo(Maps):
+    def forward(self, image, epoch):
+        return super().forward(image)
+
+
+class CallsItself(Distiller):
+    """A method that calls its teacher as no other method does."""
+
+    def forward_train(self, image, target, epoch=1, **kwargs):
+        logits, _ = self.student(image)
+        with torch.no_grad():
+            taught, _ = self.teacher(image, epoch)
+        return logits, {"loss_ce": F.cross_entropy(logits, target), "loss_kd": (logits - taught).square().mean()}
+
+
+def test_a_network_that_its_method_calls_in_another_way_is_the_methods_own(tmp_path):
+    run(tmp_path, lambda cfg: CallsItself(Maps(), TakesTwo()))
+
+
+def test_a_network_that_its_method_calls_wrongly_keeps_its_traceback(tmp_path):
+    with pytest.raises(TypeError, match="positional argument"):
+        run(tmp_path, lambda cfg: CallsItself(Maps(), Maps()))
+
+
+def test_reading_a_validation_batch_draws_nothing_from_a_generator_that_training_shares(tmp_path):
+    states = []
+    for val_is_read in (True, False):
+        shared = torch.Generator().manual_seed(0)
+        val = DataLoader(Images(), batch_size=8, shuffle=True, generator=shared)
+        cfg = trainer_of(tmp_path).cfg
+        trainer = BaseTrainer("run", plain(cfg), loader(), val if val_is_read else loader(), cfg)
+        trainer.first_step._parts.check(trainer.prepare_batch(next(iter(loader())), 1))
+        states.append(shared.get_state())
+    assert torch.equal(*states)
+
+
+class Stream(IterableDataset):
+    """Images that are gone once they are read."""
+
+    def __init__(self):
+        self.rest = iter([Images()[i] for i in range(24)])
+
+    def __iter__(self):
+        return self.rest
+
+
+def test_no_batch_of_a_stream_is_read_ahead(tmp_path):
+    stream = Stream()
+    cfg = trainer_of(tmp_path).cfg
+    trainer = BaseTrainer("run", plain(cfg), loader(), DataLoader(stream, batch_size=8), cfg)
+    trainer.first_step._parts.check(trainer.prepare_batch(next(iter(loader())), 1))
+    assert len(list(stream.rest)) == 24
