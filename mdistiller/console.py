@@ -97,7 +97,7 @@ codecs.register_error("mdistiller.escaped", _escaped)
 def print_in_any_encoding() -> None:
     """Let no output fail because the terminal's encoding lacks a character, as in the locale C."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape", "backslashreplace"):
             stream.reconfigure(errors="mdistiller.escaped")
 
 

@@ -18,13 +18,12 @@ class Range:
     Attributes:
         words: the values in words that follow "must be".
         holds: whether a value is one of them; called with values of any type.
-        most: the largest absolute value of a number. By default that of a number whose square an int64 holds, and
-            float32 with some precision left.
+        most: the largest absolute value of a number. By default that of one whose square float32 holds.
     """
 
     words: str
     holds: Callable[[Any], bool]
-    most: float = 1e9
+    most: float = 1e18
 
     def refused(self, value: Any) -> str:
         """What `value` must be instead, as words that follow "must be"; empty if it is allowed."""
@@ -50,6 +49,7 @@ def _is_finite(value: Any) -> bool:
 
 
 POSITIVE = Range("positive and finite", lambda v: _is_finite(v) and v > 0)
+TEMPERATURE = Range(POSITIVE.words, POSITIVE.holds, 1e9)  # losses are scaled by its square, which an int64 holds
 NOT_NEGATIVE = Range(">= 0 and finite", lambda v: _is_finite(v) and v >= 0)
 WHOLE = Range("a whole number", _is_whole)
 TEXT = Range("text", lambda v: isinstance(v, str))
@@ -57,7 +57,7 @@ PATH = Range("a path without null characters", lambda v: isinstance(v, str) and 
 ODD = Range("an odd whole number >= 1", lambda v: _is_whole(v) and v >= 1 and v % 2 == 1)
 
 
-def whole(low: int, most: float = 1e9) -> Range:
+def whole(low: int, most: float = 1e18) -> Range:
     """Whole numbers from `low` to `most`; 2.0 is none."""
     return Range(f"a whole number >= {low}", lambda v: _is_whole(v) and v >= low, most)
 

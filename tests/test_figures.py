@@ -27,19 +27,24 @@ def test_every_tool_starts_with_the_backend_of_a_notebook(tool):
     assert "usage" in done.stdout
 
 
-def test_a_figure_is_drawn_and_the_notebook_keeps_its_backend(tmp_path):
-    code = """
+@pytest.mark.parametrize("backend", ["not_installed", "module://not_installed", "TkAgg", "agg", "svg"])
+def test_a_figure_is_drawn_and_the_notebook_keeps_its_backend(tmp_path, backend):
+    code = f"""
 import os, sys
+os.environ["MPLBACKEND"] = {backend!r}
 from mdistiller.figures import new_figure
 assert "matplotlib" not in sys.modules
-figure = new_figure(2, 1)
-figure.add_subplot().plot([0, 1], [0, 1])
-figure.savefig("figure.png"), figure.savefig("figure.svg")
+for number in (1, 2):
+    figure = new_figure(2, 1)
+    figure.add_subplot().plot([0, 1], [0, 1])
+    figure.savefig("figure.png"), figure.savefig("figure.svg")
 assert "matplotlib.pyplot" not in sys.modules
-print(os.environ["MPLBACKEND"])
+import matplotlib
+print(os.environ["MPLBACKEND"], matplotlib.rcParams["backend"])
 """
     done = python("-c", code, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "not_installed\n"), done.stderr
+    own = "agg" if backend == "not_installed" else backend
+    assert (done.returncode, done.stdout.lower()) == (0, f"{backend} {own}\n".lower()), done.stderr
     assert (tmp_path / "figure.png").stat().st_size and (tmp_path / "figure.svg").stat().st_size
 
 

@@ -19,7 +19,7 @@ from mdistiller.distillers import (
 from mdistiller.engine.cfg import CFG, check_cfg, load_cfg
 from mdistiller.errors import UserError
 from mdistiller.experiments.plan import read_plan
-from mdistiller.ranges import NOT_NEGATIVE, ODD, PATH, POSITIVE, WHOLE, interval, list_of, one_of, whole
+from mdistiller.ranges import NOT_NEGATIVE, ODD, PATH, POSITIVE, TEMPERATURE, WHOLE, interval, list_of, one_of, whole
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NO_NUMBERS = [math.nan, math.inf, -math.inf, True, False, None, "1", [1], {}, 10**400]
@@ -75,9 +75,10 @@ def test_lists():
 def test_sizes():
     """Beyond them, an int64 or a float32 that a loss computes would overflow."""
     assert POSITIVE.refused(0) == "positive and finite" and POSITIVE.refused(1e9) == ""
-    assert POSITIVE.refused(1e30) == whole(1).refused(2**40) == "at most 1000000000 in size"
+    assert POSITIVE.refused(1e30) == whole(1).refused(2**62) == "at most 1e+18 in size"
+    assert TEMPERATURE.refused(2**32) == "at most 1000000000 in size" and POSITIVE.refused(2**32) == ""
     assert whole(1, most=64).refused(65) == "at most 64 in size" and whole(1, most=64).refused(64) == ""
-    assert list_of(WHOLE).refused([0, -(10**12)]) == "at most 1000000000 in size"
+    assert list_of(WHOLE).refused([0, -(10**19)]) == "at most 1e+18 in size" != list_of(WHOLE).refused([10**11])
     assert PATH.refused("a\0b") and not PATH.refused("") and not one_of("a").refused("a")
 
 
@@ -142,7 +143,7 @@ REFUSED = {
     "CRD.FEAT.DIM": ("0", "a whole number >= 1, not 0"),
     "CRD.FEAT.STUDENT_DIM": ("1000000000", "at most 65536 in size, not 1000000000"),
     "CRD.NCE.TEMPERATURE": ("1e30", r"at most 1000000000 in size, not 1e\+30"),
-    "RKD.DISTANCE_WEIGHT": ("4294967296", "at most 1000000000 in size, not 4294967296"),
+    "RKD.DISTANCE_WEIGHT": ("1e19", r"at most 1e\+18 in size, not 1e\+19"),
     "EXPERIMENT.SEED": (str(2**70), r"a whole number from 0 to 2\*\*63 - 1, not .*"),
     "DCGD.TEMPERATURE": ("0", "positive and finite, not 0.0"),
     "SOLVER.LR_DECAY_STAGES": ("[3, -1]", r"a list of values, each >= 0 and finite, not \[3, -1\]"),

@@ -17,7 +17,7 @@ from ..distributed.gather import gather_batch, mean_over_ranks
 from ..errors import UserError
 from ..models.cost import count_parameters
 from ..models.parameters import Group
-from ..ranges import NOT_NEGATIVE, POSITIVE, interval, whole
+from ..ranges import NOT_NEGATIVE, TEMPERATURE, interval, whole
 from ._base import Distiller, Features, Losses, register
 from ._feature_maps import probe_pair
 from ._precision import full_precision
@@ -229,7 +229,7 @@ class ContrastMemory(nn.Module):
         "LOSS.FEAT_WEIGHT": NOT_NEGATIVE,
         "NCE.K": whole(1, most=2**24),
         "NCE.MOMENTUM": interval(0, 1, "[)"),
-        "NCE.TEMPERATURE": POSITIVE,
+        "NCE.TEMPERATURE": TEMPERATURE,
     },
 )
 class CRD(Distiller):

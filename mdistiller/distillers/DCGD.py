@@ -17,7 +17,7 @@ from ..grouping import load_groups
 from ..models.eval_mode import eval_mode
 from ..models.grouped import GroupedStudent
 from ..models.parameters import Group
-from ..ranges import NOT_NEGATIVE, PATH, POSITIVE
+from ..ranges import NOT_NEGATIVE, PATH, TEMPERATURE
 from ..registry import unknown_name
 from ._base import Distiller, Losses, register
 from .facts import RunFacts
@@ -45,7 +45,7 @@ DEFAULTS = CN(
 # The names, BASE, EVAL_HEAD and BRANCHES, are checked where they are looked up, with the names that resemble them.
 RANGES = {
     "GROUPS": PATH,
-    "TEMPERATURE": POSITIVE,
+    "TEMPERATURE": TEMPERATURE,
     "LOSS.CE_WEIGHT": NOT_NEGATIVE,
     "LOSS.KD_WEIGHT": NOT_NEGATIVE,
 }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ..ranges import NOT_NEGATIVE, POSITIVE, whole
+from ..ranges import NOT_NEGATIVE, TEMPERATURE, whole
 from ._base import Distiller, Losses, register, warm_up
 from ._logits import check_logits, kl_divergence
 from ._precision import full_precision
@@ -74,7 +74,9 @@ def _log_probabilities(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 @register(
     "DKD",
     CN({"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0, "WARMUP": 20}),
-    ranges={"CE_WEIGHT": NOT_NEGATIVE, "ALPHA": NOT_NEGATIVE, "BETA": NOT_NEGATIVE, "T": POSITIVE, "WARMUP": whole(0)},
+    ranges={
+        "CE_WEIGHT": NOT_NEGATIVE, "ALPHA": NOT_NEGATIVE, "BETA": NOT_NEGATIVE, "T": TEMPERATURE, "WARMUP": whole(0),
+    },
 )
 class DKD(Distiller):
     """Cross-entropy with the labels and `dkd_loss` with the teacher.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ..ranges import NOT_NEGATIVE, POSITIVE
+from ..ranges import NOT_NEGATIVE, TEMPERATURE
 from ._base import Distiller, Losses, register
 from ._logits import check_logits, kl_divergence
 from ._precision import full_precision
@@ -46,7 +46,7 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
 @register(
     "KD",
     CN({"TEMPERATURE": 4, "LOSS": CN({"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9})}),
-    ranges={"TEMPERATURE": POSITIVE, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.KD_WEIGHT": NOT_NEGATIVE},
+    ranges={"TEMPERATURE": TEMPERATURE, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.KD_WEIGHT": NOT_NEGATIVE},
 )
 class KD(Distiller):
     """Cross-entropy with the labels and `kd_loss` with the teacher."""

@@ -114,6 +114,10 @@ def build_distiller(cfg: CN, facts: RunFacts, trained: bool = True) -> Distiller
             _check_built(network, role, cfg, facts)
         except Doubt as doubt:
             doubts.append(doubt)
+        except UserError:
+            raise
+        except Exception:  # the method may call it otherwise; if it does not, the first step raises the same error
+            continue
     with explained(doubts):
         return method.from_run(student, teacher, cfg, facts)
 

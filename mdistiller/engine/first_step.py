@@ -12,6 +12,7 @@ from typing import Any
 from ..dataset import Loader
 from .batches import BatchReader
 from .epoch_state import Clock
+from .nan_watch import NonFiniteLossError
 from .parts import Parts
 
 
@@ -46,8 +47,12 @@ class FirstStep:
             self._parts.check(batch)
         if not isinstance(self._parts.train_loader, Loader):  # of ours, all labels have been checked
             self._reader.classes = self._parts.classes
-        with self._parts.explaining(batch):
-            yield
+        try:
+            with self._parts.explaining(batch):
+                yield
+        except NonFiniteLossError:  # the parts fit, and the run has begun
+            self.open(clock)
+            raise
         self.open(clock)
 
     def open(self, clock: Clock) -> None:

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._network import Network, with_features
+from ._network import Network
 from .copies import copy_without_hooks
 
 Maps = list[Tensor]
@@ -90,10 +90,6 @@ class StagedNet(Network):
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """(B, 3, H, W) -> logits (B, C) and {"feats", "preact_feats": maps by stage, "pooled_feat": (B, D)}."""
-        return with_features(*self.logits_and_features(image))
-
-    def logits_and_features(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """What `forward` returns, also while torch.jit.trace records."""
         feats, preacts = self.forward_trunk(image)
         last_feats, last_preacts, pooled = self.forward_last(self, feats[-1])
         features = {"feats": feats + last_feats, "preact_feats": preacts + last_preacts, "pooled_feat": pooled}

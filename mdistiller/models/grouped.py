@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..grouping import check_groups, published_groups
 from ..registry import unknown_name
-from ._network import Network, with_features
+from ._network import Network
 from ._staged import Maps, StagedNet
 from .cifar.resnet import NARROW, ResNet
 from .copies import has_hooks
@@ -77,9 +77,8 @@ class GroupedStudent(Network):
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """(B, 3, H, W) -> grouped logits (B, C) and the plain network's features, with its logits "logits_single"."""
-        run = self.base.logits_and_features if torch.jit.is_tracing() else self.base
-        logits_single, features = run(image)
-        return with_features(self.forward_grouped(features), {**features, "logits_single": logits_single})
+        logits_single, features = self.base(image)
+        return self.forward_grouped(features), {**features, "logits_single": logits_single}
 
     def forward_grouped(self, features: dict[str, Any]) -> Tensor:
         """The grouped logits (B, C) in class order, from the features that the plain network's forward returned."""

@@ -48,6 +48,26 @@ def test_a_grouped_student_is_traced(mode):
     check(network, 32)
 
 
+class Logits(torch.nn.Module):
+    """What people write to export a network of this kind."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, image):
+        logits, _ = self.network(image)
+        return logits
+
+
+def test_within_another_module_a_network_is_traced_as_it_is():
+    network = Logits(build_model(cifar_model_dict, "resnet8", 10)).eval()
+    for count in (1, 2):
+        traced = torch.jit.trace(network, torch.randn(count, 3, 32, 32))
+        image = torch.randn(4, 3, 32, 32)
+        torch.testing.assert_close(traced(image), network(image))
+
+
 def test_a_traced_student_is_saved_and_loaded(tmp_path):
     network = build_model(cifar_model_dict, "resnet8", 10).eval()
     image = torch.randn(1, 3, 32, 32)

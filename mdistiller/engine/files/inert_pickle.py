@@ -11,9 +11,9 @@ from __future__ import annotations
 import builtins
 import pickle
 import re
-from _codecs import encode
+import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def _stand_in(module: str, name: str) -> type[StandIn]:
 
 def _attribute(owner: Any, name: str) -> type[StandIn]:
     """What getattr stands for: a class within a class, a method, a member of an enumeration."""
-    return _stand_in(str(owner), name)
+    return _stand_in("builtins", "getattr")
 
 
 def _plain(tensor: Tensor, *_: Any) -> Tensor:
@@ -75,22 +75,53 @@ def _without_class(rebuild: Any, _: Any, args: Any, *state: Any) -> Any:
     return rebuild(*args)
 
 
-_NUMPY_MAKES: list[Any] = [np.zeros(0).__reduce__()[0], np.float64().__reduce__()[0]]  # an array, and a scalar
+def _bytes(text: str, encoding: str) -> bytes:
+    """How bytes are written in the formats before Python 3. (Other encodings could make a small file very large.)"""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"it encodes text as {encoding}")
+    return text.encode(encoding)
+
+
+def _dictionary(*_: Any) -> dict[Any, Any]:
+    """A dictionary in place of one that makes its missing values."""
+    return {}
+
+
+def _dtype(name: Any, *_: Any) -> Any:
+    """A dtype whose elements are numbers, texts or times: of others, bytes of the file would be used as addresses."""
+    found = np.dtype(name) if isinstance(name, str) else None
+    return found if found is not None and found.kind in "biufcSUmM" else _stand_in("numpy", "dtype")()
+
+
+def _array(*_: Any) -> np.ndarray[Any, Any]:
+    """An empty array, of which pickle then sets shape, dtype and content."""
+    return np.zeros(0, np.int8)
+
+
+def _scalar(dtype: Any, *content: Any) -> Any:
+    return _NUMPY_SCALAR(dtype, *content) if isinstance(dtype, np.dtype) else None
+
+
+def _name(text: Any) -> str:
+    return text if isinstance(text, str) else ""
+
+
+_NUMPY_SCALAR: Any = np.float64().__reduce__()[0]
 # What a pickle may name and gets, by module and name. None of it has effects beyond the object that it returns.
 _KNOWN: dict[str, Any] = {
-    "collections OrderedDict": OrderedDict, "collections defaultdict": defaultdict, "_codecs encode": encode,
-    **{f"builtins {name}": vars(builtins)[name] for name in ("set", "frozenset", "complex", "bytearray", "slice")},
+    "collections OrderedDict": OrderedDict, "collections defaultdict": _dictionary, "_codecs encode": _bytes,
+    **{f"builtins {name}": vars(builtins)[name] for name in ("set", "frozenset", "complex", "slice")},
     **{f"torch {name}": kind for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)},
     "builtins getattr": _attribute,
     "torch Size": torch.Size, "torch device": torch.device, "torch.storage UntypedStorage": torch.UntypedStorage,
-    "torch.serialization _get_layout": str,
+    "torch.serialization _get_layout": _name,
     **{f"torch._utils {name}": getattr(torch._utils, name)
        for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3") if hasattr(torch._utils, name)},
     **{f"torch._utils _rebuild_parameter{kind}": _plain for kind in ("", "_with_state")},
     "torch._tensor _rebuild_from_type_v2": _without_class,
-    "numpy ndarray": np.ndarray, "numpy dtype": np.dtype,
-    **{f"numpy.{core}.multiarray {make.__name__}": make  # NumPy 2.0 renamed numpy.core to numpy._core
-       for core in ("core", "_core") for make in _NUMPY_MAKES},
+    "numpy dtype": _dtype,
+    **{f"numpy.{core}.multiarray {name}": make  # NumPy 2.0 renamed numpy.core to numpy._core
+       for core in ("core", "_core") for name, make in (("_reconstruct", _array), ("scalar", _scalar))},
 }  # fmt: skip
 
 # What no trainer saves beside weights, and what a file that is made to do harm names. Here it would be as inert as
@@ -99,6 +130,20 @@ _HARMFUL = re.compile(
     r"(os|posix|nt|sys|subprocess|pty|shutil|socket|runpy|importlib|ctypes|torch\.(hub|serialization))(\.\S+)? .*"
     r"|builtins (eval|exec|compile|open|input|breakpoint|globals|vars|setattr|delattr|__import__)|torch (load|save)"
 )
+
+
+def _check_byte_order(state: Any) -> None:
+    """Refuse what a pickle says of a dtype beside its name, but for this machine's byte order."""
+    order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+    if order not in ("|", "=", "<" if sys.byteorder == "little" else ">"):
+        raise pickle.UnpicklingError("it holds a NumPy array in the byte order of another machine")
+
+
+def _is_plain_array(state: Any) -> bool:
+    """Whether an array's version, shape, dtype, order and content are those of numbers: bytes or, of Python 2, text."""
+    if not (isinstance(state, tuple) and len(state) == 5):
+        return False
+    return isinstance(state[2], np.dtype) and isinstance(state[4], (bytes, str))
 
 
 # `pickle.Unpickler` in Python: of it, single operations can be refused.
@@ -123,14 +168,27 @@ class Unpickler(_PythonUnpickler):
         return _stand_in(module, name)
 
     def load_build(self) -> None:
-        if callable(self.stack[-2]):  # a class or a function, which outlives the file
+        made, state = self.stack[-2:]
+        if callable(made):  # a class or a function, which outlives the file
             raise pickle.UnpicklingError("it sets attributes of a class or a function")
-        super().load_build()
+        if isinstance(made, np.dtype):
+            self.stack.pop()
+            _check_byte_order(state)
+        elif isinstance(made, StandIn) or (isinstance(made, np.ndarray) and _is_plain_array(state)):
+            super().load_build()
+        elif isinstance(made, (OrderedDict, np.ndarray)):  # its _metadata; an array of objects, which stays empty
+            self.stack.pop()
+        else:
+            raise pickle.UnpicklingError(f"it sets attributes of a {type(made).__name__}")
+
+    def load_bytearray8(self) -> None:
+        raise pickle.UnpicklingError("it holds a bytearray")
 
     def load_pop(self) -> None:
         raise pickle.UnpicklingError("it makes an object only to drop it")
 
     dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
     dispatch[pickle.POP[0]] = dispatch[pickle.POP_MARK[0]] = load_pop
 
 

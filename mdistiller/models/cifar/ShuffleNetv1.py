@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._network import Network, with_features
+from .._network import Network
 from .._staged import global_pool
 
 STEM_CHANNELS = 24
@@ -115,11 +115,11 @@ class ShuffleNet(Network):
         feat2, preact2 = _run(self.layer2, feat1)
         feat3, preact3 = _run(self.layer3, feat2)
         pooled = global_pool(feat3)
-        return with_features(self.linear(pooled), {
+        return self.linear(pooled), {
             "feats": [stem, feat1, feat2, feat3],
             "preact_feats": [stem, preact1, preact2, preact3],
             "pooled_feat": pooled,
-        })  # fmt: skip
+        }
 
 
 def ShuffleV1(num_classes: int = 100) -> ShuffleNet:

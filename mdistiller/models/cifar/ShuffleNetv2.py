@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import channel_shuffle
 
-from .._network import Network, with_features
+from .._network import Network
 from .._staged import global_pool
 
 STEM_CHANNELS = 24
@@ -182,11 +182,11 @@ class ShuffleNetV2(Network):
         feat3, preact3 = self.layer3(feat2)
         out = F.relu(self.bn2(self.conv2(feat3)))
         pooled = global_pool(out)
-        return with_features(self.linear(pooled), {
+        return self.linear(pooled), {
             "feats": [stem, feat1, feat2, feat3],
             "preact_feats": [stem, preact1, preact2, preact3],
             "pooled_feat": pooled,
-        })  # fmt: skip
+        }
 
 
 def ShuffleV2(num_classes: int = 100) -> ShuffleNetV2:

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._network import Network, with_features
+from .._network import Network
 from .._staged import global_pool, init_weights
 
 # One row per group of blocks: expansion, channels at width 1, repeats, first stride. Table 2 of the paper, with the
@@ -148,8 +148,7 @@ class MobileNetV2(Network):
                 preacts.append(out)
         out = F.relu(self.conv2(out))
         pooled = global_pool(out)
-        features = {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}
-        return with_features(self.classifier(pooled), features)
+        return self.classifier(pooled), {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}
 
 
 def mobile_half(num_classes: int = 100) -> MobileNetV2:

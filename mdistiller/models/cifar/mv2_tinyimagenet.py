@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._network import Network, with_features
+from .._network import Network
 from .mobilenetv2 import InvertedResidual, last_bn
 
 
@@ -77,11 +77,11 @@ class MobileNetV2(Network):
         last = self.conv1(self.stage7(self.stage6(self.stage5(feat3))))
         feat4 = F.relu6(last)
         pooled = F.adaptive_avg_pool2d(feat4, 1)
-        return with_features(self.conv2(pooled).flatten(1), {
+        return self.conv2(pooled).flatten(1), {
             "feats": [feat0, feat1, feat2, feat3, feat4],
             "preact_feats": [stem, feat1, feat2, feat3, last],
             "pooled_feat": pooled.flatten(1),
-        })  # fmt: skip
+        }
 
 
 def mobilenetv2_tinyimagenet(num_classes: int = 200) -> MobileNetV2:

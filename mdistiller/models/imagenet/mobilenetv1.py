@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UserError
-from .._network import Network, with_features
+from .._network import Network
 from .._staged import global_pool
 
 # Channels and stride of the 13 depthwise separable convolutions: table 1 of the paper.
@@ -98,4 +98,4 @@ class MobileNetV1(Network):
                 feats.append(x)
                 preacts.append(preact)
         pooled = global_pool(x)
-        return with_features(self.fc(pooled), {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled})
+        return self.fc(pooled), {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}

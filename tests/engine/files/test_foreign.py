@@ -1,6 +1,7 @@
 """Checkpoints as other trainers write them: found, stripped and loaded, or refused in one line; none runs code."""
 
 import argparse
+import codecs
 import collections
 import datetime
 import enum
@@ -22,6 +23,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save, save_file
 
+from mdistiller.engine.files import inert_pickle
 from mdistiller.engine.files.checkpoint import (
     found_weights,
     load_checkpoint,
@@ -441,3 +443,89 @@ def test_model_state_and_load_state_go_together_as_before(tmp_path):
     torch.save({"epoch": 3, "model": state_of(prefix="module.student.")}, tmp_path / "file")
     load_state(target := net(1), model_state(load_checkpoint(tmp_path / "file"), "file"), "file")
     assert same(target.state_dict(), state_of())
+
+
+class Made:
+    """Unpickles as `function(*arguments)`, of which `state` is then set."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.reduced = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def nested(levels: int) -> list:
+    """Lists of two lists each, which are the same one: short as a file, endless as text."""
+    inner: list = []
+    for _ in range(levels):
+        inner = [inner, inner]
+    return inner
+
+
+def traps() -> dict:
+    """What would crash, hang or fill the memory of a reader that makes it."""
+    reconstruct = np.zeros(0).__reduce__()[0]
+    pointers = Made(np.dtype, "O", False, True, state=(3, "|", None, None, None, -1, -1, 0))
+    hexed: object = "a" * 64
+    for _ in range(28):
+        hexed = Made(codecs.encode, Made(codecs.encode, hexed, "hex"), "latin1")
+    return {
+        "addresses": Made(set, Made(reconstruct, np.ndarray, (0,), b"b", state=(1, (4,), pointers, False, b"A" * 32))),
+        "endless text": Made(getattr, nested(60), "x"), "doubled text": hexed,
+        "zeros": Made(bytearray, 6_000_000_000), "a large array": Made(np.ndarray, (6_000_000_000,)),
+    }  # fmt: skip
+
+
+LOADED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
+from mdistiller.engine.files.checkpoint import load_checkpoint
+from mdistiller.errors import UserError
+for path in sys.argv[1:]:
+    try:
+        load_checkpoint(path)
+    except UserError as error:
+        assert "not a readable checkpoint" in str(error), error
+print("all read")
+"""
+
+
+def test_no_file_crashes_hangs_or_fills_the_memory_of_its_reader(tmp_path):
+    paths = []
+    for name, trap in traps().items():
+        paths.append(str(tmp_path / name))
+        torch.save({"args": argparse.Namespace(), "trap": trap}, paths[-1], pickle_protocol=4)
+    command = [sys.executable, "-c", LOADED, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "all read\n"), done.stderr
+
+
+class PicklesAsPython2(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its text."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, value):
+        self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
+        self.memoize(value)
+
+    dispatch[bytes] = save_bytes
+
+
+def test_arrays_of_numbers_are_read_and_those_of_objects_left_out(tmp_path):
+    content = {
+        "numbers": np.arange(6, dtype=np.float32).reshape(2, 3).T, "scalar": np.int64(3), "text": np.array(["ab", "c"]),
+        "objects": np.array([{}, None]), "defaults": collections.defaultdict(functools.partial(list, ()), {"a": 1}),
+        "none": argparse.Namespace(),
+    }  # fmt: skip
+    torch.save(content, tmp_path / "new")
+    with (tmp_path / "old").open("wb") as file:
+        PicklesAsPython2(file, protocol=2).dump({"numbers": content["numbers"]})
+    with (tmp_path / "old").open("rb") as file:
+        old = inert_pickle.load(file, encoding="latin1")
+    read = load_checkpoint(tmp_path / "new")
+    for found in (old["numbers"], read["numbers"]):
+        np.testing.assert_array_equal(found, content["numbers"])
+    assert read["scalar"] == 3 and read["text"].tolist() == ["ab", "c"] and read["defaults"] == {"a": 1}
+    assert read["objects"].size == 0
