@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from sys import float_info
 from typing import Any
 
@@ -18,18 +19,23 @@ class Range:
     Attributes:
         words: the values in words that follow "must be".
         holds: whether a value is one of them; called with values of any type.
-        most: the largest absolute value of a number. By default that of one whose square float32 holds.
+        most: the largest absolute value of a number; None: that of where the range is checked.
     """
 
     words: str
     holds: Callable[[Any], bool]
-    most: float = 1e18
+    most: float | None = None
 
-    def refused(self, value: Any) -> str:
-        """What `value` must be instead, as words that follow "must be"; empty if it is allowed."""
+    def refused(self, value: Any, most: float = inf) -> str:
+        """What `value` must be instead, as words that follow "must be"; empty if it is allowed.
+
+        Args:
+            most: the largest absolute value of a number, where the range itself sets none.
+        """
         if not self.holds(value):
             return self.words
-        return f"at most {self.most:.10g} in size" if _largest(value) > self.most else ""
+        limit = most if self.most is None else self.most
+        return f"at most {limit:.10g} in size" if _largest(value) > limit else ""
 
 
 def _largest(value: Any) -> float:
@@ -57,8 +63,8 @@ PATH = Range("a path without null characters", lambda v: isinstance(v, str) and 
 ODD = Range("an odd whole number >= 1", lambda v: _is_whole(v) and v >= 1 and v % 2 == 1)
 
 
-def whole(low: int, most: float = 1e18) -> Range:
-    """Whole numbers from `low` to `most`; 2.0 is none."""
+def whole(low: int, most: float | None = None) -> Range:
+    """Whole numbers from `low` on, of at most `most`; 2.0 is none."""
     return Range(f"a whole number >= {low}", lambda v: _is_whole(v) and v >= low, most)
 
 

@@ -75,10 +75,11 @@ def test_lists():
 def test_sizes():
     """Beyond them, an int64 or a float32 that a loss computes would overflow."""
     assert POSITIVE.refused(0) == "positive and finite" and POSITIVE.refused(1e9) == ""
-    assert POSITIVE.refused(1e30) == whole(1).refused(2**62) == "at most 1e+18 in size"
+    assert POSITIVE.refused(1e30, 1e18) == whole(1).refused(2**62, 1e18) == "at most 1e+18 in size"
+    assert POSITIVE.refused(1e30) == whole(1).refused(2**62) == ""
     assert TEMPERATURE.refused(2**32) == "at most 1000000000 in size" and POSITIVE.refused(2**32) == ""
     assert whole(1, most=64).refused(65) == "at most 64 in size" and whole(1, most=64).refused(64) == ""
-    assert list_of(WHOLE).refused([0, -(10**19)]) == "at most 1e+18 in size" != list_of(WHOLE).refused([10**11])
+    assert list_of(WHOLE).refused([0, -(10**19)], 1e18) == "at most 1e+18 in size" != list_of(WHOLE).refused([10**11])
     assert PATH.refused("a\0b") and not PATH.refused("") and not one_of("a").refused("a")
 
 

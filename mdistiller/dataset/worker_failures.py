@@ -9,8 +9,9 @@ import pickle
 import re
 import shutil
 import signal
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.reduction import ForkingPickler
 from types import FrameType
@@ -62,7 +63,7 @@ class Watched:
             with _Deaths.told():
                 yield
         except (RuntimeError, OSError, EOFError, RefusedError) as error:
-            failure = _failure(error, _ended(getattr(self._batches, "_workers", ())))
+            failure = _failure(error, getattr(self._batches, "_workers", ()))
             if failure is None:
                 raise
             raise WorkerError(f"{failure}, or take fewer workers ({self._setting}; 0: none)") from None
@@ -148,6 +149,8 @@ class _Deaths:
             handler.waiting = False
 
 
+# Seconds in which the end of a process can be seen after its connection was lost.
+_SEEN_WITHIN = 2.0
 # What the text of an error says -> what happened, and what to do.
 _FAILURES = {
     r"shared memory.*Too many open files|Too many open files|items of ancdata": (
@@ -168,24 +171,22 @@ _FAILURES = {
 _NOT_OF_THE_DATA = re.compile(r"shared memory|RefusedError|can't start new thread|in pin memory thread")
 
 
-def _failure(error: Exception, ended: str) -> str | None:
-    """What happened to a worker, and what to do; None for an error of the data set's code.
-
-    Args:
-        ended: which workers have ended, and how, in words.
-    """
+def _failure(error: Exception, workers: Sequence[Any]) -> str | None:
+    """What happened to one of the `workers`, and what to do; None for an error of the data set's code."""
     text = f"{type(error).__name__}: {one_line(error)}"
     if ": Caught " in text and not _NOT_OF_THE_DATA.search(text):
         return None
     for pattern, (what, remedy) in _FAILURES.items():
         if re.search(pattern, text):
-            return f"{what.format(shm=_shared_memory(), ended=ended)}; {remedy}"
+            return f"{what.format(shm=_shared_memory(), ended=_ended(workers) if '{ended}' in what else '')}; {remedy}"
     return None
 
 
-def _ended(workers: Iterable[Any]) -> str:
+def _ended(workers: Sequence[Any]) -> str:
     """` (process 123: SIGKILL)` for the workers that failed; empty if none did."""
-    codes = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
+    until = time.monotonic() + _SEEN_WITHIN
+    while not (codes := {w.pid: w.exitcode for w in workers if w.exitcode}) and time.monotonic() < until:
+        time.sleep(0.01)
     names = {pid: signal.Signals(-code).name if code < 0 else f"exit status {code}" for pid, code in codes.items()}
     return f" ({', '.join(f'process {pid}: {name}' for pid, name in names.items())})" if names else ""
 

@@ -227,6 +227,8 @@ def _expand_paths(node: CN, above: str = "") -> None:
                 raise UserError(f"{name}: {error}") from None
 
 
+# Of a method's setting without another limit: its square must fit into a float32.
+_LARGEST = 1e18
 # The engine's settings and their allowed values; `method_ranges` has those of the methods.
 _RANGES: dict[str, Range] = {
     "EXPERIMENT.SEED": Range("a whole number from 0 to 2**63 - 1", lambda v: whole(0).holds(v) and v < 2**63, 2**63),
@@ -275,6 +277,6 @@ def check_cfg(cfg: CN) -> None:
     ranges = _RANGES | {f"{section}.{key}": of[key] for section, of in of_methods.items() for key in of}
     for key, allowed in ranges.items():
         value = setting(cfg, key)
-        expected = allowed.refused(value)
+        expected = allowed.refused(value) if key in _RANGES else allowed.refused(value, _LARGEST)
         if expected:
             raise UserError(f"{key} must be {expected}, not {shown(value)}")

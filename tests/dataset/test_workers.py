@@ -184,7 +184,9 @@ def test_a_refusal_to_open_files_names_the_limit() -> None:
         def __getitem__(self, i: int) -> list[torch.Tensor]:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             shared = [torch.ones(4).share_memory_() for _ in range(4)]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, limit))
+            free = os.dup(0)  # the lowest number that is free
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, limit))
             return shared
 
     with pytest.raises(WorkerError, match=r"open files .* `ulimit -n 65536`, or take fewer workers"):

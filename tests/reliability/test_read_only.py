@@ -76,7 +76,8 @@ def test_tiny_imagenet_trains_from_a_folder_that_cannot_be_written_to(forbid: Fo
     assert done.returncode == 0, done.stderr
     home = tmp_path / "data" / "tiny-imagenet-200"
     unwritten = [line for line in errors(done) if "cannot be written" in line]
-    assert len(unwritten) == 2 and len(errors(done)) == 4, done.stderr
+    notes = [line for line in errors(done) if line.startswith("note: ")]  # warnings are of how few images there are
+    assert len(unwritten) == 2 and len(notes) == 4, done.stderr
     for line, part in zip(unwritten, ("train", "val")):
         assert line.startswith(f"note: {home / part}.npz cannot be written (")
         assert line.endswith("); the images are decoded again by the next run")
