@@ -64,6 +64,9 @@ def kdsvd_loss(
     if len(g_s) < 2:
         raise ValueError(f"KDSVD needs two stages or more, to compare each with the one before; there are {len(g_s)}")
     stages = [_aligned_directions(f_s, f_t, k, dtype, axis) for f_s, f_t in zip(g_s, g_t)]
+    found = {vectors.shape[-1] for stage in stages for vectors in stage}
+    if len(found) > 1:
+        raise UserError(f"KDSVD.K {k} is more than the {min(found)} directions of the smallest map; set at most that")
     changes = [(_change(s0, s1) - _change(t0, t1)).square().sum() for (s0, t0), (s1, t1) in pairwise(stages)]
     return torch.stack(changes).sum() / len(g_s[0])
 
