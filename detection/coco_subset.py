@@ -16,9 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mdistiller.arguments import PathArgument
 from mdistiller.console import one_line_errors
 from mdistiller.errors import UserError
-from mdistiller.user_files import PathArgument, read_text, writing
+from mdistiller.user_files import read_text, writing
 
 ANNOTATIONS = Path("annotations/instances_train2017.json")
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.console import one_line_errors, with_numbers
-from mdistiller.user_files import PathArgument, writing
+from mdistiller.arguments import PathArgument, with_numbers
+from mdistiller.console import one_line_errors
+from mdistiller.user_files import writing
 
 with one_line_errors():
     import detection  # noqa: F401  (reports how to install detectron2 if it is missing)

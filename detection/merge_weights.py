@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.console import one_line_errors, with_numbers
+from mdistiller.arguments import PathArgument, with_numbers
+from mdistiller.console import one_line_errors
 from mdistiller.errors import UserError
-from mdistiller.user_files import PathArgument
 
 with one_line_errors():
     import detection  # noqa: F401  (reports how to install detectron2 if it is missing)

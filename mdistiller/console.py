@@ -7,13 +7,11 @@ module `logging` prints them, and silences or redirects the log as that of any l
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import errno
 import io
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -72,15 +70,6 @@ def log_to_terminal() -> None:
         LOG.propagate = False  # a library may give the root logger a handler, which would print every line again
         if LOG.level == logging.NOTSET:
             LOG.setLevel(logging.INFO)
-
-
-def with_numbers(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Let `parser` take every negative number for a value, as in `SOLVER.DOT.DELTA -7.5e-2`.
-
-    Before Python 3.14, argparse takes those with an exponent for options; the infinite ones it always does.
-    """
-    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
-    return parser
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -14,7 +14,7 @@ CLONE: Path | None = PACKAGE.parent if (PACKAGE.parent / "tools" / "train.py").i
 SHIPPED = CLONE or PACKAGE
 
 
-def expanded(path: str) -> str:
+def expanded(path: str | Path) -> str:
     """`path` with the home folder in place of a leading `~` or `~user`, as a shell writes it.
 
     A file of that very name, such as `~old` in the current folder, keeps it where no user is called so.
@@ -22,6 +22,7 @@ def expanded(path: str) -> str:
     Raises:
         UserError: there is neither such a user nor such a file.
     """
+    path = str(path)
     if not path.startswith("~"):
         return path
     with suppress(ValueError):  # a null byte, or characters that no user's name has
@@ -41,6 +42,6 @@ def find_file(name: str | Path) -> Path | None:
     Raises:
         UserError: see `expanded`.
     """
-    given = Path(expanded(str(name)))
+    given = Path(expanded(name))
     # os.path.isfile is False for a name that no file system takes, where Path.is_file raises an OSError.
     return next((path for path in (given, SHIPPED / given) if os.path.isfile(path)), None)

@@ -5,7 +5,6 @@ A key that a YAML or JSON file gives twice in one section is such an error: only
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import json
 from collections.abc import Iterator
@@ -17,22 +16,6 @@ import yaml
 
 from .console import one_line
 from .errors import UserError
-from .paths import expanded
-
-
-class PathArgument(argparse.Action):
-    """The action of a command's argument that is a path, or several: `~` is expanded before the argument's `type`."""
-
-    def __init__(self, *names: Any, type: Any = str, **options: Any) -> None:
-        super().__init__(*names, **options)
-        self._type = type
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        several = isinstance(values, list)
-        paths = [self._type(expanded(value)) for value in (values if several else [values])]
-        setattr(namespace, self.dest, paths if several else paths[0])
 
 _MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # that of UTF-32 LE begins as the first
 _ASCII_TEXT = bytes(range(0x20, 0x7F)) + b"\t\n\r\f"

@@ -8,7 +8,7 @@ import pytest
 import mdistiller
 
 PACKAGE = Path(mdistiller.__file__).parent
-GROUND = {"errors", "registry", "paths", "console", "ranges", "user_files", "system", "figures"}
+GROUND = {"errors", "registry", "paths", "console", "ranges", "user_files", "system", "figures", "arguments"}
 MODELS = {"models", "grouping", *GROUND}
 ENGINE = {"engine", "engine.files", "engine.logs", "engine.runtime", "engine.teacher"}
 BELOW_ENGINE = {"distillers", "dataset", "distributed", *MODELS}
@@ -21,7 +21,8 @@ ALLOWED = {
     "system": set(),
     "figures": set(),
     "ranges": set(),
-    "user_files": {"console", "errors", "paths"},
+    "user_files": {"console", "errors"},
+    "arguments": {"paths"},
     "distributed": GROUND,
     "grouping": GROUND,
     "models": MODELS,

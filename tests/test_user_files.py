@@ -1,13 +1,11 @@
 """Files that a user names: every error of reading and writing them is one UserError that names the file."""
 
-import argparse
-from pathlib import Path
 
 import pytest
 import yaml
 
 from mdistiller.errors import UserError
-from mdistiller.user_files import PathArgument, read_json, read_text, read_yaml, reading, writing
+from mdistiller.user_files import read_json, read_text, read_yaml, reading, writing
 
 
 @pytest.fixture
@@ -163,25 +161,3 @@ def test_a_key_that_stands_twice_in_json_is_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(UserError, match="is not a JSON file"):
         read_json(path, "groups file", "make one")
-
-
-# Paths with ~
-
-
-def parsed(*arguments):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("runs", nargs="*", action=PathArgument, type=Path)
-    parser.add_argument("-c", "--ckpt", action=PathArgument, default="pretrain")
-    return parser.parse_args(arguments)
-
-
-def test_an_argument_that_is_a_path_is_expanded(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert vars(parsed()) == {"runs": [], "ckpt": "pretrain"}
-    assert vars(parsed("~/a", "b", "./~c", "-c", "~/x")) == {
-        "runs": [tmp_path / "a", Path("b"), Path("~c")], "ckpt": f"{tmp_path}/x",
-    }  # fmt: skip
-    assert parsed("--ckpt=~/x").ckpt == f"{tmp_path}/x"
-    with pytest.raises(UserError, match="no user nobody_such"):
-        parsed("-c", "~nobody_such/x")

@@ -16,6 +16,7 @@ from detectron2.data.datasets import register_coco_instances
 
 from mdistiller.engine.overrides import setting, shown
 from mdistiller.errors import UserError
+from mdistiller.paths import expanded
 from mdistiller.ranges import TEXT, list_of
 from mdistiller.user_files import read_text
 
@@ -67,7 +68,7 @@ def register_own(cfg: CfgNode) -> None:
 
 
 def _found(place: str) -> str:
-    path = Path(place).expanduser()
+    path = Path(expanded(place))
     return str(path if path.exists() or not (HERE / path).exists() else HERE / path)
 
 

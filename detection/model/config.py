@@ -51,7 +51,7 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
         UserError: no such file, a key that stands twice in it or in a base, an unknown key, a value of the wrong type,
             an unknown MODEL.META_ARCHITECTURE, or what `check_pair` refuses for RCNNKD.
     """
-    path = expanded(str(path))
+    path = expanded(path)
     if path and not Path(path).is_file():
         raise UserError(f"no config file at {path}; detection/configs/ holds the published ones")
     cfg = get_cfg()

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..console import with_numbers
+from ..arguments import PathArgument, with_numbers
 from ..errors import UserError
-from ..user_files import PathArgument
 
 # Settings that messages about data and networks name, and what the commands that read no configuration have instead.
 _OPTIONS = {

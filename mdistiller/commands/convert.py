@@ -15,11 +15,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..arguments import PathArgument
 from ..console import tool
 from ..engine.files.checkpoint import found_weights, save_checkpoint
 from ..engine.files.safetensors_file import SUFFIX, write_safetensors
 from ..errors import UserError
-from ..user_files import PathArgument
 from ._arguments import command_parser
 
 

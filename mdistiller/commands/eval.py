@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.nn as nn
 from torch import Tensor
 
+from ..arguments import PathArgument
 from ..console import tool
 from ..dataset import dataset_info, get_val_loader
 from ..engine.build import load_deployed, load_trained
@@ -23,7 +24,6 @@ from ..engine.scores import Heads, evaluate, model_heads
 from ..errors import UserError
 from ..models.cost import network_cost
 from ..registry import unknown_name
-from ..user_files import PathArgument
 from ._arguments import check_batch_size, command_parser, options_for_settings, trained_network_arguments
 
 

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..arguments import PathArgument
 from ..console import tool
 from ..dataset import dataset_info
 from ..engine.build import model_dict
@@ -17,7 +18,7 @@ from ..engine.files.checkpoint import load_checkpoint, load_state, model_state, 
 from ..errors import UserError
 from ..models import build_model
 from ..models.grouped import published_students
-from ..user_files import PathArgument, read_yaml, writing
+from ..user_files import read_yaml, writing
 from ._arguments import command_parser
 
 PREFIX = "base."

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..arguments import PathArgument
 from ..console import tool, warn
 from ..dataset import Loader, dataset_info, get_val_loader, stratified_split
 from ..dataset.batch import labelled
@@ -37,7 +38,6 @@ from ..grouping import (
 )
 from ..grouping.cifar100 import SUPERCLASS, SUPERCLASS_NAMES
 from ..registry import unknown_name
-from ..user_files import PathArgument
 from ._arguments import check_batch_size, command_parser, options_for_settings, trained_network_arguments
 
 SPLITS = ("train", "heldout", "kfold", "test")

@@ -30,6 +30,7 @@ from ..analysis.measures import (
 )
 from ..analysis.outputs import Outputs, collect, tsne
 from ..analysis.plots.networks import cka_figure, matrices_figure, reliability_figure, tsne_figure
+from ..arguments import PathArgument
 from ..console import tool
 from ..dataset import get_val_loader
 from ..distillers import distiller_dict
@@ -37,7 +38,7 @@ from ..engine.build import load_trained
 from ..errors import UserError
 from ..experiments.runs import read_run
 from ..grouping import count_confusions
-from ..user_files import PathArgument, writing
+from ..user_files import writing
 from ._arguments import check_batch_size, command_parser, options_for_settings, trained_network_arguments
 
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..analysis.plots.curves import draw_curves
+from ..arguments import PathArgument
 from ..console import tool
 from ..experiments.runs import read_runs
-from ..user_files import PathArgument, writing
+from ..user_files import writing
 from ._arguments import command_parser
 
 

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..analysis.html_report import report
+from ..arguments import PathArgument
 from ..console import tool
-from ..user_files import PathArgument, writing
+from ..user_files import writing
 from ._arguments import command_parser
 
 

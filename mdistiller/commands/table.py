@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..analysis.plots.bars import draw_bars
+from ..arguments import PathArgument
 from ..console import tool
 from ..engine.overrides import note_repeats
 from ..errors import UserError
@@ -27,7 +28,7 @@ from ..experiments.launch import run_here, run_on_ray, visible_gpus
 from ..experiments.plan import Plan, read_plan
 from ..experiments.summary import save_table, summarise
 from ..experiments.table_text import table_markdown, write_csv
-from ..user_files import PathArgument, writing
+from ..user_files import writing
 from ._arguments import command_parser, override_arguments
 
 

@@ -57,7 +57,7 @@ def get_val_loader(
     Raises:
         UserError: no such data set, or its data is missing or unreadable.
     """
-    split = dataset_dict[name].read(Path(expanded(str(root))), train, skip_broken)
+    split = dataset_dict[name].read(Path(expanded(root)), train, skip_broken)
     return split.loader(batch_size, num_workers, train=False)
 
 

@@ -296,7 +296,7 @@ def get_dataloaders(
         UserError: no such data set, data missing or unreadable, nothing to hold out, or two lists of classes.
     """
     info: DatasetInfo = dataset_dict[name]
-    folder = Path(expanded(str(root)))
+    folder = Path(expanded(root))
     train = info.read(folder, True, skip_broken)
     if val_fraction > 0:
         kept, held_out = stratified_split(train.targets, 1 - val_fraction)

@@ -64,4 +64,4 @@ def get_imagenet_test_transform(mean: Sequence[float] = MEAN, std: Sequence[floa
 
 def get_imagenet_val_loader(val_batch_size: int, num_workers: int = 4, root: str = "./data") -> Loader:
     """The validation images alone."""
-    return read(Path(expanded(str(root))), False).loader(val_batch_size, num_workers, train=False)
+    return read(Path(expanded(root)), False).loader(val_batch_size, num_workers, train=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..dataset import dataset_info, get_dataset
@@ -22,7 +23,7 @@ from ..models import build_model, cifar_model_dict, imagenet_model_dict, teacher
 from ..models.copies import has_hooks
 from ..models.cost import network_cost
 from ..models.grouped import GroupedStudent
-from ..models.returned import Doubt, check_network, explained
+from ..models.returned import Doubt, explained, tried
 from ..registry import Registry, unknown_name
 from .cfg import load_cfg
 from .files.checkpoint import (
@@ -108,30 +109,21 @@ def build_distiller(cfg: CN, facts: RunFacts, trained: bool = True) -> Distiller
         teacher = build_pretrained(cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, classes, cfg.DISTILLER.TEACHER_CKPT)
     elif method.needs_teacher:
         teacher = build_model(models, cfg.DISTILLER.TEACHER, classes)
-    doubts = []
-    for role, network in (("student", student), ("teacher", teacher)):
-        try:
-            _check_built(network, role, cfg, facts)
-        except Doubt as doubt:
-            doubts.append(doubt)
-        except UserError:
-            raise
-        except Exception:  # the method may call it otherwise; if it does not, the first step raises the same error
-            continue
-    with explained(doubts):
+    found = [_tried(network, role, cfg, facts) for role, network in (("student", student), ("teacher", teacher))]
+    with explained([doubt for doubt in found if isinstance(doubt, Doubt)]):
         return method.from_run(student, teacher, cfg, facts)
 
 
-def _check_built(network: nn.Module | None, role: str, cfg: CN, facts: RunFacts) -> None:
-    """What `network` returns for images of the data set's size; see `check_network`."""
+def _tried(network: nn.Module | None, role: str, cfg: CN, facts: RunFacts) -> Tensor | Doubt | None:
+    """What `network` returns for images of the data set's size; see `tried`."""
     if network is None or has_hooks(network):
-        return
+        return None
     shape = (2, 3, facts.image_size, facts.image_size)
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     trains, read = role == "student", distiller_dict[cfg.DISTILLER.TYPE].teacher_outputs or ()
     # A teacher of other classes can still teach its features.
     classes = facts.num_classes if trains or "logits" in read else 0
-    check_network(network, image, f"the {role} {cfg.DISTILLER[role.upper()]}", trains, classes)
+    return tried(network, image, f"the {role} {cfg.DISTILLER[role.upper()]}", trains, classes)
 
 
 def facts_without_data(cfg: CN) -> RunFacts:

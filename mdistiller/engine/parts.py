@@ -26,7 +26,7 @@ from ..distillers import Distiller
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..models.copies import has_hooks
-from ..models.returned import Doubt, check_network, explained, no_feature, returned
+from ..models.returned import Doubt, explained, no_feature, returned, tried
 from .runtime.seeds import random_state, set_random_state
 from .teacher.fast_teacher import DTYPES
 
@@ -146,16 +146,11 @@ def _check_networks(parts: Parts, batch: Mapping[str, Any]) -> None:
     image = batch["image"][:2].nan_to_num()
     with parts.undisturbed(image):
         for name, network in parts.networks():
-            try:
-                logits = check_network(network, image, _owner(name, network), trains=name == "student")
-            except Doubt as doubt:
-                parts.doubts.append(doubt)
-            except UserError:
-                raise
-            except Exception:  # the method may call it otherwise; if it does not, the step raises the same error
-                continue
-            else:
-                parts.classes = logits.shape[1] if name == "student" else parts.classes
+            found = tried(network, image, _owner(name, network), trains=name == "student")
+            if isinstance(found, Doubt):
+                parts.doubts.append(found)
+            elif found is not None and name == "student":
+                parts.classes = found.shape[1]
 
 
 def _check_labels(parts: Parts, batch: Mapping[str, Any]) -> None:

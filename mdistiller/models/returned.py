@@ -129,6 +129,27 @@ def check_network(
         raise
 
 
+def tried(
+    network: nn.Module, image: Tensor, owner: str, trains: bool = False, classes: int = 0
+) -> Tensor | Doubt | None:
+    """`check_network`, whose Doubt is returned, to be raised if a method does not work with the network.
+
+    None: the network does not take any images alone. Its method may call it in another way; if it does not, its first
+    step raises the same error.
+
+    Raises:
+        UserError: see `check_output`.
+    """
+    try:
+        return check_network(network, image, owner, trains, classes)
+    except Doubt as doubt:
+        return doubt
+    except UserError:
+        raise
+    except Exception:
+        return None
+
+
 def returned(network: nn.Module, image: Tensor, owner: str, images: str = "images") -> Any:
     """The output of `network` for `image` (B, ...), in eval mode; neither it nor the random generators change.
 

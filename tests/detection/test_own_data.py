@@ -126,6 +126,7 @@ CHANGES = {
         "MODEL.MASK_ON is True, but annotation 1 of .* has no `segmentation`"),
     "no data set": (None, ["DATASETS.TRAIN", "()"], "DATASETS.TRAIN names no data set"),
     "no such place": (None, ["DATASETS.OWN", "[['a', 'b']]"], "DATASETS.OWN must be a list of .name, annotation file"),
+    "no such user": (None, ["DATASETS.OWN", "[['a', '~nobody_such/b.json', 'c']]"], "there is no user nobody_such"),
     "a name that is taken": (
         None, ["DATASETS.OWN", "[['coco_2017_val', 'b', 'c']]"], "a data set 'coco_2017_val' already"),
 }  # fmt: skip
