@@ -5,6 +5,7 @@ Such a worker is never waited for without end: it is a WorkerError.
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shutil
@@ -91,7 +92,19 @@ class Pickling:
         try:
             return _Pickled(batch)
         except OSError as error:
-            raise RefusedError(one_line(error)) from error
+            raise RefusedError(_reason(error)) from error
+
+
+def _reason(error: OSError) -> str:
+    """What the system refuses, in one line.
+
+    Where no more files can be opened, `tempfile` only says that it has found no folder.
+    """
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as refused:
+        return one_line(refused)
+    return one_line(error)
 
 
 class _Pickled:
@@ -173,7 +186,7 @@ _NOT_OF_THE_DATA = re.compile(r"shared memory|RefusedError|can't start new threa
 
 def _failure(error: Exception, workers: Sequence[Any]) -> str | None:
     """What happened to one of the `workers`, and what to do; None for an error of the data set's code."""
-    text = f"{type(error).__name__}: {one_line(error)}"
+    text = f"{type(error).__name__}: {_reason(error) if isinstance(error, OSError) else one_line(error)}"
     if ": Caught " in text and not _NOT_OF_THE_DATA.search(text):
         return None
     for pattern, (what, remedy) in _FAILURES.items():

@@ -120,6 +120,9 @@ CFG.SOLVER.WARMUP_EPOCHS = 0
 CFG.SOLVER.AMP = "none"
 # Compile student, teacher and loss with torch.compile.
 CFG.SOLVER.COMPILE = False
+# On a GPU, record a whole step of a full batch as one CUDA graph, and replay it: "auto", where method and settings allow
+# it; "always", or refuse to start; "never".
+CFG.SOLVER.CUDA_GRAPH = "auto"
 # Keep images and weights in PyTorch's memory format channels_last (NHWC).
 CFG.SOLVER.CHANNELS_LAST = True
 # Clip the gradients to this L2 norm, taken over all parameters together; 0: no clipping.
@@ -249,6 +252,7 @@ _RANGES: dict[str, Range] = {
     "SOLVER.LR_MIN": NOT_NEGATIVE,
     "SOLVER.WARMUP_EPOCHS": whole(0),
     "SOLVER.AMP": one_of("none", "bf16", "fp16", "bf16-teacher", "fp16-teacher"),
+    "SOLVER.CUDA_GRAPH": one_of("auto", "always", "never"),
     "SOLVER.CLIP_GRAD_NORM": NOT_NEGATIVE,
     "SOLVER.EMA": interval(0, 1, "[)"),
     "SOLVER.ACCUMULATE": whole(1),
