@@ -5,17 +5,19 @@ Such a worker is never waited for without end: it is a WorkerError.
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import re
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.reduction import ForkingPickler
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -105,6 +107,15 @@ def _reason(error: OSError) -> str:
     except OSError as refused:
         return one_line(refused)
     return one_line(error)
+
+
+def silent_about_open_files(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A worker's `sys.excepthook`, which says nothing of too many open files.
+
+    multiprocessing's thread that sends files prints that at every try; the training process says it once.
+    """
+    if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+        sys.__excepthook__(kind, error, trace)
 
 
 class _Pickled:

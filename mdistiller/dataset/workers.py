@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ..distributed.ranks import joined, of_environment
 from ..system import held_signals, release_signals, usable_cpus
-from .worker_failures import Pickling, Watched
+from .worker_failures import Pickling, Watched, silent_about_open_files
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A fork copies the locks that other threads hold at that moment, and in the child nobody releases them. The threads of
@@ -77,6 +78,7 @@ class _Guarded:
         self.own, self.owner = own, os.getpid()
 
     def __call__(self, worker: int) -> None:
+        sys.excepthook = silent_about_open_files
         _guard(self.owner)
         if self.own is not None:
             self.own(worker)
