@@ -10,7 +10,7 @@ import mdistiller
 PACKAGE = Path(mdistiller.__file__).parent
 GROUND = {"errors", "registry", "paths", "console", "ranges", "user_files", "system", "figures", "arguments"}
 MODELS = {"models", "grouping", *GROUND}
-ENGINE = {"engine", "engine.files", "engine.logs", "engine.runtime", "engine.teacher"}
+ENGINE = {"engine", "engine.files", "engine.graph", "engine.logs", "engine.runtime", "engine.teacher"}
 BELOW_ENGINE = {"distillers", "dataset", "distributed", *MODELS}
 # Subpackage (or module at the top) -> the others that it may import.
 ALLOWED = {
@@ -30,6 +30,7 @@ ALLOWED = {
     "distillers": {"dataset", "distributed", *MODELS},
     "engine.files": GROUND,
     "engine.runtime": {"engine.files", "", *GROUND},
+    "engine.graph": {"engine.runtime", "models", *GROUND},
     "engine.logs": {"engine.files", *GROUND},
     "engine.teacher": {"engine.files", *BELOW_ENGINE},
     "engine": {*ENGINE, *BELOW_ENGINE},

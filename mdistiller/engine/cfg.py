@@ -120,8 +120,8 @@ CFG.SOLVER.WARMUP_EPOCHS = 0
 CFG.SOLVER.AMP = "none"
 # Compile student, teacher and loss with torch.compile.
 CFG.SOLVER.COMPILE = False
-# On a GPU, record a whole step of a full batch as one CUDA graph, and replay it: "auto", where method and settings allow
-# it; "always", or refuse to start; "never".
+# On a GPU, record the whole step of a full batch as one CUDA graph, and replay it: "auto", where method and settings
+# allow it; "always", or refuse the run; "never".
 CFG.SOLVER.CUDA_GRAPH = "auto"
 # Keep images and weights in PyTorch's memory format channels_last (NHWC).
 CFG.SOLVER.CHANNELS_LAST = True

@@ -30,7 +30,7 @@ class DistillationOrientedTrainer(Optimizer):
 
     Args:
         params: parameters, or parameter groups with their own values of the arguments below.
-        lr: >= 0.
+        lr: >= 0; a tensor () for a step that a CUDA graph records.
         momentum: of the task gradient, >= 0; DOT's MOMENTUM - DELTA.
         momentum_kd: of the distillation gradient, >= 0; DOT's MOMENTUM + DELTA.
         dampening: fraction of a gradient that is not added to its buffer.
@@ -147,8 +147,12 @@ class DistillationOrientedTrainer(Optimizer):
                 first = [KD not in self.state[p] for p in params]
                 grads = [g if new else _decayed([g], [p], decay)[0] for g, p, new in zip(grads, params, first)]
             directions.append(self._direction(params, grads, KD, group["momentum_kd"] if task else mean, group))
+        lr = group["lr"]
         for direction in directions:
-            torch._foreach_add_(params, direction, alpha=-group["lr"])
+            if isinstance(lr, Tensor):  # as a number, the host would have to read it
+                torch._foreach_sub_(params, torch._foreach_mul(direction, lr))
+            else:
+                torch._foreach_add_(params, direction, alpha=-lr)
 
     def _direction(
         self, params: list[Tensor], grads: list[Tensor], key: str, momentum: float, group: dict[str, Any]

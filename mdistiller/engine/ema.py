@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from ..distillers import Distiller
 from ..models.copies import copy_without_hooks
+from ..models.tensor_groups import by_kind
 
 
 class EMA:
@@ -29,24 +29,35 @@ class EMA:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.updates = 0
-        self._averaged = AveragedModel(copy_without_hooks(network), multi_avg_fn=self._average, use_buffers=True)
-        self._averaged.n_averaged += 1  # at 0 its first update would copy the network; here the start counts too
-        self.network: nn.Module = self._averaged.module.eval().requires_grad_(False)
+        self.network: nn.Module = copy_without_hooks(network).eval().requires_grad_(False)
+        # On the device, as a CUDA graph reads it there.
+        self._updates = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
 
-    def update(self, network: nn.Module) -> None:
-        """Update the average with the present state of `network`."""
-        self.updates += 1
-        self._averaged.update_parameters(network)
+    @property
+    def updates(self) -> int:
+        """The number of updates; reading it waits for the device."""
+        return int(self._updates)
+
+    @updates.setter
+    def updates(self, number: int) -> None:
+        self._updates.fill_(number)
+
+    def tensors(self) -> list[Tensor]:
+        """All that an update changes."""
+        return [self._updates, *_state(self.network)]
 
     @torch.no_grad()
-    def _average(self, means: Any, states: Any, _: Any) -> None:
-        """Update the averages `means` of tensors of one dtype on one device with their present `states`."""
-        if means[0].is_floating_point():
-            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_(means, states, 1 - decay)
-        else:
-            torch._foreach_copy_(means, states)
+    def update(self, network: nn.Module) -> None:
+        """Update the average with the present state of `network`, without waiting for the device."""
+        self._updates += 1
+        share = 1 - ((1 + self._updates) / (10 + self._updates)).clamp(max=self.decay)  # of the present state
+        for means, states in by_kind(_state(self.network), _state(network)):
+            if means[0].is_floating_point():
+                change = torch._foreach_sub(states, means)
+                torch._foreach_mul_(change, share.to(means[0].device))
+                torch._foreach_add_(means, change)
+            else:
+                torch._foreach_copy_(means, states)
 
     def logits(self, distiller: Distiller, image: Tensor) -> Tensor:
         """The first head's logits (B, C) of `distiller` with the averaged weights in its main network."""
@@ -65,6 +76,10 @@ class EMA:
         """
         self.network.load_state_dict(state["model"])
         self.updates = state["updates"]
+
+
+def _state(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..models.parameters import Group
@@ -47,7 +48,11 @@ def adjust_learning_rate(epoch: int, cfg: CN, optimizer: torch.optim.Optimizer, 
     """Set and return the `learning_rate`; a parameter group with an `LR_SCALE` gets it times that."""
     lr = learning_rate(epoch, cfg, step, steps)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group[LR_SCALE] if LR_SCALE in group else lr
+        own = lr * group[LR_SCALE] if LR_SCALE in group else lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(own)  # a CUDA graph reads it where it is
+        else:
+            group["lr"] = own
     return lr
 
 

@@ -26,6 +26,17 @@ class Meters:
         # Not in place: several meters may be given the same tensor.
         self._sums[names] = self._sums[names] + sums if names in self._sums else sums
 
+    def hold(self, names: Names, buffer: Tensor) -> None:
+        """Let `buffer` (len(names),) float64 hold the sums of `names`: what is added to it counts in the meters."""
+        own = self._sums.get(names)
+        if own is buffer:
+            return
+        if own is None:
+            buffer.zero_()
+        else:
+            buffer.copy_(own)
+        self._sums[names] = buffer
+
     def set_mean(self, name: str, value: Tensor) -> None:
         """Let `value` () be the mean of `name` over all images added so far."""
         self._sums[name,] = value.double().reshape(1) * self.count

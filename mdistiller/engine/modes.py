@@ -17,9 +17,13 @@ from ..errors import UserError
 from ..models.outputs import feature_of
 from .optimizers import optimizer_dict
 from .overrides import setting
+from .runtime.device import pick_device
 from .teacher.cache import OUTPUTS
 from .update import DotUpdate, SumUpdate
 
+# A whole step that is recorded and replayed, see `graphed_step`.
+GRAPH = "a step as one CUDA graph"
+_NO_GRAPH = "set SOLVER.CUDA_GRAPH auto or never"
 _NO_CACHE = "leave DISTILLER.TEACHER_CACHE empty"
 
 
@@ -193,6 +197,11 @@ TRAITS = (
         lambda run: not abs(run.cfg.SOLVER.DOT.DELTA) <= run.cfg.SOLVER.MOMENTUM < 1 - abs(run.cfg.SOLVER.DOT.DELTA),
         "SOLVER.DOT.DELTA {cfg.SOLVER.DOT.DELTA} with SOLVER.MOMENTUM {cfg.SOLVER.MOMENTUM}",
     ),
+    Side(GRAPH, lambda run: run.cfg.SOLVER.CUDA_GRAPH == "always", "SOLVER.CUDA_GRAPH always"),
+    Side(
+        "training on a CPU", lambda run: pick_device(run.cfg.EXPERIMENT.DEVICE).type != "cuda",
+        "EXPERIMENT.DEVICE {cfg.EXPERIMENT.DEVICE}, which is no GPU here",
+    ),
     Side(
         "a smaller `BATCH_SIZE` a process", lambda run: run.share < run.cfg.SOLVER.ACCUMULATE,
         "SOLVER.BATCH_SIZE {cfg.SOLVER.BATCH_SIZE}",
@@ -240,6 +249,10 @@ RULES = (
     Rule("teacher cache", "methods with `teacher_in_train_mode`", "its outputs depend on the whole batch", _NO_CACHE),
     Rule("teacher cache", "methods with other `teacher_outputs`", "it stores logits and pooled features", _NO_CACHE),
     Rule("teacher cache", "images without a finite number of crops", "it stores the outputs for every crop", _NO_CACHE),
+    Rule(GRAPH, "several ranks", "they exchange gradients within the step", _NO_GRAPH),
+    Rule(GRAPH, "steps skipped at NaN", "the host reads the losses before it lets the step go on", _NO_GRAPH),
+    Rule(GRAPH, "teacher cache", "the host reads it within the step", _NO_GRAPH),
+    Rule(GRAPH, "training on a CPU", "only a GPU has them", _NO_GRAPH),
     Rule(
         "chosen pairs of maps", "methods without `compares_maps`", "it would ignore the pairs",
         "leave DISTILLER.PAIRS empty",
@@ -254,6 +267,20 @@ def broken_rule(run: Setup) -> Rule | None:
     return next((rule for rule in RULES if all(SIDES[name].holds(run) for name in (rule.this, rule.that))), None)
 
 
+def obstacle(name: str, run: Setup) -> str:
+    """What the rules have against the side `name` in `run`, whether or not it holds, in words; empty if nothing."""
+    for rule in RULES:
+        other = {rule.this: rule.that, rule.that: rule.this}.get(name)
+        if other is not None and SIDES[other].holds(run):
+            return f"{_filled(SIDES[other].shown, run)}: {_filled(rule.reason, run)}"
+    return ""
+
+
+def _filled(text: str, run: Setup) -> str:
+    """A text of the table for a run."""
+    return text.format(cfg=run.cfg, name=run.name, world=run.world, share=run.share, unstored=run.unstored)
+
+
 def check_modes(
     cfg: CN, method: Distiller | type[Distiller], update: type[SumUpdate], world: int, loader: Any = None
 ) -> None:
@@ -266,7 +293,6 @@ def check_modes(
     rule = broken_rule(run)
     if rule is not None:
         this, that, reason, remedy = (
-            text.format(cfg=cfg, name=run.name, world=world, share=run.share, unstored=run.unstored)
-            for text in (SIDES[rule.this].shown, SIDES[rule.that].shown, rule.reason, rule.remedy)
+            _filled(text, run) for text in (SIDES[rule.this].shown, SIDES[rule.that].shown, rule.reason, rule.remedy)
         )
         raise UserError(f"{this} does not go with {that}: {reason}; {remedy}")

@@ -44,6 +44,7 @@ _OBEYED_BY_OUR_STEP = {
     "SOLVER.ACCUMULATE": (1,),
     "SOLVER.CLIP_GRAD_NORM": (0,),
     "SOLVER.COMPILE": (False,),
+    "SOLVER.CUDA_GRAPH": ("auto", "never"),
     "SOLVER.EMA": (0,),
     "SOLVER.NAN_POLICY": ("stop",),
     "DISTILLER.TEACHER_CACHE": ("",),

@@ -19,7 +19,7 @@ from ..distributed.ranks import Ranks
 from ..errors import UserError
 from .ema import EMA
 from .kept_buffers import KeptBuffers
-from .meters import Names
+from .meters import Meters, Names
 from .nan_watch import NanPolicy, Outcome
 from .scores import correct_counts
 from .single_images import cannot_train, is_of_one_value, too_few_images
@@ -30,7 +30,7 @@ from .update import SumUpdate
 Batch = dict[str, Tensor]
 
 # The metrics of every step before its losses; see `Step._run_micro_batch`.
-_METRICS = ("train_acc", "train_acc_top5", "train_loss")
+METRICS = ("train_acc", "train_acc_top5", "train_loss")
 _NO_GRADIENT = "train what uses them, such as a grouped student by DCGD, or name them in the method's `untrained`"
 
 
@@ -59,13 +59,15 @@ class Step:
         update: the update rule of the distiller's parameters.
         ema: the EMA of the distiller's main network, or None.
         frozen: the faster forms of the distiller's frozen networks; None: they run themselves.
+        in_graph: whether a `GraphedStep` is to record the whole of it.
     """
 
     def __init__(
         self, distiller: Distiller, update: SumUpdate, nan_policy: NanPolicy, ema: EMA | None,
-        frozen: FrozenNetworks | None, device: torch.device, ranks: Ranks, cfg: CN,
+        frozen: FrozenNetworks | None, device: torch.device, ranks: Ranks, cfg: CN, in_graph: bool = False,
     ) -> None:  # fmt: skip
         self.distiller, self.update, self.nan_policy, self.ema = distiller, update, nan_policy, ema
+        self.in_graph = in_graph
         self.frozen = frozen
         self.cfg = cfg
         self.device = device
@@ -92,47 +94,79 @@ class Step:
         return data_parallel(self.distiller, not_averaged(self.distiller))
 
     def _cuda_graphs(self) -> bool:
-        """Whether CUDA graphs can run the step: each pass runs once, and nothing that it returns is needed after that.
+        """Whether torch.compile is to make CUDA graphs of the passes, where none of the whole step is recorded.
 
-        Their outputs are overwritten by the next run. The gradients of a micro-batch must outlast the next one, and
-        those of DOT's first backward pass the second; DistributedDataParallel sends them while the pass goes on.
+        It can where each pass runs once, and nothing that it returns is needed after that: their outputs are
+        overwritten by the next run. The gradients of a micro-batch must outlast the next one, and those of DOT's first
+        backward pass the second; DistributedDataParallel sends them while the pass goes on.
         """
         once = self.micro_batches == 1 and self.update.one_backward and self.ranks.world == 1
-        return once and self.device.type == "cuda"
+        return once and not self.in_graph and self.device.type == "cuda"
 
-    def __call__(self, batch: Batch, epoch: int, number: int) -> StepResult | None:
+    def __call__(self, batch: Batch, epoch: int, number: int, meters: Sequence[Meters] = ()) -> StepResult | None:
         """Take the step; None where the NaN policy skips it, or where the networks cannot train on a single image.
 
         Args:
             number: the step's number in its epoch, from 1.
+            meters: the step's metrics are added to each.
 
         Raises:
             NonFiniteLossError: a loss or a gradient is not finite, and the NaN policy says stop.
             UserError: in the first step, see `_check_gradients` and `_run_if_enough`.
         """
-        # In every epoch, so that the second step sees what the first one changes. A network checks itself when it is
-        # called, but not inside a compiled step.
-        if self.frozen is not None and (number <= 2 or self.compiled):
-            self.frozen.check(thoroughly=number <= 2)
+        self.check_frozen(number, also_later=self.compiled)
         self.nan_policy.begin_step()
         with self.distiller.one_step():
-            result = self._run_if_enough(batch, epoch, number)
-        if result is None:
+            passed = self._run_if_enough(batch, epoch, number)
+        if passed is None:
             self.update.skip()
             return None
-        names, sums = result
+        names, sums = passed
         self._check_gradients()
         images, norm = len(batch["target"]), self.update.norm()
-        losses, index = sums[len(_METRICS) :] / images, batch.get("index", batch["target"][:0])
+        losses, index = sums[len(METRICS) :] / images, batch.get("index", batch["target"][:0])
         if self.nan_policy.drops(Outcome(epoch, number, names, losses, self.update.unexplained(norm), index)):
             self.update.skip()
             return None
+        self._apply(norm)
+        result = StepResult(images, (*METRICS, *(f"loss/{name}" for name in names)), sums, norm)
+        for own in meters:
+            own.add(images, result.names, sums)
+        return result
+
+    def whole(self, batch: Batch, epoch: Tensor) -> tuple[Names, Tensor, Tensor]:
+        """The step with nothing in it that the host reads or decides, as a CUDA graph can hold it.
+
+        Args:
+            epoch: () int64, on the device.
+
+        Returns:
+            The names of the loss terms; the metrics, as StepResult's `sums`; and the gradients' norm (2,) float64,
+            before clipping and as `SumUpdate.unexplained` leaves it.
+        """
+        with self.distiller.one_step():
+            names, sums = self._run_micro_batches(split_batch(batch, self.micro_batches, self.full_batch), epoch)
+        norm = self.update.norm()
+        norms = torch.stack([norm, self.update.unexplained(norm)]).double()
+        self._apply(norm)
+        return names, sums, norms
+
+    def _apply(self, norm: Tensor) -> None:
+        """Change what a sound step changes: the parameters, the method's own state, the EMA."""
         self.update.step(norm)
         with torch.no_grad():
             self.distiller.after_step()
         if self.ema is not None:
             self.ema.update(self.distiller.main_network())
-        return StepResult(images, (*_METRICS, *(f"loss/{name}" for name in names)), sums, norm)
+
+    def check_frozen(self, number: int, also_later: bool) -> None:
+        """See what the run has changed in its frozen networks: whole in an epoch's first two steps.
+
+        In every epoch, so that the second step sees what the first one changes. A network checks itself when it is
+        called, but not inside a compiled step or a CUDA graph; these check in their later steps too.
+        """
+        if self.frozen is not None and (number <= 2 or also_later):
+            self.frozen.check(thoroughly=number <= 2)
 
     @property
     def teacher_cache(self) -> TeacherCache | None:
@@ -187,10 +221,10 @@ class Step:
         self._takes_one_image = True
         return result
 
-    def _run_micro_batches(self, micro_batches: Sequence[Batch], epoch: int) -> tuple[Names, Tensor]:
+    def _run_micro_batches(self, micro_batches: Sequence[Batch], epoch: int | Tensor) -> tuple[Names, Tensor]:
         """Forward and backward passes of a batch; returns the names of its losses, and its metrics summed over images.
 
-        The metrics are those of `_METRICS`, then the losses: float64, as StepResult's.
+        The metrics are those of `METRICS`, then the losses: float64, as StepResult's.
         """
         images = sum(len(part["target"]) for part in micro_batches)
         names: Names = ()
@@ -202,7 +236,9 @@ class Step:
             sums.append(own)
         return names, sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
 
-    def _run_micro_batch(self, micro_batch: Batch, epoch: int, weight: float, last: bool) -> tuple[Names, Tensor]:
+    def _run_micro_batch(
+        self, micro_batch: Batch, epoch: int | Tensor, weight: float, last: bool
+    ) -> tuple[Names, Tensor]:
         """`_run_micro_batches` for one of them."""
         if self.teacher_cache is not None:
             self.teacher_cache.look_up(micro_batch["index"])

@@ -29,10 +29,11 @@ from .epoch_state import EpochState
 from .files.run_folder import check_no_run, remove_run
 from .files.run_lock import run_lock
 from .first_step import FirstStep
+from .graphed_step import GraphedStep, recorder_for
 from .logs.logger import Logger, build_logger
 from .lr_schedule import adjust_learning_rate, learning_rate
 from .meters import Meters
-from .modes import check_modes
+from .modes import GRAPH, Setup, check_modes, obstacle
 from .nan_watch import NonFiniteLossError, nan_policy_dict
 from .overridden import adopt_optimizer, adopt_overrides
 from .parts import Parts
@@ -106,7 +107,13 @@ class BaseTrainer:
         policy = nan_policy_dict[cfg.SOLVER.NAN_POLICY]
         self.nan_policy = policy(self.log_path, self.distiller, self.device, self.ranks, cfg)
         frozen = FrozenNetworks(self.distiller, self.train_loader, cfg)
-        self.step = Step(self.distiller, self.update, self.nan_policy, self.ema, frozen, self.device, self.ranks, cfg)
+        against = obstacle(GRAPH, Setup(cfg, self.distiller, self.update_rule, self.ranks.world, train_loader))
+        recorder = recorder_for(self.device, cfg, against)
+        self.step = Step(
+            self.distiller, self.update, self.nan_policy, self.ema, frozen, self.device, self.ranks, cfg,
+            in_graph=recorder is not None,
+        )  # fmt: skip
+        self.take_step = GraphedStep(self.step, recorder, required=cfg.SOLVER.CUDA_GRAPH == "always")
         self.state = RunState(
             self.log_path, self.distiller, self.update, self.ema, self.nan_policy, self.device, self.ranks, cfg,
             facts_of_run(cfg, self.distiller, self.update, self.train_loader, self.ranks),
@@ -293,14 +300,9 @@ class BaseTrainer:
             step: number of the step in its epoch, from 1, for the message if a loss is not finite.
             measure: also add the norm of the gradients to `recent`.
         """
-        result = self.step(batch, epoch, step)
-        if result is None:
-            return
-        meters.add(result.images, result.names, result.sums)
-        if recent is not None:
-            recent.add(result.images, result.names, result.sums)
-            if measure:
-                recent.set_mean("grad_norm", result.grad_norm)
+        result = self.take_step(batch, epoch, step, [meters] if recent is None else [meters, recent])
+        if result is not None and recent is not None and measure:
+            recent.set_mean("grad_norm", result.grad_norm)
 
     def validate(self, at: EpochState) -> dict[str, Score]:
         """The scores of every head, and of the averaged weights if there is an EMA."""

@@ -70,6 +70,33 @@ class SumUpdate:
         """Whether the next step may be compiled."""
         return True
 
+    def host_reads(self) -> str:
+        """What the host reads in the optimizer's step, so that no CUDA graph can hold it; empty if nothing."""
+        if isinstance(self.optimizer, DistillationOrientedTrainer):
+            return ""
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        return "" if fused else f"{type(self.optimizer).__name__} is not fused, and reads its learning rate on the host"
+
+    def rates(self) -> list[Tensor]:
+        """The learning rate () of each parameter group, on the device from now on, where a schedule fills it in."""
+        device = self.parameters[0].device
+        for group in self.optimizer.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = torch.tensor(group["lr"], device=device)
+            if "capturable" in group:
+                group["capturable"] = True  # as torch's own check asks; the fused kernel is the same
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def settings(self) -> list[dict[str, Any]]:
+        """What each parameter group has beside its parameters and its learning rate."""
+        return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step changes: the parameters, what the optimizer remembers of them, the loss scale of fp16."""
+        remembered = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        scale = [self.scaler._scale, self.scaler._growth_tracker] if self.scaler else []
+        return [*self.parameters, *remembered, *(t for t in scale if t is not None)]
+
     def norm(self) -> Tensor:
         """The L2 norm () of the gradients, before clipping and without fp16's scale. Call it once a step at most."""
         if self.scaler:
@@ -122,7 +149,10 @@ class SumUpdate:
 
     def state_dict(self) -> dict[str, Any]:
         """The state for `load_state_dict`: the optimizer's, and the loss scale of fp16."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict() if self.scaler else {}}
+        state = self.optimizer.state_dict()
+        for group in state["param_groups"]:
+            group["lr"] = float(group["lr"])
+        return {"optimizer": state, "scaler": self.scaler.state_dict() if self.scaler else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state; the settings stay those of this run, see `load_optimizer_state`.

@@ -93,6 +93,11 @@ class FrozenNetworks:
         run = HalfPrecision(copied, dtype, self._precision.full_output) if dtype else copied
         return _Form(run, words, copied is not network, dtype)
 
+    def unchanging(self) -> set[Tensor]:
+        """The weights and buffers of the networks that run as a copy, which sees any change of them."""
+        networks = [original.network for original in self._copied.values()]
+        return {tensor for network in networks for tensor in (*network.parameters(), *network.buffers())}
+
     def check(self, thoroughly: bool = True) -> None:
         """Run a network itself from now on if it has got hooks, or if its weights have changed.
 

@@ -1,0 +1,63 @@
+"""What records a function as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+Function = Callable[[], None]
+
+
+class Recorder(Protocol):
+    """Records what a function does to tensors, so that it can be done again without Python."""
+
+    def rehearse(self, function: Function) -> None:
+        """Run `function` once, as it will be recorded.
+
+        Raises:
+            Exception: it cannot be recorded.
+        """
+
+    def record(self, function: Function) -> Function:
+        """A function that does what `function` does, on the same tensors. `function` runs, but changes no tensor."""
+
+
+class GpuRecorder:
+    """Records CUDA graphs on one GPU. They hold kernels and addresses; everything else is as it was when recorded.
+
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def rehearse(self, function: Function) -> None:
+        """On a stream beside the usual one, as recording does. A read by the host is an error, instead of a wait."""
+        usual, beside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        beside.wait_stream(usual)
+        try:
+            with torch.cuda.stream(beside), _refusing_to_wait():
+                function()
+        finally:
+            usual.wait_stream(beside)
+
+    def record(self, function: Function) -> Function:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as one that pins batches, may go on with what they do.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            function()
+        return graph.replay
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Within this context, what would make the host wait for the GPU raises a RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -1,0 +1,54 @@
+"""A recorder of steps that needs no GPU. As in a CUDA graph, operations, numbers and addresses of its replay are fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What makes the host wait for a GPU.
+READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default}
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what makes the host wait."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in READS:
+            raise RuntimeError(f"called a synchronizing operation: {function}")
+        return function(*args, **(kwargs or {}))
+
+
+class TracingRecorder:
+    """Traces a function by `make_fx`. The tensors of the run stand in the trace as themselves, so a replay changes them.
+
+    Unlike a GPU's, it also takes the step that it records.
+
+    Attributes:
+        recorded: number of functions recorded.
+        operations: of the last one.
+    """
+
+    def __init__(self) -> None:
+        self.recorded = self.operations = 0
+
+    def rehearse(self, function: Callable[[], None]) -> None:
+        with NoReads():
+            function()
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        def traced(anchor):
+            function()
+            return anchor
+
+        graph = make_fx(traced, tracing_mode="real")(torch.zeros(()))
+        self.recorded += 1
+        self.operations = len(graph.graph.nodes)
+
+        @torch.no_grad()
+        def replay():
+            graph(torch.zeros(()))
+
+        return replay
