@@ -17,7 +17,7 @@ from yacs.config import CfgNode as CN
 from ..console import note, one_line
 from ..errors import UserError
 from ..models.tensor_groups import by_kind
-from .graph.host_state import changed, host_state
+from .graph.host_state import HostSnapshot, changed, host_state
 from .graph.recorder import GpuRecorder, Recorder
 from .graph.snapshot import Snapshot
 from .meters import Meters, Names
@@ -119,7 +119,7 @@ class Recording:
         replays: number of steps taken.
 
     Raises:
-        CannotRecordError: the step cannot be recorded. Nothing has changed then.
+        CannotRecordError: the step cannot be recorded. Nothing has changed then, but in objects that are no modules.
     """
 
     def __init__(self, step: Step, batch: Batch, epoch: int, recorder: Recorder) -> None:
@@ -201,7 +201,7 @@ class Recording:
         Raises:
             CannotRecordError: it does something else, or cannot be recorded.
         """
-        before = Snapshot(self._tensors(), self.step.device)
+        before, python = Snapshot(self._tensors(), self.step.device), HostSnapshot(self.step.distiller)
         expected: list[Tensor] = []
         rehearsal = lambda: expected.append(self._whole())  # noqa: E731
         try:
@@ -213,10 +213,9 @@ class Recording:
             replay = recorder.record(self._function)
             before.restore()
             _compare(expected, [self._replayed(replay) for _ in expected])
-        except CannotRecordError:
-            raise
         except Exception as error:  # a read by the host, a kernel that cannot be recorded, too little memory
-            raise CannotRecordError(one_line(error, 200)) from error
+            python.restore()
+            raise error if isinstance(error, CannotRecordError) else CannotRecordError(one_line(error, 200)) from error
         finally:
             self.step.update.skip()
             before.restore()

@@ -22,8 +22,11 @@ dot_optimizer_dict = Registry("SOLVER.TYPE for the DOT trainers")
 @optimizer_dict.register("SGD")
 def sgd(groups: list[Group], solver: CN) -> Optimizer:
     """SGD with LR, MOMENTUM and WEIGHT_DECAY."""
+    # Where fp16's scale was too large, torch's fused SGD writes into the momentum what it must skip (2.11), and leaves
+    # it without a value in a first step (2.14).
+    fused = _fused(groups) and solver.AMP != "fp16"
     return torch.optim.SGD(
-        groups, lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, fused=_fused(groups)
+        groups, lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, fused=fused
     )
 
 

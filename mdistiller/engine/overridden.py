@@ -89,6 +89,11 @@ def adopt_optimizer(trainer: Any, own: Any, must: str) -> None:
     kind = DistillationOrientedTrainer if isinstance(update.optimizer, DistillationOrientedTrainer) else Optimizer
     if not isinstance(own, kind):
         raise UserError(f"{type(trainer).__name__}.{must} a {kind.__name__}, not a {type(own).__name__}")
+    if update.scaler and isinstance(own, torch.optim.SGD) and any(group["fused"] for group in own.param_groups):
+        raise UserError(
+            f"{type(trainer).__name__}'s own SGD is fused, and would lose its momentum where the scale of SOLVER.AMP "
+            "fp16 is too large; make it with fused=False, or set SOLVER.AMP bf16"
+        )
     for group in own.param_groups:
         if LR_SCALE not in group and group["lr"] != trainer.cfg.SOLVER.LR:
             group[LR_SCALE] = float(group["lr"]) / trainer.cfg.SOLVER.LR

@@ -74,8 +74,12 @@ class SumUpdate:
         """What the host reads in the optimizer's step, so that no CUDA graph can hold it; empty if nothing."""
         if isinstance(self.optimizer, DistillationOrientedTrainer):
             return ""
-        fused = all(group.get("fused") for group in self.optimizer.param_groups)
-        return "" if fused else f"{type(self.optimizer).__name__} is not fused, and reads its learning rate on the host"
+        if all(group.get("fused") for group in self.optimizer.param_groups):
+            return ""
+        name = type(self.optimizer).__name__
+        if self.scaler:
+            return f"under SOLVER.AMP fp16 the host sees whether {name} may take the step"
+        return f"{name} is not fused, and reads its learning rate on the host"
 
     def rates(self) -> list[Tensor]:
         """The learning rate () of each parameter group, on the device from now on, where a schedule fills it in."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -29,6 +31,36 @@ def host_state(module: nn.Module) -> HostState:
 def changed(before: HostState, after: HostState) -> list[str]:
     """The names of the attributes that differ."""
     return [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
+
+
+class HostSnapshot:
+    """What Python holds of a module at this moment, to put it back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parts = [
+            (part, {key: (value, _content(value)) for key, value in vars(part).items()}) for part in module.modules()
+        ]
+
+    def restore(self) -> None:
+        """Put back every attribute, and what its lists, dicts and sets held. What other objects hold stays as it is."""
+        for part, attributes in self._parts:
+            for value, content in attributes.values():
+                _refill(value, content)
+            vars(part).clear()
+            vars(part).update({key: value for key, (value, _) in attributes.items()})
+
+
+def _content(value: Any) -> Any:
+    """A copy of what a container holds; None for anything else."""
+    return copy.copy(value) if isinstance(value, (list, dict, set, deque)) else None
+
+
+def _refill(value: Any, content: Any) -> None:
+    """Let the container `value` hold `content` again."""
+    if content is None:
+        return
+    value.clear()
+    (value.update if isinstance(value, (dict, set)) else value.extend)(content)
 
 
 def _seen(value: Any, depth: int) -> Any:
