@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -101,6 +100,9 @@ class DCGD(Distiller):
             name, deployed = type(method).__name__, type(method.main_network()).__name__
             raise UserError(f"DCGD.BASE: {name} deploys a {deployed}, not its student, which is DCGD's plain head")
         method.borrow_networks()  # so that each network is in the state dict once
+        # The branches take their trunk's maps from the base method's forward pass.
+        self._student_kept = _Kept(self.student.base)
+        object.__setattr__(method, "student", self._student_kept)
         # The base method and the branches share one forward pass of the teacher.
         self._teacher_once = _Once(self.teacher)
         method.run_frozen_by("teacher", self._teacher_once)
@@ -178,11 +180,10 @@ class DCGD(Distiller):
         self.method.after_step()
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        with _outputs(self.student.base, image) as of_student, self._teacher_once:
+        with self._student_kept, self._teacher_once:
             logits_single, losses = self.method.forward_train(image, target, **kwargs)
             logits_teacher = self._branches_teacher(image)
-        # The base method may not have run the student on this image.
-        _, features = of_student[0] if of_student else self.student.base(image)
+            _, features = self._student_kept.of(image)
         logits_grouped = self.student.forward_grouped(features)
         loss_kd = kd_loss(logits_grouped, logits_teacher.detach(), self.temperature)
         return logits_single, {
@@ -290,17 +291,31 @@ class _Once:
         return output
 
 
-@contextmanager
-def _outputs(module: nn.Module, image: Tensor) -> Iterator[list[Any]]:
-    """The outputs of `module` for this `image` (the same tensor, not an equal one) inside the `with` block."""
-    outputs: list[Any] = []
+class _Kept:
+    """A network, whose attributes it has; inside a `with` block it keeps the first output for each new image."""
 
-    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and args[0] is image:
-            outputs.append(output)
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._open = False
+        self._kept: tuple[Tensor, Any] | None = None
 
-    handle = module.register_forward_hook(keep)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
+    def __enter__(self) -> None:
+        self._open = True
+
+    def __exit__(self, *_: object) -> None:
+        self._open, self._kept = False, None
+
+    def __call__(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self.network(image, *args, **kwargs)
+        if self._open and (self._kept is None or self._kept[0] is not image):
+            self._kept = (image, output)
+        return output
+
+    def of(self, image: Tensor) -> Any:
+        """The output for this `image` (the same tensor, not an equal one), which is computed if none is kept."""
+        return self._kept[1] if self._kept is not None and self._kept[0] is image else self.network(image)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "network":  # of a copy that is not filled in yet
+            raise AttributeError(name)
+        return getattr(self.network, name)
