@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ..analysis.plots.curves import draw_run
 from ..console import outlive_terminal, tool
 from ..distributed.ranks import joined_ranks
-from ..engine.build import build_trainer, deployment_lines, frozen_lines
+from ..engine.build import build_trainer, deployment_lines, frozen_lines, step_lines
 from ..engine.cfg import cfg_text, load_cfg
 from ..engine.overrides import note_repeats
 from ..engine.resumed_run import run_to_resume
@@ -48,8 +48,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         trainer.overwrite = args.overwrite
         if ranks.first:
             trainer.when_begun = lambda: print(
-                cfg_text(cfg), *deployment_lines(trainer), *frozen_lines(trainer), sep="\n", flush=True
-            )
+                cfg_text(cfg), *deployment_lines(trainer), *frozen_lines(trainer), *step_lines(trainer),
+                sep="\n", flush=True,
+            )  # fmt: skip
         trainer.train(resume=args.resume)
         if ranks.first:
             draw_run(trainer.log_path)

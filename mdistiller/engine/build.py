@@ -188,6 +188,11 @@ def frozen_lines(trainer: BaseTrainer) -> list[str]:
     return [] if frozen is None else [f"{name}: {words}" for name, words in frozen.words.items()]
 
 
+def step_lines(trainer: BaseTrainer) -> list[str]:
+    """How full batches are trained on, one line: `step: one CUDA graph, ...`; none for a run that does so as usual."""
+    return [f"step: {trainer.take_step.words}"] if trainer.take_step.words else []
+
+
 def build_trainer(cfg: CN, overrides: Sequence[str] = (), name: str | None = None) -> BaseTrainer:
     """The trainer of a run, with everything checked and nothing written to disk yet.
 

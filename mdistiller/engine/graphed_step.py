@@ -83,6 +83,11 @@ class GraphedStep:
             return self.step(batch, epoch, number, meters)
         return self.recording.take(batch, epoch, number, meters)
 
+    @property
+    def words(self) -> str:
+        """How the steps are taken, for the log; empty for a run that takes them as usual."""
+        return f"one CUDA graph, recorded after {WARM_UP_STEPS} full batches" if self.recorder is not None else ""
+
     def _ready(self) -> bool:
         """Whether the next full batch may be recorded."""
         settled = self.step.distiller.settled() and self.step.update.ready_to_compile()

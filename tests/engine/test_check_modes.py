@@ -34,6 +34,10 @@ REFUSED = [
     ("DISTILLER.TEACHER_CACHE c", ReviewKD, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "reads preact_feats of"),
     ("DISTILLER.TEACHER_CACHE c", KD, SumUpdate, 1, ENDLESS, "DISTILLER.TEACHER_CACHE c", "DATASET.TYPE digits"),
     ("DISTILLER.PAIRS [[1,1]]", KD, SumUpdate, 1, None, "DISTILLER.PAIRS [[1, 1]]", "KD, which compares no pairs"),
+    ("SOLVER.CUDA_GRAPH always", KD, SumUpdate, 2, None, "SOLVER.CUDA_GRAPH always", "2 processes"),
+    ("SOLVER.CUDA_GRAPH always SOLVER.NAN_POLICY skip", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "NAN_POLICY skip"),
+    ("SOLVER.CUDA_GRAPH always DISTILLER.TEACHER_CACHE c", KD, SumUpdate, 1, FINITE, "CUDA_GRAPH", "TEACHER_CACHE c"),
+    ("SOLVER.CUDA_GRAPH always EXPERIMENT.DEVICE cpu", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "DEVICE cpu"),
 ]
 ACCEPTED = [
     ("", KD, DotUpdate, 2, FINITE),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -45,11 +45,22 @@ class GpuRecorder:
             usual.wait_stream(beside)
 
     def record(self, function: Function) -> Function:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that pins batches, may go on with what they do.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            function()
+        graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # Other threads, such as one that pins batches, may go on with what they do.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                function()
+        except Exception:
+            self._recover(usual)
+            raise
         return graph.replay
+
+    def _recover(self, usual: torch.cuda.Stream) -> None:
+        """Undo what torch leaves of a recording that failed: another stream, and a generator that waits for its end."""
+        torch.cuda.set_stream(usual)
+        generator = torch.cuda.default_generators[usual.device_index]
+        with suppress(AttributeError):  # an older torch
+            generator.graphsafe_set_state(generator.clone_state())
 
 
 @contextmanager
