@@ -12,9 +12,12 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 from .errors import UserError
@@ -94,8 +97,9 @@ def print_in_any_encoding() -> None:
 def one_line_errors() -> Iterator[None]:
     """Turn a UserError into one line on stderr, `error: ...`, and exit status 2.
 
-    Any other exception is a fault, of this package or of a user's own method, and its traceback is needed. So whatever
-    reads a file turns the errors of the disk and of the content into UserErrors itself; see `user_files`.
+    So does an error that says that memory ran out. Any other exception is a fault, of this package or of a user's own
+    method, and its traceback is needed. So whatever reads a file turns the errors of the disk and of the content into
+    UserErrors itself; see `user_files`.
 
     Its output may be in any encoding.
     """
@@ -105,6 +109,43 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Exception as error:
+        line = out_of_memory(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+# How it is said by the CPU's allocator of torch, by CUDA, by its libraries, and by the system.
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|STATUS_ALLOC_FAILED")
+_SMALLER = (
+    "take a smaller batch (SOLVER.BATCH_SIZE, DATASET.TEST.BATCH_SIZE, a tool's --batch-size), split it "
+    "(SOLVER.ACCUMULATE), or let fewer processes share the device (--jobs of `table`)"
+)
+
+
+def out_of_memory(error: BaseException | None) -> str | None:
+    """What is said, in one line, if `error`, or what caused it, is that the device or the machine has no memory left.
+
+    It names the line of code that asked for it, but for lines of torch. None for any other error.
+    """
+    while error is not None and not _is_of_memory(error):
+        error = error.__cause__
+    if error is None:
+        return None
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "torch" not in Path(f.filename).parts]
+    place = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+    # torch says where in its own source it was, then the amount, then much about its allocator.
+    said = str(error).strip().partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+    what = re.split(r"\. (?:Process|Including|Of the allocated|Error code) ", said)[0]
+    return f"out of memory{place} ({one_line(what, 200) or type(error).__name__}); {_SMALLER}"
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and _NO_MEMORY.search(str(error)) is not None
 
 
 @contextmanager

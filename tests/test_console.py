@@ -1,10 +1,13 @@
 """A process continues when its terminal or pipe is closed or its disk is full; all of them are real."""
 
+import errno
 import os
 import pty
 import subprocess
 
 import pytest
+
+from mdistiller.console import one_line_errors
 
 from ._processes import in_mount, light, light_command
 
@@ -186,3 +189,46 @@ def test_a_terminal_that_lacks_a_character_gets_an_escape(environment, name):
     times = "\u00d7" if encoding == "latin-1" else "\\xd7"
     assert done.stdout.decode(encoding) == f"wrote {name} \\u2192 {other}\n3 {times} 4\n"
     assert done.stderr.decode(encoding).endswith(f"error: {other}\n") and done.returncode == 2
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.13 GiB "
+    "is free. Process 12 has 3.00 GiB in use. Including non-PyTorch memory, this process has 512.00 MiB memory in use."
+)
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "40 bytes. Error code 12 (Cannot allocate memory)"
+)
+NO_MEMORY = {
+    "torch's own class": (type("OutOfMemoryError", (RuntimeError,), {})(CUDA), CUDA.partition(". Process")[0]),
+    "the CPU": (RuntimeError(CPU), "can't allocate memory: you tried to allocate 40 bytes"),
+    "CUDA": (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "CUDA error: out of memory"),
+    "a library": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `c`"), "CUBLAS_STATUS_ALLOC"),
+    "Python": (MemoryError(), "MemoryError"),
+    "the system": (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "Cannot allocate memory"),
+}
+
+
+@pytest.mark.parametrize("case", NO_MEMORY)
+@pytest.mark.parametrize("caused", [False, True])
+def test_memory_that_runs_out_is_one_line_with_the_place_and_the_next_step(case, caused, capsys):
+    error, said = NO_MEMORY[case]
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        if caused:
+            try:
+                raise error
+            except Exception as first:
+                raise ValueError("the student cannot take an image of 32x32") from first
+        raise error
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith("error: out of memory in test_console.py, line ")
+    assert said in line and "SOLVER.BATCH_SIZE" in line and "SOLVER.ACCUMULATE" in line and "--jobs" in line
+    assert "Process 12" not in line and "Error code" not in line
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(errno.ENOENT, "absent"), KeyError("memory")])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)) as raised, one_line_errors():
+        raise error
+    assert raised.value is error

@@ -1,6 +1,7 @@
 """Run a plan of configs x overrides x seeds, and put the results into a table.
 
     mdistiller table plans/digits.yaml
+    mdistiller table plans/cifar100_same_style.yaml --jobs 4      # four at a time, also on a single GPU
     mdistiller table plans/cifar100_same_style.yaml --jobs 4 --only 'KD, resnet56 -> resnet20' LOG.WANDB False
 
 Every run is `mdistiller train` in a separate folder. After an interruption, the same command continues with the missing
@@ -16,6 +17,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from ..analysis.plots.bars import draw_bars
@@ -35,7 +37,10 @@ from ._arguments import command_parser, override_arguments
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
     parser.add_argument("plan", help="the plan's YAML file; plans/ holds the published ones")
-    parser.add_argument("--jobs", type=int, help="number of runs at a time (default: one for each GPU, else one)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N",
+        help="number of runs at a time (default: one for each GPU, else one); more than there are GPUs share them",
+    )  # fmt: skip
     parser.add_argument("--only", default="", help="regular expression: run what it finds in 'method, pair, seed N'")
     parser.add_argument("--dry-run", action="store_true", help="list the commands of the missing runs, and run nothing")
     parser.add_argument("--no-run", action="store_true", help="make the table from the finished runs, and run nothing")
@@ -47,6 +52,8 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     args = parser.parse_intermixed_args(arguments)
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs must be at least 1, not {args.jobs}")
+    if args.jobs is not None and args.ray is not None:
+        parser.error("--jobs is for this machine; with --ray the cluster runs one for each GPU or core: leave one out")
     try:
         re.compile(args.only)
     except re.error as error:
@@ -75,15 +82,18 @@ def run(jobs: list[Job], args: argparse.Namespace, failed: dict[str, str]) -> No
             print(shlex.join(["python", *task(job).command[1:]]))
         return
     gpus = visible_gpus()
-    outcomes = run_on_ray(left, args.ray) if args.ray and left else run_here(left, args.jobs or len(gpus) or 1, gpus)
-    for number, (job, error) in enumerate(outcomes, start=1):
-        done = None if error else finished_run(job)
-        if done is None:
-            failed[job.label] = error or "ended without its last epoch"
-            print(f"failed: {job.label}: {failed[job.label]} (see {job.folder}/train.log)", file=sys.stderr, flush=True)
-        else:
-            result = f"top-1 last {done.last:.2f}, best {done.best:.2f}, {done.seconds:.0f} s"
-            print(f"[{number}/{len(left)}] {job.label}: {result}", flush=True)
+    here = args.ray is None or not left
+    # An interrupt may come in this loop, too; then an iterator that is not closed would go on with its runs.
+    with closing(run_here(left, args.jobs or len(gpus) or 1, gpus) if here else run_on_ray(left, args.ray)) as outcomes:
+        for number, (job, error) in enumerate(outcomes, start=1):
+            done = None if error else finished_run(job)
+            if done is None:
+                failed[job.label] = error or "ended without its last epoch"
+                said = f"failed: {job.label}: {failed[job.label]} (see {job.folder}/train.log)"
+                print(said, file=sys.stderr, flush=True)
+            else:
+                result = f"top-1 last {done.last:.2f}, best {done.best:.2f}, {done.seconds:.0f} s"
+                print(f"[{number}/{len(left)}] {job.label}: {result}", flush=True)
 
 
 def write_table(plan: Plan, args: argparse.Namespace, out: Path) -> None:

@@ -49,7 +49,8 @@ CFG.EXPERIMENT.TAG = "default"
 CFG.EXPERIMENT.SEED = 0
 # "auto": CUDA if available, else the CPU. Otherwise a torch device, such as "cpu" or "cuda:1".
 CFG.EXPERIMENT.DEVICE = "auto"
-# On a GPU, use only deterministic kernels, which are slower. The CPU's kernels are always deterministic.
+# On a GPU, use only deterministic kernels, which are slower. The CPU's kernels are always deterministic. In a table,
+# the run keeps the number of CPU threads that it has alone.
 CFG.EXPERIMENT.DETERMINISTIC = False
 
 CFG.DATASET = CN()

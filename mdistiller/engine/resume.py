@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from yacs.config import CfgNode as CN
 
-from ..console import note, one_line, reason, warn
+from ..console import note, one_line, out_of_memory, reason, warn
 from ..distillers import Distiller
 from ..distributed.ranks import Ranks
 from ..errors import UserError
@@ -299,4 +299,6 @@ def _fitting(path: Path, name: str) -> Iterator[None]:
             raise
         raise UserError(f"{path}: its {name} state does not fit this run ({one_line(error, 200)})") from None
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"{path}: its {name} state does not fit this run ({reason(error)})") from None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import takewhile
 from queue import SimpleQueue
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 
 from ..console import one_line
 from ..errors import UserError
+from ..system import usable_cpus
 from .jobs import Job, task
+from .mps import gpu_environments
 from .processes import Processes, package_environment, run_task
 
 
@@ -21,32 +24,46 @@ def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named:
-        return named.split(",")
+        # CUDA, too, ignores what follows an entry that is none, such as -1.
+        return list(takewhile(lambda name: name and name[0] != "-", map(str.strip, named.split(","))))
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def run_here(jobs: Sequence[Job], workers: int, gpus: Sequence[str]) -> Iterator[tuple[Job, str]]:
+def threads_of(job: Job, workers: int) -> dict[str, str]:
+    """The environment variables for the job's CPU threads, where `workers` jobs run at a time.
+
+    The bits of a sum depend on the number of threads. So a run with EXPERIMENT.DETERMINISTIC keeps the number that it
+    has alone; its threads sleep while they wait, because N runs have N times as many as there are cores. Any other run
+    gets its share of the cores.
+    """
+    if workers == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    if job.cfg.EXPERIMENT.DETERMINISTIC:
+        return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    return {"OMP_NUM_THREADS": str(max(1, usable_cpus() // workers))}
+
+
+def run_here(jobs: Sequence[Job], workers: int, gpus: Sequence[str]) -> Generator[tuple[Job, str], None, None]:
     """Run the jobs on this machine, `workers` at a time; worker i uses GPU number i modulo the number of GPUs.
 
     Yields:
         Each job when it ends, with its error message, which is empty on success. If the iteration stops early, the
-        running processes are ended.
+        running processes are ended; close the iterator where an exception may keep it.
     """
     processes = Processes()
-    environments: SimpleQueue[dict[str, str]] = SimpleQueue()
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    for i in range(workers):
-        gpu = {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}
-        environments.put({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), **gpu})
+    on_gpus = sum(job.cfg.EXPERIMENT.DEVICE != "cpu" for job in jobs)
+    with gpu_environments(gpus, min(workers, on_gpus)) as environments, ThreadPoolExecutor(workers) as pool:
+        places: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for i in range(workers):
+            places.put(environments[i % len(environments)] if environments else {})
 
-    def work(job: Job) -> str:
-        environment = environments.get()
-        try:
-            return processes.run(task(job), environment)
-        finally:
-            environments.put(environment)
+        def work(job: Job) -> str:
+            place = places.get()
+            try:
+                return processes.run(task(job), threads_of(job, workers) | place)
+            finally:
+                places.put(place)
 
-    with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(work, job): job for job in jobs}
         try:
             for future in as_completed(futures):
@@ -57,7 +74,7 @@ def run_here(jobs: Sequence[Job], workers: int, gpus: Sequence[str]) -> Iterator
             processes.end()
 
 
-def run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, str]]:
+def run_on_ray(jobs: Sequence[Job], address: str) -> Generator[tuple[Job, str], None, None]:
     """Run the jobs on a Ray cluster, one on each GPU if it has GPUs, else one on each CPU core; yields like `run_here`.
 
     The package, the data and the output must have the same paths on every machine.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class Processes:
         """Run the task to its end; its output is appended to its log.
 
         Returns:
-            An empty string on success, else the last line of its output or, without output, its exit status.
+            An empty string on success, else the last line of its output or, without output, its exit status; or the
+            signal that ended it.
         """
         task.log.parent.mkdir(parents=True, exist_ok=True)
         with task.log.open("ab") as log:
@@ -64,6 +66,8 @@ class Processes:
             finally:
                 self._running.discard(process)
         lines = task.log.read_bytes()[start:].decode(errors="replace").split("\n")
+        if status < 0:  # the last line is not the reason
+            return ended_by(-status)
         return "" if status == 0 else next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
 
     def end(self) -> None:
@@ -72,6 +76,13 @@ class Processes:
             self._ended = True
             for process in self._running:
                 process.terminate()
+
+
+def ended_by(number: int) -> str:
+    """What is said of a process that the signal `number` ended."""
+    name = {one.value: one.name for one in signal.Signals}.get(number, f"signal {number}")
+    memory = ", as the system does when memory runs out; try fewer runs at a time (--jobs)"
+    return f"ended by {name}{memory if name == 'SIGKILL' else ''}"
 
 
 def run_task(task: Task) -> str:

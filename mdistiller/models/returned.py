@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from ..console import one_line, reason
+from ..console import one_line, out_of_memory, reason
 from ..errors import UserError
 from .eval_mode import eval_mode
 
@@ -40,7 +40,7 @@ def explained(doubts: Sequence[Doubt]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if doubts:
+        if doubts and not out_of_memory(error):
             raise UserError(f"{doubts[0]} [{reason(error)}]") from error
         raise
 

@@ -1,7 +1,10 @@
 """tools/table.py: real runs of tools/train.py on a few digits, one that fails, and an interruption."""
 
+import argparse
 import csv
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,9 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from mdistiller.commands import table as table_command
+from mdistiller.experiments import launch
 from mdistiller.experiments.plan import read_plan
+from mdistiller.experiments.processes import Task
+from mdistiller.system import process_start
+from tests._networks import write_untrained
 from tests.experiments.hand_made import write_run
+from tests.experiments.test_mps import StandIn
+from tests.reliability.runs import timeless, unequal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -87,6 +98,31 @@ def test_an_interrupted_plan_continues_and_a_failure_stops_no_other_run(plan, ta
     assert {p.name for p in folder.glob("table.*")} == {"table.md", "table.csv", "table.json", "table.png"}
 
 
+def test_an_interrupt_between_two_outcomes_ends_the_other_runs(plan, monkeypatch):
+    first, other = read_plan(plan).jobs("", "student")
+    log = other.folder / "train.log"
+    waits = f"while not glob.glob({str(log)!r}) or not os.stat({str(log)!r}).st_size: time.sleep(0.02)"
+    code = {first.folder: waits, other.folder: "print(os.getpid(), flush=True); time.sleep(600)"}
+
+    def task(job):
+        command = [sys.executable, "-c", f"import glob, os, time\n{code[job.folder]}"]
+        return Task(command, ".", {}, job.folder / "train.log")
+
+    monkeypatch.setattr(launch, "task", task)
+    left = []
+
+    def interrupted(job):
+        left.append(job)
+        if len(left) > 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(table_command, "finished_run", interrupted)
+    arguments = argparse.Namespace(dry_run=False, ray=None, jobs=2)
+    with pytest.raises(KeyboardInterrupt) as kept:  # and with it the frames in which the runs were
+        table_command.run([first, other], arguments, {})
+    assert kept.value and process_start(int(log.read_text())) is None
+
+
 def test_finished_runs_are_not_repeated_and_fill_the_table(plan, finished, table, capsys):
     before = {p: p.stat().st_mtime_ns for folder in finished for p in folder.iterdir()}
     assert table(plan, "--only", "student") == 0
@@ -122,6 +158,56 @@ def test_bad_input_gets_a_one_line_error(case, plan, table, capsys):
     assert table(*(plan if a == "PLAN" else a for a in arguments)) == 2
     said = capsys.readouterr().err
     assert message in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_jobs_and_ray_together_are_refused(plan, table, capsys):
+    assert table(plan, "--ray", "local", "--jobs", "2") == 2
+    assert "--jobs is for this machine; with --ray the cluster runs one for each GPU" in capsys.readouterr().err
+
+
+SEEDS = """
+title: A few digits
+seeds: [0, 1, 2]
+overrides: {{DATASET.TRAIN_FRACTION: 0.1, SOLVER.EPOCHS: 1, LOG.WANDB: false, DISTILLER.TEACHER: resnet8,
+  DISTILLER.TEACHER_CKPT: {here}/teacher, EXPERIMENT.DETERMINISTIC: true}}
+methods:
+  KD: {{config: configs/digits/kd.yaml}}
+"""
+
+
+@pytest.mark.slow
+def test_deterministic_runs_that_share_a_gpu_have_the_same_bits_as_alone(tmp_path):
+    """Without a GPU it is only a name, MPS is a stand-in, and the runs are on the CPU, with all of its cores."""
+    write_untrained(tmp_path / "teacher", "resnet8", seed=0)
+    (tmp_path / "few.yaml").write_text(SEEDS.format(here=tmp_path))
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"  # alone, too: spinning threads are slow beside others
+    environment["CUDA_VISIBLE_DEVICES"] = (launch.visible_gpus() or "0")[0]
+    mps = None if torch.cuda.is_available() else StandIn(tmp_path / "bin")
+    if mps:
+        environment["PATH"] = f"{mps.folder}:{os.environ['PATH']}"
+        environment["CUDA_MPS_PIPE_DIRECTORY"] = str(tmp_path / "none")
+
+    def run(*command):
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    table = sys.executable, "tools/table.py", tmp_path / "few.yaml"
+    said = run(*table, "--jobs", "3", "LOG.PREFIX", tmp_path / "together").stderr
+    if mps:
+        assert "note: 3 runs at a time share 1 GPU(s) through NVIDIA's MPS, which was started for them" in said
+        assert [command for command, *_ in mps.calls("-d", "quit")] == ["-d", "quit"] and mps.left() == []
+    for line in run(*table, "--dry-run", "LOG.PREFIX", tmp_path / "alone").stdout.splitlines():
+        run(sys.executable, *shlex.split(line)[1:])
+    together, alone = (sorted((tmp_path / name / "plan_few").glob("KD*")) for name in ("together", "alone"))
+    assert len(together) == 3 and [one.name for one in together] == [one.name for one in alone]
+    for one, other in zip(together, alone):
+        weights = (torch.load(folder / "student_latest", weights_only=True) for folder in (one, other))
+        assert unequal(*weights) == []
+        assert timeless(one / "metrics.csv") == timeless(other / "metrics.csv")
+        threads = {json.loads((folder / "environment.json").read_text())["threads"] for folder in (one, other)}
+        assert len(threads) == 1
 
 
 def test_a_run_with_another_configuration_is_reported_and_kept(plan, finished, table, capsys):

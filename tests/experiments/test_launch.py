@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from mdistiller.errors import UserError
 from mdistiller.experiments import launch
 from mdistiller.experiments.jobs import make_job
-from mdistiller.experiments.launch import run_here
+from mdistiller.experiments.launch import run_here, threads_of, visible_gpus
 from mdistiller.experiments.processes import Processes, Task
 
 CONFIG = Path("configs/digits/kd.yaml")
@@ -35,6 +36,14 @@ def test_the_error_is_the_last_output_line_of_this_attempt(tmp_path):
     assert log.read_text().split() == ["one", "two", "red"] or log.read_text().split() == ["two", "one", "red"]
 
 
+def test_a_run_that_a_signal_ended_is_said_to_be_not_its_last_line(tmp_path):
+    log = tmp_path / "train.log"
+    code = "import os, signal; print('epoch 3/6', flush=True); os.kill(os.getpid(), signal.{})"
+    assert Processes().run(python(code.format("SIGSEGV"), log)) == "ended by SIGSEGV"
+    killed = "ended by SIGKILL, as the system does when memory runs out; try fewer runs at a time (--jobs)"
+    assert Processes().run(python(code.format("SIGKILL"), log)) == killed
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Every job runs this Python code in place of `mdistiller train`."""
@@ -55,6 +64,27 @@ def test_gpus_are_assigned_in_turn_and_a_failure_stops_no_other_job(tmp_path, qu
     assert sorted(devices) == ["3", "3", "5", "5"]
     quick("raise SystemExit('broken')")
     assert [error for _, error in run_here(jobs[:2], 1, [])] == ["broken", "broken"]
+
+
+def test_the_gpus_are_those_that_cuda_would_find(monkeypatch):
+    for named, found in {"1, GPU-ab": ["1", "GPU-ab"], "2,-1,3": ["2"], "-1": [], "": []}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        assert visible_gpus() == found
+
+
+def test_a_deterministic_run_keeps_the_threads_that_it_has_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "usable_cpus", lambda: 12)
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    other, same = job_of(tmp_path), job_of(tmp_path, EXPERIMENT__DETERMINISTIC="True")
+    assert threads_of(other, 4) == {"OMP_NUM_THREADS": "3"} and threads_of(other, 24) == {"OMP_NUM_THREADS": "1"}
+    assert threads_of(same, 4) == {"OMP_WAIT_POLICY": "PASSIVE"}
+    assert threads_of(other, 1) == threads_of(same, 1) == {}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert threads_of(same, 4) == {"OMP_WAIT_POLICY": "ACTIVE"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert threads_of(other, 4) == threads_of(same, 4) == {}
 
 
 def test_an_interrupt_ends_the_running_processes(tmp_path, quick):

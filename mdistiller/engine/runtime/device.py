@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ...console import one_line
+from ...console import one_line, out_of_memory
 from ...errors import UserError
 from ...system import peak_memory as peak_memory_of_process
 
@@ -31,6 +31,8 @@ def pick_device(name: str = "auto", key: str = "EXPERIMENT.DEVICE") -> torch.dev
             raise RuntimeError("there is one CPU device, for all its cores")
         (torch.ones(1, device=device) + 1).item()  # "meta" has no numbers
     except Exception as error:  # a device's own module may be missing, its driver too old
+        if out_of_memory(error):  # other processes have all of it
+            raise
         why = one_line(error, 150).partition(". ")[0] or type(error).__name__
         raise UserError(f"device {name!r} is not available ({why}); try {key} cpu") from None
     return device
