@@ -70,6 +70,8 @@ class GraphedStep:
         Raises:
             UserError: no graph can hold the step, and one is required.
         """
+        if self.recorder is not None and not self._usual and not self.step.update.host_reads():
+            self.step.update.rates()  # a rate as a number may round otherwise than one on the device
         if self.recorder is None or len(batch["target"]) != self.step.full_batch:
             return self.step(batch, epoch, number, meters)
         # Within the step the networks cannot see for themselves what has changed.
