@@ -136,10 +136,12 @@ class InMemoryLoader(Loader):
 
     def _train_batches(self, shares: list[slice], order: Tensor, *draws: Tensor) -> Iterator[Batch]:
         on_device = to_device(order, self.device)
+        # In the epoch's order, so that a batch takes slices, which are no operations on the device.
+        labels, *ordered = (every[on_device] for every in (self._labels, *draws))
         for share, following in zip(shares, [*shares[1:], slice(0)]):
             index = with_host_index(on_device[share], HostIndex(order[share], order[following]))
-            images = self.augment.apply(self._images[index], *(drawn[index] for drawn in draws))
-            yield self._normalize(images), self._labels[index], index
+            images = self.augment.apply(self._images[index], *(drawn[share] for drawn in ordered))
+            yield self._normalize(images), labels[share], index
 
     def _val_batches(self, shares: list[slice]) -> Iterator[Batch]:
         for share in shares:

@@ -189,8 +189,9 @@ class ContrastMemory(nn.Module):
             self.params[2:4] = z[0]
         # Every rank writes the images of all ranks, so that all ranks have the same banks.
         index = gather_batch(index)
-        self._update(self.memory_v1, gather_batch(v_student), index)
-        self._update(self.memory_v2, gather_batch(v_teacher), index)
+        last = _last_places(index)
+        self._update(self.memory_v1, gather_batch(v_student), index, last)
+        self._update(self.memory_v2, gather_batch(v_teacher), index, last)
 
     @torch.no_grad()
     def _z(self, known: Tensor, embed: Tensor, bank: Tensor, contrastive_index: Tensor) -> Tensor:
@@ -201,16 +202,21 @@ class ContrastMemory(nn.Module):
         return torch.where(known > 0, known, z.to(known.dtype))
 
     @torch.no_grad()
-    def _update(self, bank: Tensor, embed: Tensor, index: Tensor) -> None:
+    def _update(self, bank: Tensor, embed: Tensor, index: Tensor, last: Tensor) -> None:
+        """Write a batch into `bank`; `last` is `_last_places(index)`."""
         momentum = self.params[4]
         entry = F.normalize(momentum * bank[index] + (1 - momentum) * embed, dim=1)
         # Rows written twice get the same values twice, so that the order of writing does not matter on any device.
-        last = torch.where(index == index.unsqueeze(1), torch.arange(len(index), device=index.device), -1).amax(1)
         bank.index_copy_(0, index, entry[last])
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._z_known = False
+
+
+def _last_places(index: Tensor) -> Tensor:
+    """(B,) the last place in the batch `index` (B,) of each of its images."""
+    return torch.where(index == index.unsqueeze(1), torch.arange(len(index), device=index.device), -1).amax(1)
 
 
 @register(

@@ -50,18 +50,24 @@ def dkd_loss(
     check_logits(logits_student, logits_teacher, temperature)
     if logits_student.shape[1] < 2:
         raise ValueError(f"DKD needs two classes or more, the logits have {logits_student.shape[1]}")
-    binary_student, others_student = _log_probabilities(logits_student / temperature, target)
-    binary_teacher, others_teacher = _log_probabilities(logits_teacher / temperature, target)
+    target = target.unsqueeze(1)
+    others = torch.arange(logits_student.shape[1] - 1, device=target.device).expand(len(target), -1)
+    others = others + (others >= target)  # the target's column left out
+    binary_student, others_student = _log_probabilities(logits_student / temperature, target, others)
+    binary_teacher, others_teacher = _log_probabilities(logits_teacher / temperature, target, others)
     tckd = kl_divergence(binary_student, binary_teacher)
     nckd = kl_divergence(others_student, others_teacher)
     return (alpha * tckd + beta * nckd) * temperature**2
 
 
-def _log_probabilities(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """log b (B, 2) and log q (B, C - 1) of `dkd_loss`. Where all classes but the target are -inf, so is log q."""
-    target = target.unsqueeze(1)
-    others = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
-    others = logits.gather(1, others + (others >= target))  # the target's column left out
+def _log_probabilities(logits: Tensor, target: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """log b (B, 2) and log q (B, C - 1) of `dkd_loss`. Where all classes but the target are -inf, so is log q.
+
+    Args:
+        target: (B, 1).
+        columns: (B, C - 1), the other classes.
+    """
+    others = logits.gather(1, columns)
     # A row of -inf is filled with zeros meanwhile: its log_softmax is NaN, and so are both functions' gradients.
     empty = (others == -torch.inf).all(dim=1, keepdim=True)
     others = others.masked_fill(empty, 0)

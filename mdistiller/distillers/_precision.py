@@ -22,6 +22,8 @@ def full_precision(loss: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(loss)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(device):  # entering a context takes the host as long as an operation
+            return loss(*map(to_float32, args), **{k: to_float32(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
         with torch.autocast(device, enabled=False):
             return loss(*map(to_float32, args), **{k: to_float32(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
 

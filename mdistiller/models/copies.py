@@ -10,6 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch.nn as nn
@@ -18,7 +19,8 @@ from torch.nn.modules import module as torch_module
 
 Hook = Callable[..., Any]
 # Attributes of nn.Module: the hooks of a forward or backward pass by their numbers, and facts about hooks by number.
-_PASS_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PASS_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_hooks_of = attrgetter(*PASS_HOOKS)
 _HOOK_FACTS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -33,8 +35,12 @@ def has_hooks(network: nn.Module) -> bool:
 
     torch.nn.utils.weight_norm and spectral_norm work by such hooks; torch.nn.utils.parametrizations does not.
     """
-    everywhere = any(getattr(torch_module, f"_global{name}") for name in _PASS_HOOKS)
-    return everywhere or any(getattr(layer, name) for layer in network.modules() for name in _PASS_HOOKS)
+    return has_hooks_everywhere() or any(any(_hooks_of(layer)) for layer in network.modules())
+
+
+def has_hooks_everywhere() -> bool:
+    """Whether a forward or backward hook or pre-hook of all torch modules is registered."""
+    return any(getattr(torch_module, f"_global{name}") for name in PASS_HOOKS)
 
 
 def copy_without_hooks(network: nn.Module) -> nn.Module:
@@ -50,7 +56,7 @@ def copy_without_hooks(network: nn.Module) -> nn.Module:
     # deepcopy takes what its memo holds for an object's id, instead of a copy of the object.
     memo: dict[int, Any] = {}
     for layer in layers:
-        memo.update({id(getattr(layer, name)): OrderedDict() for name in (*_PASS_HOOKS, *_HOOK_FACTS)})
+        memo.update({id(getattr(layer, name)): OrderedDict() for name in (*PASS_HOOKS, *_HOOK_FACTS)})
         memo.update({id(hook): hook for hook in _state_hooks(layer) if not _is_own(hook, layers)})
         memo.update({id(tensor): tensor.detach().clone() for tensor in _computed(layer)})
     twin = copy.deepcopy(network, memo)
@@ -64,8 +70,8 @@ def copy_without_hooks(network: nn.Module) -> nn.Module:
 
 def _copy_own_hooks(layer: nn.Module, layers: Sequence[nn.Module], memo: dict[int, Any]) -> None:
     """Fill the copy's empty dicts of hooks with copies of those that stay."""
-    own = {number for name in _PASS_HOOKS for number, hook in getattr(layer, name).items() if _is_own(hook, layers)}
-    for name in (*_PASS_HOOKS, *_HOOK_FACTS):
+    own = {number for name in PASS_HOOKS for number, hook in getattr(layer, name).items() if _is_own(hook, layers)}
+    for name in (*PASS_HOOKS, *_HOOK_FACTS):
         hooks = getattr(layer, name)
         kept = {number: entry for number, entry in hooks.items() if number in own}
         memo[id(hooks)].update(copy.deepcopy(kept, memo))

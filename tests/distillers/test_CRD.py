@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from yacs.config import CfgNode as CN
 
 from mdistiller.distillers import distiller_dict, method_defaults
-from mdistiller.distillers.CRD import ContrastMemory, nce_loss
+from mdistiller.distillers.CRD import ContrastMemory, _last_places, nce_loss
 from mdistiller.engine.cfg import CFG, check_cfg
 from mdistiller.errors import UserError
 
@@ -140,7 +140,8 @@ def test_update_by_hand():
     module.memory_v1[3] = scalar([1.0, 0.0, 0.0])
     views = scalar([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
     before = module.memory_v1.clone()
-    module._update(module.memory_v1, views, torch.tensor([3, 7, 3]))
+    index = torch.tensor([3, 7, 3])
+    module._update(module.memory_v1, views, index, _last_places(index))
     assert module.memory_v1[3].tolist() == [pytest.approx(math.sqrt(0.5)), pytest.approx(math.sqrt(0.5)), 0.0]
     changed = (module.memory_v1 != before).any(1).nonzero().flatten().tolist()
     assert changed == [3, 7]

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn as nn
 from scipy import integrate, stats
+from torch.func import functional_call
 from yacs.config import CfgNode as CN
 
 from mdistiller.distillers import OFD, method_defaults
@@ -117,6 +119,35 @@ def test_teacher_is_in_training_mode_but_does_not_change():
     assert all(v.equal(before[k]) for k, v in method.teacher.state_dict().items())
     method.teacher.eval()
     assert method(image=image, target=target)[1]["loss_kd"].item() != losses["loss_kd"].item()
+
+
+class Counting(nn.Module):
+    """A network with BatchNorms of two kinds, and a buffer of its own, which its forward reads and changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.count = nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None, track_running_stats=True)
+        self.evaluated = nn.BatchNorm2d(3)
+        self.register_buffer("calls", torch.ones(1))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.evaluated(self.count(self.own(x))) * self.calls, {}
+
+
+def test_teacher_forward_is_that_on_copies_of_its_buffers():
+    """BatchNorm in training mode gets no buffers instead; one in eval mode, and others' buffers, are copied."""
+    net, image = Counting(), torch.rand(4, 3, 5, 5)
+    for _ in range(3):
+        net(torch.rand(4, 3, 5, 5))
+    net.train().evaluated.eval()
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    expected = functional_call(net, {name: buffer.clone() for name, buffer in before.items()}, (image,))[0]
+    model = build("resnet8", "resnet8")
+    model.teacher = net
+    assert torch.equal(model.teacher_forward(image)[0], expected)
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, before[name]), name
 
 
 def test_margins_move_with_the_method_but_are_not_saved():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, fx
 from yacs.config import CfgNode as CN
 
 from ...console import note
@@ -21,10 +21,11 @@ from ...errors import UserError
 from ...models.copies import copy_without_hooks, has_hooks
 from ...models.eval_mode import eval_mode
 from ...models.outputs import output_names
-from ...models.tensor_groups import by_kind
 from ...registry import unknown_name
 from .cache import TeacherCache
+from .flat import flatten_calls
 from .fold_batchnorm import CannotFold, fold_batchnorm
+from .original import Original
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,10 +33,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class FrozenNetworks:
     """The frozen networks of a distiller, each in the fastest form that its method cannot notice.
 
-    A network whose outputs the method declares runs as a copy: BatchNorms folded, undeclared outputs left out, and in
-    half precision if the run is. The network itself runs if nothing is declared, if it has hooks, or once its weights
-    change. The modules of the distiller and the checkpoints do not change. A teacher that runs in training mode (OFD)
-    is left alone, because its BatchNorms use the statistics of the batch.
+    A network whose outputs the method declares runs as a copy: BatchNorms folded, undeclared outputs left out, its
+    convolutions called without their modules, and in half precision if the run is. The network itself runs if nothing
+    is declared, if it has hooks, or once its weights change. The modules of the distiller and the checkpoints do not
+    change. A teacher that runs in training mode (OFD) is left alone, because its BatchNorms use the statistics of the
+    batch.
 
     Args:
         loader: the loader of the training images, for the cache.
@@ -54,7 +56,7 @@ class FrozenNetworks:
         self.cache: TeacherCache | None = None
         self.runners: dict[str, Callable[[Tensor], Any]] = {}
         self.words: dict[str, str] = {}
-        self._copied: dict[str, _Original] = {}
+        self._copied: dict[str, Original] = {}
         self._precision = _Precision(cfg.SOLVER.AMP)
         for name in distiller.evaluated:
             network, outputs = distiller.get_submodule(name), distiller.frozen[name]
@@ -70,7 +72,7 @@ class FrozenNetworks:
                     outputs or (), cfg.DISTILLER.TEACHER_CACHE_DTYPE, int(cfg.DISTILLER.TEACHER_CACHE_GIB * 2**30),
                 )  # fmt: skip
             if outputs is not None:
-                self._copied[name] = _Original(network)
+                self._copied[name] = Original(network)
             self.runners[name] = runner
             distiller.run_frozen_by(name, partial(self._run, name))
 
@@ -91,6 +93,9 @@ class FrozenNetworks:
             copied.to(memory_format=torch.channels_last)
         dtype = self._precision.dtype
         run = HalfPrecision(copied, dtype, self._precision.full_output) if dtype else copied
+        for part in list(run.modules()) if copied is not network else ():
+            if isinstance(part, fx.GraphModule):
+                flatten_calls(part)
         return _Form(run, words, copied is not network, dtype)
 
     def unchanging(self) -> set[Tensor]:
@@ -169,37 +174,6 @@ def _check_outputs(owner: str, network: nn.Module, outputs: Sequence[str] | None
     for name in outputs or ():
         if name not in names:
             raise unknown_name(f"output of {owner}", name, names)
-
-
-class _Original:
-    """A network of which a copy was made, and the state of its weights at that time."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.versions, self.sums = self._versions(), self._sums()
-
-    def change(self, thoroughly: bool) -> str:
-        """What has happened to the network, in words: a hook, or a weight replaced or changed in place; else nothing.
-
-        Args:
-            thoroughly: also look for changes behind autograd's back.
-        """
-        if self._versions() != self.versions or (thoroughly and self._sums() != self.sums):
-            return "its weights change during training"
-        return "it has hooks, which stored outputs skip" if has_hooks(self.network) else ""
-
-    def _tensors(self) -> list[Tensor]:
-        # Not by parameters() and buffers(), which take twice as long; this runs in every step.
-        states = [state for layer in self.network.modules() for state in (layer._parameters, layer._buffers)]
-        return [tensor for state in states for tensor in state.values() if tensor is not None]
-
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors()]
-
-    def _sums(self) -> list[float]:
-        # One sum for all tensors of a kind: one for each would be hundreds of kernels on a GPU.
-        flat = by_kind([tensor.detach().flatten() for tensor in self._tensors()])
-        return torch.stack([torch.cat(own).sum(dtype=torch.float64) for (own,) in flat]).tolist()
 
 
 def _example(network: nn.Module, cfg: CN) -> Tensor:
