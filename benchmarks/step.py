@@ -73,6 +73,8 @@ MODES: dict[str, list[str]] = {
     "bf16, compile": ["SOLVER.AMP", "bf16", "SOLVER.COMPILE", "True"],
     "teacher cache": ["DISTILLER.TEACHER_CACHE", "{folder}"],
     "bf16, teacher cache": ["SOLVER.AMP", "bf16", "DISTILLER.TEACHER_CACHE", "{folder}"],
+    "teacher cache in memory": ["DISTILLER.TEACHER_CACHE_DEVICE", "device"],
+    "bf16, teacher cache in memory": ["SOLVER.AMP", "bf16", "DISTILLER.TEACHER_CACHE_DEVICE", "device"],
 }
 # What a method needs beyond its defaults.
 METHOD_SETTINGS = {

@@ -122,6 +122,11 @@ def peak_memory() -> float:
     return math.nan
 
 
+def free_memory() -> float:
+    """Bytes of main memory that processes may still take without swapping; infinite if this system does not tell."""
+    return psutil.virtual_memory().available if psutil is not None else math.inf
+
+
 def usable_cpus() -> int:
     """The number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):

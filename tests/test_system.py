@@ -86,12 +86,13 @@ def test_what_a_process_is_is_told_without_the_modules_of_unix():
     code = """
 import os
 print(system.peak_memory() > 1, system.usable_cpus() > 0, system.process_start(os.getpid()) is not None)
+print(2**20 < system.free_memory() < 2**50)
 system.ignore_hangup()
 system.in_forked_child(print)
 with system.held_signals([15]):
     system.release_signals([15])
 """
-    assert python(code) == "True True True"
+    assert python(code) == "True True True\nTrue"
 
 
 def test_a_colon_is_replaced_where_a_folder_cannot_have_one_and_only_there(tmp_path):

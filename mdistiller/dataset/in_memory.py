@@ -121,6 +121,20 @@ class InMemoryLoader(Loader):
         index = index.to(self.device)
         return self.augment.variant(*(drawn[index] for drawn in self._draws()[1:]))
 
+    def own_images(self) -> Tensor:
+        """(M,) int64 on the device: the images that this rank sees in this epoch, in their order."""
+        order = self._draws()[0]
+        return to_device(torch.cat([order[share] for share in self._shares(0)]), self.device)
+
+    def augmented(self, index: Tensor) -> Tensor:
+        """(B, 3, H, W) float32: the images of `index` (B,) as they come in this epoch's batches, bit for bit."""
+        index = index.to(self.device)
+        return self._made(index, [drawn[index] for drawn in self._draws()[1:]])
+
+    def _made(self, index: Tensor, draws: Sequence[Tensor]) -> Tensor:
+        """The images of `index` (B,), augmented by their draws (B, ...), and normalised."""
+        return self._normalize(self.augment.apply(self._images[index], *draws))
+
     @cached_property
     def fingerprint(self) -> str:
         """A digest of images, labels, normalisation and augmentation: a cache key for what is computed from them."""
@@ -140,8 +154,7 @@ class InMemoryLoader(Loader):
         labels, *ordered = (every[on_device] for every in (self._labels, *draws))
         for share, following in zip(shares, [*shares[1:], slice(0)]):
             index = with_host_index(on_device[share], HostIndex(order[share], order[following]))
-            images = self.augment.apply(self._images[index], *(drawn[share] for drawn in ordered))
-            yield self._normalize(images), labels[share], index
+            yield self._made(index, [drawn[share] for drawn in ordered]), labels[share], index
 
     def _val_batches(self, shares: list[slice]) -> Iterator[Batch]:
         for share in shares:

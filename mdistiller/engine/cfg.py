@@ -90,8 +90,12 @@ CFG.DISTILLER.PAIRS = []
 CFG.DISTILLER.TEACHER_CACHE = ""
 # Precision of the stored outputs: "fp16" or "fp32".
 CFG.DISTILLER.TEACHER_CACHE_DTYPE = "fp16"
-# Largest size on disk of one teacher's outputs on one data set, in GiB; outputs that do not fit are recomputed.
+# Largest size of one teacher's outputs on one data set, in GiB; outputs that do not fit on disk are recomputed.
 CFG.DISTILLER.TEACHER_CACHE_GIB = 8.0
+# Where steps read the stored outputs: "host", from the files; "device", from the memory of the training device, or
+# refuse to start where they do not fit; "auto", on a GPU from its memory if half of what is free is enough, else from
+# the files. With "device" and no TEACHER_CACHE, they are kept for this run alone.
+CFG.DISTILLER.TEACHER_CACHE_DEVICE = "auto"
 
 CFG.SOLVER = CN()
 # "base", or "dot": distillation-oriented training (DOT). "crd" and "crd_dot", the original's names, do the same.
@@ -246,6 +250,7 @@ _RANGES: dict[str, Range] = {
     "DISTILLER.PAIRS": list_of(list_of(WHOLE, 2)),
     "DISTILLER.TEACHER_CACHE_DTYPE": one_of("fp16", "fp32"),
     "DISTILLER.TEACHER_CACHE_GIB": POSITIVE,
+    "DISTILLER.TEACHER_CACHE_DEVICE": one_of("auto", "device", "host"),
     "SOLVER.LR": POSITIVE,
     "SOLVER.LR_DECAY_STAGES": list_of(NOT_NEGATIVE),
     "SOLVER.LR_DECAY_RATE": POSITIVE,

@@ -139,6 +139,9 @@ class Recording:
         self.totals: list[Tensor] = []
         if reads := step.update.host_reads():
             raise CannotRecordError(reads)
+        cache = step.teacher_cache
+        if cache is not None and cache.waits:
+            raise CannotRecordError(f"the host reads the teacher's outputs from {cache.place} within a step")
         self.rates, self._settings = step.update.rates(), step.update.settings()
         self._parts = self._present_parts()
         self._host = host_state(step.distiller)

@@ -18,13 +18,13 @@ from ..models.outputs import feature_of
 from .optimizers import optimizer_dict
 from .overrides import setting
 from .runtime.device import pick_device
-from .teacher.cache import OUTPUTS
+from .teacher.cache import cache_wanted
+from .teacher.rows import OUTPUTS
 from .update import DotUpdate, SumUpdate
 
 # A whole step that is recorded and replayed, see `graphed_step`.
 GRAPH = "a step as one CUDA graph"
 _NO_GRAPH = "set SOLVER.CUDA_GRAPH auto or never"
-_NO_CACHE = "leave DISTILLER.TEACHER_CACHE empty"
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,11 @@ MODES = (
     _unlike("teacher cache", "DISTILLER.TEACHER_CACHE", "", "cache"),
     Mode(
         "teacher cache in fp32",
-        lambda run: bool(run.cfg.DISTILLER.TEACHER_CACHE) and run.cfg.DISTILLER.TEACHER_CACHE_DTYPE == "fp32",
+        lambda run: cache_wanted(run.cfg) and run.cfg.DISTILLER.TEACHER_CACHE_DTYPE == "fp32",
         "DISTILLER.TEACHER_CACHE_DTYPE fp32",
         {"DISTILLER.TEACHER_CACHE": "cache", "DISTILLER.TEACHER_CACHE_DTYPE": "fp32"},
     ),
+    _equal("teacher cache in memory", "DISTILLER.TEACHER_CACHE_DEVICE", "device"),
     _unlike("chosen pairs of maps", "DISTILLER.PAIRS", [], [[1, 1]]),
     _unlike("held-out images", "DATASET.VAL_FRACTION", 0, 0.1),
     _equal("broken images skipped", "DATASET.SKIP_BROKEN", True),
@@ -199,6 +200,11 @@ TRAITS = (
     ),
     Side(GRAPH, lambda run: run.cfg.SOLVER.CUDA_GRAPH == "always", "SOLVER.CUDA_GRAPH always"),
     Side(
+        "a teacher cache in files alone",
+        lambda run: bool(run.cfg.DISTILLER.TEACHER_CACHE) and run.cfg.DISTILLER.TEACHER_CACHE_DEVICE == "host",
+        "DISTILLER.TEACHER_CACHE_DEVICE host",
+    ),
+    Side(
         "training on a CPU", lambda run: pick_device(run.cfg.EXPERIMENT.DEVICE).type != "cuda",
         "EXPERIMENT.DEVICE {cfg.EXPERIMENT.DEVICE}, which is no GPU here",
     ),
@@ -211,6 +217,21 @@ TRAITS = (
         "SOLVER.BATCH_SIZE {cfg.SOLVER.BATCH_SIZE}",
     ),
 )  # fmt: skip
+
+# What no cache takes, and the setting that switches each form of it off.
+_CACHE_RULES = (
+    Rule(cache, that, reason, remedy)
+    for cache, remedy in (
+        ("teacher cache", "leave DISTILLER.TEACHER_CACHE empty"),
+        ("teacher cache in memory", "set DISTILLER.TEACHER_CACHE_DEVICE auto"),
+    )
+    for that, reason in (
+        ("methods without `needs_teacher`", "there is nothing to store"),
+        ("methods with `teacher_in_train_mode`", "its outputs depend on the whole batch"),
+        ("methods with other `teacher_outputs`", "it stores logits and pooled features"),
+        ("images without a finite number of crops", "it stores the outputs for every crop"),
+    )
+)
 
 RULES = (
     Rule(
@@ -245,13 +266,10 @@ RULES = (
         "DOT", "methods without `distills`", "DOT steps on the gradients of a task loss and of a distillation loss",
         "use SOLVER.TRAINER base",
     ),
-    Rule("teacher cache", "methods without `needs_teacher`", "there is nothing to store", _NO_CACHE),
-    Rule("teacher cache", "methods with `teacher_in_train_mode`", "its outputs depend on the whole batch", _NO_CACHE),
-    Rule("teacher cache", "methods with other `teacher_outputs`", "it stores logits and pooled features", _NO_CACHE),
-    Rule("teacher cache", "images without a finite number of crops", "it stores the outputs for every crop", _NO_CACHE),
+    *_CACHE_RULES,
     Rule(GRAPH, "several ranks", "they exchange gradients within the step", _NO_GRAPH),
     Rule(GRAPH, "steps skipped at NaN", "the host reads the losses before it lets the step go on", _NO_GRAPH),
-    Rule(GRAPH, "teacher cache", "the host reads it within the step", _NO_GRAPH),
+    Rule(GRAPH, "a teacher cache in files alone", "the host reads them within the step", _NO_GRAPH),
     Rule(GRAPH, "training on a CPU", "only a GPU has them", _NO_GRAPH),
     Rule(
         "chosen pairs of maps", "methods without `compares_maps`", "it would ignore the pairs",

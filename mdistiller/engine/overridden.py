@@ -48,6 +48,7 @@ _OBEYED_BY_OUR_STEP = {
     "SOLVER.EMA": (0,),
     "SOLVER.NAN_POLICY": ("stop",),
     "DISTILLER.TEACHER_CACHE": ("",),
+    "DISTILLER.TEACHER_CACHE_DEVICE": ("auto", "host"),
 }
 # Our name of a metric -> its name in the original's train_meters.
 _METRICS = {"train_acc": "top1", "train_acc_top5": "top5", "train_loss": "losses"}

@@ -11,12 +11,13 @@ from yacs.config import CfgNode as CN
 
 from ..system import takes_colons
 from .overrides import flat_settings, override_pairs
+from .teacher.cache import cache_wanted
 
 # Settings that say where and how a run is executed, not what it computes. They do not enter its name, and may differ
 # between a plan and the finished run that it finds.
 _MACHINE_KEYS = re.compile(
     r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|NUM_WORKERS|TEST\.BATCH_SIZE)$"
-    r"|DISTILLER\.(TEACHER_CACHE(_GIB)?|SCORE_TEACHER)$"
+    r"|DISTILLER\.(TEACHER_CACHE(_GIB|_DEVICE)?|SCORE_TEACHER)$"
 )
 # Bytes that are left of a name which is too long for a folder.
 _CUT_TO = 240
@@ -40,7 +41,7 @@ def experiment_name(cfg: CN, overrides: Sequence[str] = ()) -> str:
 def named_overrides(cfg: CN, overrides: Sequence[str]) -> list[tuple[str, str]]:
     """The overrides that enter a run's name, as (KEY, VALUE)."""
     pairs = [(key, value) for key, value in override_pairs(overrides) if not is_machine_key(key)]
-    if cfg.DISTILLER.TEACHER_CACHE and _CACHE_DTYPE not in dict(pairs):
+    if cache_wanted(cfg) and _CACHE_DTYPE not in dict(pairs):
         pairs.append((_CACHE_DTYPE, cfg.DISTILLER.TEACHER_CACHE_DTYPE))
     return pairs
 

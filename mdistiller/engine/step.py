@@ -168,6 +168,11 @@ class Step:
         if self.frozen is not None and (number <= 2 or also_later):
             self.frozen.check(thoroughly=number <= 2)
 
+    def begin_epoch(self) -> None:
+        """Prepare for the loader's epoch, before its first step, or where it is resumed."""
+        if self.frozen is not None:
+            self.frozen.begin_epoch()
+
     @property
     def teacher_cache(self) -> TeacherCache | None:
         """The cache of the teacher's outputs, if there is one."""

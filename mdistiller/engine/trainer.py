@@ -168,6 +168,7 @@ class BaseTrainer:
             done = self.state.restore()
             self.best_acc = next(iter(self.state.best_acc.values()), -1.0)
             # The teacher now has the checkpoint's weights.
+            self.step.frozen = None  # whose cache is freed before there is a new one
             self.step.frozen = FrozenNetworks(self.distiller, self.train_loader, self.cfg)
             return done + 1
         if not overwrite:
@@ -227,6 +228,7 @@ class BaseTrainer:
             self.train_loader.set_epoch(epoch)
         steps = len(self.train_loader)
         self.distiller.train()
+        self.step.begin_epoch()
         bar = ProgressBar(epoch, steps, at.step, shown=self.ranks.first)
         batches = batches_from(self.train_loader, at.step)
         self.state.take_up_draws()

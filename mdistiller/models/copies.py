@@ -10,7 +10,6 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch.nn as nn
@@ -20,7 +19,6 @@ from torch.nn.modules import module as torch_module
 Hook = Callable[..., Any]
 # Attributes of nn.Module: the hooks of a forward or backward pass by their numbers, and facts about hooks by number.
 PASS_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_hooks_of = attrgetter(*PASS_HOOKS)
 _HOOK_FACTS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -35,7 +33,8 @@ def has_hooks(network: nn.Module) -> bool:
 
     torch.nn.utils.weight_norm and spectral_norm work by such hooks; torch.nn.utils.parametrizations does not.
     """
-    return has_hooks_everywhere() or any(any(_hooks_of(layer)) for layer in network.modules())
+    # Without map and attrgetter, which torch.compile cannot follow.
+    return has_hooks_everywhere() or any(getattr(layer, name) for layer in network.modules() for name in PASS_HOOKS)
 
 
 def has_hooks_everywhere() -> bool:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
-
-_kind_of = attrgetter("device", "dtype")
 
 
 def by_kind(*lists: Sequence[Tensor]) -> list[tuple[list[Tensor], ...]]:
@@ -17,11 +14,11 @@ def by_kind(*lists: Sequence[Tensor]) -> list[tuple[list[Tensor], ...]]:
     Returns:
         For each kind, the part of every list.
     """
-    if len(set(map(_kind_of, lists[0]))) == 1:  # the usual case, and much faster: this runs in every step
+    if len({(tensor.device, tensor.dtype) for tensor in lists[0]}) == 1:  # the usual case: this runs in every step
         return [tuple(map(list, lists))]
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
     for row in zip(*lists):
-        groups.setdefault(_kind_of(row[0]), []).append(row)
+        groups.setdefault((row[0].device, row[0].dtype), []).append(row)
     return [tuple(map(list, zip(*rows))) for rows in groups.values()]
 
 

@@ -198,6 +198,19 @@ def test_variants_are_the_same_on_every_rank() -> None:
     )
 
 
+def test_images_of_an_epoch_are_those_of_its_batches() -> None:
+    """Of each rank, in their order, but for those that the epoch leaves out; and any image alone has the same bits."""
+    data = random_array(41)  # a short last batch of 9 images, of which two ranks leave out one
+    for rank in range(2):
+        loader = data.loader(16, 0, train=True, seed=3).shard(rank, 2)
+        for epoch in (1, 5):
+            loader.set_epoch(epoch)
+            image, _, index = (torch.cat(items) for items in zip(*loader))
+            assert torch.equal(loader.own_images(), index) and len(index) == 20
+            assert torch.equal(loader.augmented(index), image)
+            assert torch.equal(loader.augmented(index[7:8])[0], image[7])
+
+
 def test_validation_has_no_variants() -> None:
     assert random_array(4).loader(4, 0, train=False).variants is None
 

@@ -15,6 +15,9 @@ from mdistiller.errors import UserError
 from .._networks import Net
 
 FINITE, ENDLESS = type("Finite", (), {"variants": 81})(), type("Endless", (), {"variants": None})()
+IN_MEMORY = "DISTILLER.TEACHER_CACHE_DEVICE device"
+
+IN_FILES = "DISTILLER.TEACHER_CACHE c DISTILLER.TEACHER_CACHE_DEVICE host"
 
 # Overrides, method, update rule, ranks, loader: what is refused, and the two sides that the line names.
 REFUSED = [
@@ -33,10 +36,14 @@ REFUSED = [
     ("DISTILLER.TEACHER_CACHE c", OFD, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "OFD, which runs its"),
     ("DISTILLER.TEACHER_CACHE c", ReviewKD, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "reads preact_feats of"),
     ("DISTILLER.TEACHER_CACHE c", KD, SumUpdate, 1, ENDLESS, "DISTILLER.TEACHER_CACHE c", "DATASET.TYPE digits"),
+    (IN_MEMORY, Vanilla, SumUpdate, 1, FINITE, IN_MEMORY, "Vanilla, which has no teacher"),
+    (IN_MEMORY, OFD, SumUpdate, 1, FINITE, IN_MEMORY, "OFD, which runs its teacher in training mode"),
+    (IN_MEMORY, ReviewKD, SumUpdate, 1, FINITE, IN_MEMORY, "ReviewKD, which reads preact_feats of"),
+    (IN_MEMORY, KD, SumUpdate, 1, ENDLESS, IN_MEMORY, "DATASET.TYPE digits"),
     ("DISTILLER.PAIRS [[1,1]]", KD, SumUpdate, 1, None, "DISTILLER.PAIRS [[1, 1]]", "KD, which compares no pairs"),
     ("SOLVER.CUDA_GRAPH always", KD, SumUpdate, 2, None, "SOLVER.CUDA_GRAPH always", "2 processes"),
     ("SOLVER.CUDA_GRAPH always SOLVER.NAN_POLICY skip", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "NAN_POLICY skip"),
-    ("SOLVER.CUDA_GRAPH always DISTILLER.TEACHER_CACHE c", KD, SumUpdate, 1, FINITE, "CUDA_GRAPH", "TEACHER_CACHE c"),
+    (f"SOLVER.CUDA_GRAPH always {IN_FILES}", KD, SumUpdate, 1, None, "CUDA_GRAPH always", "TEACHER_CACHE_DEVICE host"),
     ("SOLVER.CUDA_GRAPH always EXPERIMENT.DEVICE cpu", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "DEVICE cpu"),
 ]
 ACCEPTED = [
@@ -46,6 +53,8 @@ ACCEPTED = [
     ("SOLVER.AMP bf16 SOLVER.DOT.DELTA 0.09", KD, DotUpdate, 1, FINITE),
     ("DISTILLER.TEACHER_CACHE c", RKD, SumUpdate, 2, FINITE),
     ("DISTILLER.TEACHER_CACHE c", KD, SumUpdate, 1, None),
+    (IN_MEMORY, RKD, DotUpdate, 2, FINITE),
+    ("DISTILLER.TEACHER_CACHE_DEVICE host", OFD, SumUpdate, 1, ENDLESS),
     ("DISTILLER.PAIRS [[1,1]]", ReviewKD, SumUpdate, 1, None),
     ("SOLVER.AMP fp16 SOLVER.TYPE AdamW SOLVER.CLIP_GRAD_NORM 1.0", Vanilla, SumUpdate, 1, ENDLESS),
 ]

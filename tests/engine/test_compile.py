@@ -71,6 +71,7 @@ MODES = {
     "skip, EMA, clipped": (("SOLVER.NAN_POLICY", "skip", "SOLVER.EMA", "0.9", "SOLVER.CLIP_GRAD_NORM", "1.0"), 1),
     "bf16": (("SOLVER.AMP", "bf16"), 1),
     "teacher cache": (("DISTILLER.TEACHER_CACHE", "{files}/cache"), 2),  # before and after it is read
+    "teacher cache in memory": (("DISTILLER.TEACHER_CACHE_DEVICE", "device"), 1),
 }
 
 

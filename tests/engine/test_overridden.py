@@ -89,7 +89,7 @@ def test_a_step_that_updates_no_meter_is_refused_by_name(tmp_path):
 
 WITHOUT_EFFECT = {
     "SOLVER.EMA": "0.9", "SOLVER.ACCUMULATE": "2", "SOLVER.AMP": "bf16", "SOLVER.CLIP_GRAD_NORM": "1",
-    "SOLVER.NAN_POLICY": "skip", "SOLVER.COMPILE": "True",
+    "SOLVER.NAN_POLICY": "skip", "SOLVER.COMPILE": "True", "DISTILLER.TEACHER_CACHE_DEVICE": "device",
 }  # fmt: skip
 
 

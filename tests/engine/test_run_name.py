@@ -26,6 +26,11 @@ CONFIG = "configs/digits/vanilla.yaml"
             ["DISTILLER.TEACHER_CACHE", "c", "DISTILLER.TEACHER_CACHE_DTYPE", "fp32", "SOLVER.LR", "1"],
             "digits/vanilla,resnet8DISTILLER.TEACHER_CACHE_DTYPE:fp32,SOLVER.LR:1",
         ),
+        (["DISTILLER.TEACHER_CACHE_DEVICE", "host"], "digits/vanilla,resnet8"),
+        (
+            ["DISTILLER.TEACHER_CACHE_DEVICE", "device"],
+            "digits/vanilla,resnet8DISTILLER.TEACHER_CACHE_DTYPE:fp16",
+        ),
         (["DISTILLER.TEACHER_CKPT", "a/b"], "digits/vanilla,resnet8DISTILLER.TEACHER_CKPT:a_b"),
     ],
 )

@@ -1,147 +1,113 @@
-"""The teacher's outputs on disk, by image and crop: computed once, reused by this run and by later ones.
+"""The cache of the teacher's outputs, by image and variant: in files, in the memory of the device, or in both.
 
 Images held in memory have a finite number of variants (crop and flip), so the outputs for a whole data set are a table
-with one row per image and variant, in two memory-mapped files in the cache's folder:
-
-    <key>.values   the rows: logits and pooled features, or the one of them that the method reads
-    <key>.known    one byte per row: 1 if the row has been written
-
-The key is a digest of the teacher's architecture and weights, of the arithmetic it runs in, of the data and
-augmentation, and of the layout of a row, so outputs of different ones never share a file. Several runs may share a
-file: each writes the rows it computes, and all runs would write the same values.
+with one row per image and variant.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import math
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import numpy as np
 import torch
-import torch.nn as nn
 from torch import Tensor
+from yacs.config import CfgNode as CN
 
 from ...console import note
+from ...distributed.ranks import current_ranks
 from ...errors import UserError
-from ...system import allocate
-from ..files.checksum import weights_digest
+from ...system import free_memory
+from .device_cache import DeviceCache
+from .file_cache import FileCache
+from .row_files import RowFiles
+from .row_table import RowTable
+from .rows import HitRate, RowSource
 
-# What can be stored; `engine.modes` refuses methods that read more.
-OUTPUTS = ("logits", "pooled_feat")
-_DTYPES = {"fp16": np.float16, "fp32": np.float32}
+_WHERE = "DISTILLER.TEACHER_CACHE_DEVICE"
+# Of the device's free memory, the share that "auto" takes: the networks' activations come after.
+_SAFE = 0.5
 
 
-class TeacherCache:
-    """Reads the teacher's outputs from disk, and runs the teacher for images that are not stored yet.
+class TeacherCache(Protocol):
+    """Runs in place of the teacher: `begin_epoch`; in each step `look_up(index)`, then a call with the images."""
 
-    Call `look_up(index)` before each batch, then the cache with the batch's images.
+    hit_rate: HitRate
+    # Where the rows lie, in words.
+    place: str
+    # Whether the host waits for the device, or for a file, within a step.
+    waits: bool
 
-    Args:
-        folder: created if missing; one that cannot be written to is read, if it holds the files in full.
-        teacher: its weights determine the names of the files.
-        run: the teacher's function: images (B, 3, H, W) -> (logits (B, C), {"pooled_feat": (B, D), ...}).
-        arithmetic: what the rounding of `run` depends on, such as "cpu torch.bfloat16 folded".
-        image: (1, 3, H, W), an input of the right size.
-        loader: of the training images, with `variants`, `variant(index)` and `fingerprint`.
-        outputs: which of "logits" and "pooled_feat" a row holds.
-        dtype: "fp16" or "fp32", the precision of the rows.
-        max_bytes: largest size of both files together; if not all images fit, the first ones are stored.
-
-    Attributes:
-        asked, found: number of rows requested and found since the last `hit_rate`.
-
-    Raises:
-        UserError: the folder cannot be written to, or the disk has no room.
-    """
-
-    def __init__(
-        self, folder: Path, teacher: nn.Module, run: Callable[[Tensor], Any], arithmetic: str, image: Tensor,
-        loader: Any, outputs: Sequence[str], dtype: str, max_bytes: int,
-    ) -> None:  # fmt: skip
-        self.run, self.loader = run, loader
-        self.outputs = [name for name in OUTPUTS if name in outputs]
-        self.widths = [output.shape[1] for output in self._select(run(image))]
-        width = sum(self.widths)
-        bytes_a_row = width * np.dtype(_DTYPES[dtype]).itemsize + 1
-        self.rows = min(len(loader.targets) * loader.variants, max_bytes // bytes_a_row)
-        if not self.rows:
-            raise UserError(f"DISTILLER.TEACHER_CACHE_GIB is too small for one row of {bytes_a_row} bytes; raise it")
-        rows = f"{self.outputs} {self.widths} {dtype}"
-        key = hashlib.sha256(f"{_digest(teacher)} {arithmetic} {loader.fingerprint} {rows}".encode()).hexdigest()[:32]
-        values = _mapped(folder / f"{key}.values", self.rows * width, _DTYPES[dtype])
-        if values.mode == "c":
-            note(f"the teacher's cache in {folder} is read-only; what this run adds to it is kept in memory alone")
-        self._values = values.reshape(self.rows, width)
-        self._known = _mapped(folder / f"{key}.known", self.rows, np.uint8)
-        self._places = np.empty(0, dtype=np.int64)
-        self.asked = self.found = 0
-
-    def _select(self, output: Any) -> list[Tensor]:
-        logits, features = output
-        return [logits if name == "logits" else features[name].flatten(1) for name in self.outputs]
+    def begin_epoch(self) -> None:
+        """Prepare for the loader's epoch, before its first step."""
 
     def look_up(self, index: Tensor) -> None:
         """Set the images of the next call by their `index` (B,) in the training set."""
-        self._places = (index * self.loader.variants + self.loader.variant(index)).cpu().numpy()
 
-    @torch.compiler.disable  # reads files, and would be compiled anew whenever a counter changes
     def __call__(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, C) and features of `image`, as the teacher computes them, rounded to the cache's dtype."""
-        places = self._places
-        assert len(places) == len(image), "call look_up(index) before each batch"
-        kept = places < self.rows
-        known = kept.copy()
-        known[kept] = self._known[places[kept]] == 1
-        self.asked += len(places)
-        self.found += int(known.sum())
-
-        rows = np.empty((len(places), self._values.shape[1]), dtype=self._values.dtype)
-        rows[known] = self._values[places[known]]
-        if not known.all():
-            missing = torch.from_numpy(~known).to(image.device)
-            output = torch.cat(self._select(self.run(image[missing])), dim=1)
-            rows[~known] = output.float().cpu().numpy()
-            new = kept & ~known
-            self._values[places[new]] = rows[new]
-            self._known[places[new]] = 1  # after the row itself, so that a killed run marks no half-written row
-        split = torch.from_numpy(rows).to(image.device).float().split(self.widths, dim=1)
-        named = dict(zip(self.outputs, split))
-        return named.pop("logits", image.new_empty(0)), named
-
-    def hit_rate(self) -> float:
-        """The percentage of the rows requested since the last call that were found in the cache."""
-        rate = 100 * self.found / max(self.asked, 1)
-        self.asked = self.found = 0
-        return rate
 
 
-def _digest(teacher: nn.Module) -> str:
-    """A digest of a network's class and layers, its weights and their names."""
-    kind = type(teacher)
-    return weights_digest(teacher, f"{kind.__module__}.{kind.__qualname__} {teacher!r}")
+def cache_wanted(cfg: CN) -> bool:
+    """Whether the settings ask for a cache of the teacher's outputs."""
+    return bool(cfg.DISTILLER.TEACHER_CACHE) or cfg.DISTILLER.TEACHER_CACHE_DEVICE == "device"
 
 
-def _mapped(path: Path, count: int, dtype: Any) -> np.memmap:
-    """The file `path` mapped as `count` numbers, zeros if it is new; several processes may map it at once.
+def no_cache(cfg: CN, why: str) -> UserError:
+    """The error for a cache that cannot be used, with what a user sets to train without it."""
+    folder, insists = bool(cfg.DISTILLER.TEACHER_CACHE), cfg.DISTILLER.TEACHER_CACHE_DEVICE == "device"
+    name = "DISTILLER.TEACHER_CACHE" if folder else f"{_WHERE} device"
+    remedies = ["leave it empty"] * folder + [f"set {_WHERE} auto"] * insists
+    return UserError(f"{name} stores the teacher's outputs, but {why}; {' and '.join(remedies)}")
 
-    One that is there in full and cannot be written to is mapped in mode "c": changes stay in this process.
+
+def teacher_cache(source: RowSource, cfg: CN) -> TeacherCache:
+    """The cache that the settings ask for, see `cache_wanted`.
+
+    Raises:
+        UserError: TEACHER_CACHE_DEVICE is "device", and the rows do not fit; or the folder cannot be used.
     """
-    size = count * np.dtype(dtype).itemsize
+    where, folder = cfg.DISTILLER.TEACHER_CACHE_DEVICE, Path(cfg.DISTILLER.TEACHER_CACHE)
+    limit, device = int(cfg.DISTILLER.TEACHER_CACHE_GIB * 2**30), source.image.device
+    if where == "host" or (where == "auto" and device.type != "cuda"):
+        return FileCache(source, folder, limit)
+    table = _table(source, limit, _SAFE if where == "auto" else 1.0)
+    if not isinstance(table, str):
+        files = RowFiles(folder, source.key, source.rows, source.layout) if cfg.DISTILLER.TEACHER_CACHE else None
+        return DeviceCache(source, table, files, contiguous=not cfg.SOLVER.CHANNELS_LAST)
+    if where == "device":
+        raise UserError(f"{_WHERE} device: {table}; or set {_WHERE} auto")
+    if current_ranks().first:
+        note(f"the teacher's outputs are read from {folder} and not from the device's memory: {table}")
+    return FileCache(source, folder, limit)
+
+
+def _table(source: RowSource, limit: int, share: float) -> RowTable | str:
+    """An empty table of all rows; or why there is none, in words, and what would help.
+
+    Args:
+        limit: bytes that it may take.
+        share: of the device's free memory that it may take.
+    """
+    loader, device = source.loader, source.image.device
+    if not (hasattr(loader, "augmented") and hasattr(loader, "own_images")):
+        return f"a {type(loader).__name__} has no augmented(index) and own_images(), which fill the table; add them"
+    size = source.rows * source.layout.bytes
+    words = f"the outputs for {source.rows} crops take {size / 2**30:.3g} GiB"
+    if size > limit:
+        return f"{words}, more than DISTILLER.TEACHER_CACHE_GIB {limit / 2**30:.3g}; raise it"
+    spare = _free(device) * share
+    if size > spare:
+        return f"{words}, but of the memory of {device} only {spare / 2**30:.3g} GiB may be taken; free some"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            # All of its disk space now: writing to a mapped file on a full disk would kill the process.
-            allocate(file, size)
-        return np.memmap(path, dtype=dtype, mode="r+", shape=(count,))
-    except OSError as error:
-        with suppress(OSError, ValueError):  # ValueError: it is too short
-            if error.errno in (errno.EROFS, errno.EACCES):
-                return np.memmap(path, dtype=dtype, mode="c", shape=(count,))
-        raise UserError(
-            f"the teacher's cache {path} of {size / 2**30:.2f} GiB cannot be created ({error.strerror}); lower "
-            "DISTILLER.TEACHER_CACHE_GIB, or name another folder in DISTILLER.TEACHER_CACHE"
-        ) from None
+        return RowTable(source.layout, len(loader.targets), loader.variants, device)
+    except RuntimeError:  # of which torch's errors of memory are a kind
+        return f"{words}, for which {device} has no room; free some"
+
+
+def _free(device: torch.device) -> float:
+    """Bytes of the device's memory that this process may still take; infinite where nobody tells."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return free_memory() if device.type == "cpu" else math.inf

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +16,15 @@ from ...console import note
 from ...dataset import dataset_info
 from ...distillers import Distiller
 from ...distributed.ranks import current_ranks
-from ...errors import UserError
 from ...models.copies import copy_without_hooks, has_hooks
 from ...models.eval_mode import eval_mode
 from ...models.outputs import output_names
 from ...registry import unknown_name
-from .cache import TeacherCache
+from .cache import TeacherCache, cache_wanted, no_cache, teacher_cache
 from .flat import flatten_calls
 from .fold_batchnorm import CannotFold, fold_batchnorm
 from .original import Original
+from .rows import RowSource
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,16 +42,16 @@ class FrozenNetworks:
         loader: the loader of the training images, for the cache.
 
     Attributes:
-        cache: of the teacher's outputs, if DISTILLER.TEACHER_CACHE is set.
+        cache: of the teacher's outputs, if the settings ask for one.
         runners: frozen network -> what runs at present: a copy, the cache, or the network itself.
         words: frozen network -> what became of it, for the log.
 
     Raises:
-        UserError: a cache is asked for, and its folder cannot be used.
+        UserError: a cache is asked for, and its folder cannot be used, or the device has no room for it.
     """
 
     def __init__(self, distiller: Distiller, loader: Any, cfg: CN) -> None:
-        self.distiller = distiller
+        self.distiller, self.cfg = distiller, cfg
         self.cache: TeacherCache | None = None
         self.runners: dict[str, Callable[[Tensor], Any]] = {}
         self.words: dict[str, str] = {}
@@ -62,15 +61,16 @@ class FrozenNetworks:
             network, outputs = distiller.get_submodule(name), distiller.frozen[name]
             if next(network.parameters(), None) is None:  # a method without a teacher has a placeholder
                 continue
+            distiller.run_frozen_by(name, None)  # a former cache gives its memory back
             image = _example(network, cfg)
             _check_outputs(f"{type(distiller).__name__}'s {name}", network, outputs, image)
             form = self._form(network, outputs, image, cfg)
             runner, self.words[name] = form.run, form.words
-            if name == "teacher" and cfg.DISTILLER.TEACHER_CACHE:
-                runner = self.cache = TeacherCache(
-                    Path(cfg.DISTILLER.TEACHER_CACHE), network, runner, form.arithmetic(image.device), image, loader,
-                    outputs or (), cfg.DISTILLER.TEACHER_CACHE_DTYPE, int(cfg.DISTILLER.TEACHER_CACHE_GIB * 2**30),
-                )  # fmt: skip
+            if name == "teacher" and cache_wanted(cfg):
+                dtype, arithmetic = cfg.DISTILLER.TEACHER_CACHE_DTYPE, form.arithmetic(image.device)
+                source = RowSource(network, runner, arithmetic, image, loader, outputs or (), dtype)
+                runner = self.cache = teacher_cache(source, cfg)
+                self.words[name] += f"; its outputs are kept in {runner.place}"
             if outputs is not None:
                 self._copied[name] = Original(network)
             self.runners[name] = runner
@@ -103,6 +103,16 @@ class FrozenNetworks:
         networks = [original.network for original in self._copied.values()]
         return {tensor for network in networks for tensor in (*network.parameters(), *network.buffers())}
 
+    def begin_epoch(self) -> None:
+        """Prepare the cache for the loader's epoch: its rows are those of a teacher that has not changed.
+
+        Raises:
+            UserError: it has changed.
+        """
+        if self.cache is not None:
+            self._check("teacher", thoroughly=True)
+            self.cache.begin_epoch()
+
     def check(self, thoroughly: bool = True) -> None:
         """Run a network itself from now on if it has got hooks, or if its weights have changed.
 
@@ -121,7 +131,7 @@ class FrozenNetworks:
         if original is None or not what:
             return
         if name == "teacher" and self.cache is not None:
-            raise UserError(f"DISTILLER.TEACHER_CACHE stores the teacher's outputs, but {what}; leave it empty")
+            raise no_cache(self.cfg, what)
         del self._copied[name]
         self.runners[name] = self._precision.around(original.network)
         self.words[name] = f"itself, as {what}"

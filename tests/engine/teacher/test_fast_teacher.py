@@ -6,32 +6,18 @@ import pytest
 import torch
 import torch.nn as nn
 
-from mdistiller.dataset import ImageArray
-from mdistiller.dataset.augment import CropFlip
-from mdistiller.distillers import KD, OFD, Distiller, distiller_dict
+from mdistiller.distillers import KD, OFD, distiller_dict
 from mdistiller.distillers._declared import UndeclaredOutputError
-from mdistiller.engine.cfg import CFG
-from mdistiller.engine.teacher.cache import TeacherCache
 from mdistiller.engine.teacher.fast_teacher import FrozenNetworks, HalfPrecision
+from mdistiller.engine.teacher.file_cache import FileCache
 from mdistiller.engine.teacher.fold_batchnorm import CannotFold, fold_batchnorm
+from mdistiller.engine.teacher.rows import RowSource
 from mdistiller.errors import UserError
-from mdistiller.models import build_model, cifar_model_dict
 from mdistiller.models.copies import has_hooks
 
+from ._teachers import Reads, config, counting, distiller, loader, trained
+
 TEACHERS = ["resnet8x4", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2", "ResNet18"]
-
-
-def trained(name, num_classes=10):
-    """A network whose BatchNorms are not the identity, as after training."""
-    torch.manual_seed(0)
-    network = build_model(cifar_model_dict, name, num_classes).eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.2)
-    return network
 
 
 def tensors(output):
@@ -174,25 +160,6 @@ def test_half_precision_is_close_and_has_the_promised_dtype(full_output):
     assert next(network.parameters()).dtype == torch.float32
 
 
-def config(method="KD", **distiller):
-    cfg = CFG.clone()
-    cfg.DATASET.TYPE = "digits"
-    cfg.DISTILLER.TYPE = method
-    cfg.DISTILLER.update(distiller)
-    return cfg
-
-
-def loader(flip=True, seed=0):
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (40, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    data = ImageArray(images, torch.arange(40) % 10, (0.5,) * 3, (0.25,) * 3, CropFlip(flip=flip))
-    return data.loader(8, 0, True, seed)
-
-
-def distiller(cls=KD, cfg=None):
-    return cls(build_model(cifar_model_dict, "resnet8", 10), trained("resnet14"), cfg or config())
-
-
 def test_the_teacher_itself_does_not_change():
     model = distiller()
     before = copy.deepcopy(model.state_dict())
@@ -206,19 +173,6 @@ def test_the_teacher_itself_does_not_change():
 def test_a_teacher_in_training_mode_is_left_alone():
     model = distiller(OFD, config("OFD"))
     assert FrozenNetworks(model, loader(), config("OFD")).cache is None and not model._runners
-
-
-class Reads(Distiller):
-    """Returns what it is told to read of the teacher, by a function of the features."""
-
-    def __init__(self, outputs, read=dict):
-        super().__init__(build_model(cifar_model_dict, "resnet8", 10), trained("resnet14"))
-        self.add_frozen("teacher", self.teacher, outputs)
-        self.read = read
-
-    def forward_train(self, image, target, **kwargs):
-        logits, features = self.teacher_forward(image)
-        return logits, self.read(features)
 
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -441,21 +395,10 @@ def test_stored_outputs_of_a_teacher_that_changes_are_refused(change, tmp_path):
         frozen.check()
 
 
-def counting(network):
-    """The network's function, and the number of images of each call."""
-    seen = []
-
-    def run(image):
-        seen.append(len(image))
-        with torch.no_grad():
-            return network(image)
-
-    return run, seen
-
-
 def cache_of(folder, network, batches, outputs=("logits", "pooled_feat"), dtype="fp32", max_bytes=2**30, how="cpu"):
     run, seen = counting(network)
-    cache = TeacherCache(folder, network, run, how, torch.zeros(1, 3, 32, 32), batches, outputs, dtype, max_bytes)
+    source = RowSource(network, run, how, torch.zeros(1, 3, 32, 32), batches, outputs, dtype)
+    cache = FileCache(source, folder, max_bytes)
     seen.clear()
     return cache, seen
 
