@@ -2,13 +2,14 @@
 # make test         set up and run the tests, in minutes
 # make test-slow    the tests that `make test` leaves out;  make test-all   both
 # make lint         ruff and mypy
+# make gpu          measure a GPU with all that the library has for one, in 8 minutes (output/gpu/report.md)
 # make detection, make test-detection    set up detectron2 too; run the tests of detection/
 
 VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-all lint clean
+.PHONY: quickstart test test-slow test-all lint gpu clean
 
 quickstart: $(VENV)/.installed
 	$(RUN) tools/quickstart.py
@@ -29,6 +30,19 @@ test-all:
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+# By the first interpreter that sees a GPU, else by one that has the packages: the environment's, then PYTHON. Only where
+# there is none is the environment made, which takes a network. (Not by $(MAKE), which `make -n` would run.)
+# GPU_ARGS="--device cpu --quick" rehearses it where there is no GPU.
+SEES_A_GPU := import sys, torch, torchvision, yacs; sys.exit(0 if torch.cuda.is_available() else 3)
+
+gpu:
+	@best=; for python in $(RUN) $(PYTHON); do \
+		$$python -c "$(SEES_A_GPU)" 2>/dev/null; \
+		case $$? in 0) best=$$python; break;; 3) best=$${best:-$$python};; esac; \
+	done; \
+	if [ -z "$$best" ]; then make $(VENV)/.installed-dev && best=$(RUN) || exit; fi; \
+	exec $$best benchmarks/gpu.py $(GPU_ARGS)
 
 # Each mark is newer than what it was made from, so a second run installs nothing.
 $(VENV)/.installed: requirements.txt setup.py

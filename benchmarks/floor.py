@@ -21,24 +21,30 @@ LARGE = ((64, 32), (128, 16), (256, 16), (512, 8))
 
 
 def convolution_rate(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> float:
-    """The highest rate (multiply-accumulates a second) of `rounds` 3x3 convolutions of each size in `LARGE`."""
+    """The highest rate (multiply-accumulates a second) of `rounds` 3x3 convolutions of each size in `LARGE`.
+
+    On a GPU in TF32 if that is on, as a training step is.
+    """
     best = 0.0
-    for channels, size in LARGE:
-        x = torch.randn(64, channels, size, size, device=device, dtype=dtype)
-        weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
-        x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
-        for _ in range(rounds):
-            best = max(best, 64 * size**2 * 9 * channels**2 / _seconds(x, weight))
+    with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+        for channels, size in LARGE:
+            x = torch.randn(64, channels, size, size, device=device, dtype=dtype)
+            weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+            x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+            for _ in range(rounds):
+                best = max(best, 64 * size**2 * 9 * channels**2 / _seconds(x, weight))
     return best
 
 
 def _seconds(x: torch.Tensor, weight: torch.Tensor) -> float:
-    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    """Seconds of one convolution. A GPU takes many in a row: one is over before the host has started the next."""
+    wait, count = (torch.cuda.synchronize, 20) if x.is_cuda else (lambda: None, 1)
     wait()
     start = time.perf_counter()
-    F.conv2d(x, weight, padding=1)
+    for _ in range(count):
+        F.conv2d(x, weight, padding=1)
     wait()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / count
 
 
 def floor_rate(teacher: str, student: str, rate: float, needs_teacher: bool = True) -> float:

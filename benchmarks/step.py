@@ -3,15 +3,20 @@
 
     python benchmarks/step.py
     python benchmarks/step.py --pairs resnet56-resnet20 --methods KD DKD --modes default bf16 --threads 2 --json
+    python benchmarks/step.py --without-classic --modes eager graph "bf16, graph" --out step.json      # on a GPU
 
 KD and DKD run on every pair, the other methods on the first. The classic path (classic.py), this trainer's default and
 its opt-in modes alternate in one process. Results are medians, lowest and highest; ratios to the classic path are taken
 turn by turn. Every turn of this trainer repeats the same epoch, so that `teacher cache` has only hits, its best case.
-A first turn, which compiles and fills caches, is not counted.
+A first turn, which compiles and fills caches, is not counted. Each race is printed, and written to --out, once it is
+over; a mode that fails is a line of its table, and the others go on.
 
-The floor is the time that the multiply-accumulates alone would take (see floor.py). Peak memory is that of the tensors
-of one step beyond what is held between steps: on the CPU from the allocator's record of this process (without the
-workers of the classic loader), on a GPU from torch's.
+A mode's name says whether the step is a CUDA graph: with `eager` never, with `graph` always, else by the default of
+SOLVER.CUDA_GRAPH. The floor is the time that the multiply-accumulates alone would take (see floor.py). Peak memory is
+that of the tensors of one step beyond what is held between steps: on the CPU from the record of the allocator
+(without the workers of the classic loader), on a GPU from torch's, without a CUDA graph's own memory. That is in the
+memory held, as are data and networks. Launches, kernels and waits of the host (synchronisations) are counted by torch's
+profiler; on a CPU it counts operations.
 
 Measured with `--methods KD DKD --threads 2 --steps 6 --rounds 5` on two cores of an AMD EPYC (family 26, bfloat16
 units) with torch 2.14, 2026-11-26. Images a second as multiples of the classic path's: resnet56 -> resnet20 default
@@ -22,16 +27,15 @@ docs/performance.md has the spread and the other methods. No GPU was available.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,96 +47,57 @@ import torch
 import torch.nn as nn
 from classic import ClassicTrainer, cifar_loader
 from floor import bfloat16_units, convolution_rate, floor_rate
+from runner import Runner
+from step_table import ON_EVERY_PAIR, head, pair_head, rows
 from timing import ratio, spread, take_turns
-from torch.profiler import ProfilerActivity, profile
 from yacs.config import CfgNode as CN
 
+from mdistiller.console import reason, tool
 from mdistiller.dataset import ImageArray, dataset_dict
 from mdistiller.dataset.cifar100 import MEAN, STD
 from mdistiller.distillers import RunFacts, distiller_dict
 from mdistiller.engine.build import build_distiller, build_trainer
 from mdistiller.engine.cfg import load_cfg
+from mdistiller.engine.files.atomic import write_whole
 from mdistiller.engine.meters import Meters
 from mdistiller.engine.runtime.device import pick_device
 from mdistiller.engine.runtime.environment import describe_run
-from mdistiller.engine.runtime.malloc import keep_freed_memory
 from mdistiller.engine.runtime.seeds import seed_everything
 from mdistiller.errors import UserError
 from mdistiller.models import build_model, cifar_model_dict, teacher_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAIRS = ("resnet56-resnet20", "resnet32x4-resnet8x4")
-ON_EVERY_PAIR = ("KD", "DKD")
 
+COMPILE, BF16 = ["SOLVER.COMPILE", "True"], ["SOLVER.AMP", "bf16"]
+CACHE, MEMORY = ["DISTILLER.TEACHER_CACHE", "{folder}"], ["DISTILLER.TEACHER_CACHE_DEVICE", "device"]
 # What each mode sets beyond the defaults; {folder} stands for an empty temporary folder.
-MODES: dict[str, list[str]] = {
-    "default": [],
-    "bf16": ["SOLVER.AMP", "bf16"],
+_EAGER_OR_NOT: dict[str, list[str]] = {
+    "": [],
+    "bf16": BF16,
+    "fp16": ["SOLVER.AMP", "fp16"],
     "bf16 teacher": ["SOLVER.AMP", "bf16-teacher"],
-    "compile": ["SOLVER.COMPILE", "True"],
-    "bf16, compile": ["SOLVER.AMP", "bf16", "SOLVER.COMPILE", "True"],
-    "teacher cache": ["DISTILLER.TEACHER_CACHE", "{folder}"],
-    "bf16, teacher cache": ["SOLVER.AMP", "bf16", "DISTILLER.TEACHER_CACHE", "{folder}"],
-    "teacher cache in memory": ["DISTILLER.TEACHER_CACHE_DEVICE", "device"],
-    "bf16, teacher cache in memory": ["SOLVER.AMP", "bf16", "DISTILLER.TEACHER_CACHE_DEVICE", "device"],
+    "NCHW": ["SOLVER.CHANNELS_LAST", "False"],
+    "compile": COMPILE,
+    "bf16, compile": [*BF16, *COMPILE],
+    "teacher cache": CACHE,
+    "bf16, teacher cache": [*BF16, *CACHE],
+    "teacher cache in memory": MEMORY,
+    "bf16, teacher cache in memory": [*BF16, *MEMORY],
+    "bf16, compile, teacher cache in memory": [*BF16, *COMPILE, *MEMORY],
+}
+GRAPH = ["SOLVER.CUDA_GRAPH", "always"]
+_GRAPHS = {"": [], "eager": ["SOLVER.CUDA_GRAPH", "never"], "graph": GRAPH}
+MODES = {
+    ", ".join(filter(None, (name, graph))) or "default": [*own, *_GRAPHS[graph]]
+    for graph in _GRAPHS
+    for name, own in _EAGER_OR_NOT.items()
 }
 # What a method needs beyond its defaults.
 METHOD_SETTINGS = {
     "CRD": ["SOLVER.TRAINER", "crd"],
     **{name: ["DCGD.GROUPS", "res56"] for name in distiller_dict if name.startswith("DCGD")},
 }
-# Goals on two cores, as ratios to the classic path.
-GOALS = {("resnet56-resnet20", "default"): 1.4, ("resnet32x4-resnet8x4", "default"): 1.25}
-GOALS |= {(pair, "bf16"): 2.0 for pair in PAIRS}
-
-
-@dataclass
-class Runner:
-    """One path, ready to train; each turn goes over the same batches."""
-
-    batches: Callable[[], Iterator[Any]]
-    train: Callable[[Any], None]
-    device: torch.device
-    # Whether malloc keeps freed memory, as in this trainer, or returns it, as glibc does for the classic path.
-    keeps_memory: bool
-
-    def images_per_second(self, steps: int) -> float:
-        """Images a second over `steps` steps, after one that fills the caches and starts the workers."""
-        keep_freed_memory(self.keeps_memory)
-        batches = self.batches()
-        self.train(next(batches))
-        self._wait()
-        start, images = time.perf_counter(), 0
-        for batch in islice(batches, steps):
-            self.train(batch)
-            images += len(batch[1])
-        self._wait()
-        reached = images / (time.perf_counter() - start)
-        del batches  # which also ends the workers
-        return reached
-
-    def peak_mebibytes(self) -> float:
-        """Peak memory of one step, beyond what is held before it."""
-        batches = self.batches()
-        self.train(next(batches))
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.train(next(batches))
-            return (torch.cuda.max_memory_allocated() - before) / 2**20
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            self.train(next(batches))
-        held = peak = 0
-        events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-        return peak / 2**20
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
 
 def settings(method: str, pair: str, teacher: str, root: str, batch: int, mode: list[str], more: list[str]) -> CN:
     """The configuration of a run: nothing but defaults, the pair, the method and the mode."""
@@ -217,36 +182,102 @@ def teacher_file(name: str, folder: Path) -> str:
 def race(
     method: str, pair: str, modes: list[str], args: argparse.Namespace, rates: dict[str, float], folder: Path
 ) -> dict[str, Any]:
-    """One method on one pair: the classic path against the modes; a mode that the method refuses, with the reason."""
+    """One method on one pair: the classic path against the modes.
+
+    Modes that the method refuses, and modes that failed, stand apart, with the reason. Ratios are to the first path.
+    """
     teacher, student = pair.split("-")
     config = partial(settings, method, pair, teacher_file(teacher, folder), args.data, args.batch)
     more = ["EXPERIMENT.DEVICE", args.device]
-    runners, refused = {"classic": classic(config([], more), args.workers)}, {}
+    makers: dict[str, Callable[[], Runner]] = {}
+    if not args.without_classic:
+        makers["classic"] = lambda: classic(config([], more), args.workers)
     for mode in modes:
-        own = tempfile.mkdtemp(dir=folder)
-        try:
-            runners[mode] = ours(config([value.format(folder=own) for value in MODES[mode]], more))
-        except UserError as error:
-            refused[mode] = str(error)
-    works = {name: partial(runner.images_per_second, args.steps) for name, runner in runners.items()}
-    take_turns(works, 1)  # compiles, fills the teacher cache
-    reached = take_turns(works, args.rounds)
+        place = tempfile.mkdtemp(dir=folder)
+        own = [value.format(folder=place) for value in MODES[mode]]
+        makers[mode] = lambda own=own: ours(config(own, more))
+    entrants = Entrants(args.steps)
+    for name, make in makers.items():
+        entrants.enter(name, make)
+    reached = take_turns({name: partial(entrants.turn, name) for name in entrants.runners}, args.rounds)
     result: dict[str, Any] = {}
-    for name, values in reached.items():
+    for name, runner in list(entrants.runners.items()):
         rate = rates["bfloat16" if "bf16" in name else "float32"]
         best = floor_rate(teacher, student, rate, distiller_dict[method].needs_teacher)
+        try:
+            asked = runner.asks()
+        except Exception as error:
+            entrants.drop(name, error)
+            continue
         result[name] = {
-            "images_per_second": spread(values),
-            "ratio": ratio(values, reached["classic"]),
-            "peak_mib": runners[name].peak_mebibytes(),
+            "images_per_second": spread(reached[name]),
+            "milliseconds": spread([1000 * args.batch / rate for rate in reached[name]]),
+            "ratio": ratio(reached[name], reached[next(iter(result), name)]),
+            "held_mib": entrants.held_mib[name],
+            **asked,
             "floor_images_per_second": best,
-            "times_floor": best / spread(values)["median"],
+            "times_floor": best / spread(reached[name])["median"],
         }
-    return {"modes": result, "refused": refused}
+    return {"modes": result, "refused": entrants.refused, "failed": entrants.failed}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All measurements, as --json prints them."""
+class Entrants:
+    """The paths of a race, as they are built and take turns. One that fails is dropped, with the reason.
+
+    Attributes:
+        held_mib: the device's memory that each has reserved for its data, networks and graph; None on a CPU.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.runners: dict[str, Runner] = {}
+        self.held_mib: dict[str, float | None] = {}
+        self.refused: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+
+    def enter(self, name: str, make: Callable[[], Runner]) -> None:
+        """Build a path, and let it take a turn that is not counted: it compiles, and fills the teacher cache."""
+        before = _reserved()
+        try:
+            runner = make()
+            runner.images_per_second(self.steps)
+        except UserError as error:
+            self.refused[name] = str(error)
+        except Exception as error:
+            self.failed[name] = reason(error)
+        else:
+            self.runners[name] = runner
+            self.held_mib[name] = _reserved() - before if runner.device.type == "cuda" else None
+
+    def turn(self, name: str) -> float:
+        """Images a second of a path's turn; NaN for one that fails, or has failed before."""
+        if name not in self.runners:
+            return float("nan")
+        try:
+            return self.runners[name].images_per_second(self.steps)
+        except Exception as error:
+            self.drop(name, error)
+            return float("nan")
+
+    def drop(self, name: str, error: Exception) -> None:
+        """Let a path go, and its memory."""
+        del self.runners[name]
+        self.failed[name] = reason(error)
+
+
+def _reserved() -> float:
+    """The device's memory that this process has reserved and uses, in MiB."""
+    if not torch.cuda.is_initialized():
+        return 0.0
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved() / 2**20
+
+
+def measure(
+    args: argparse.Namespace, show: Callable[[dict[str, Any]], None] = lambda result: None
+) -> dict[str, Any]:
+    """All measurements, as --json prints them; `show` is called with them at the start and after each race."""
     device = pick_device(args.device)
     result: dict[str, Any] = {
         "machine": describe_run(str(device)), "device": str(device), "bfloat16_units": bfloat16_units(device),
@@ -255,43 +286,29 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     rates = {name: convolution_rate(getattr(torch, name), device) for name in ("float32", "bfloat16")}
     result["best_gmacs_per_second"] = {name: rate / 1e9 for name, rate in rates.items()}
+    show(result)
     with tempfile.TemporaryDirectory() as folder:
         for place, pair in enumerate(args.pairs):
             for method in args.methods if place == 0 else [m for m in args.methods if m in ON_EVERY_PAIR]:
-                if not args.json:
-                    print(f"{method}, {pair} ...", file=sys.stderr, flush=True)
+                print(f"{method}, {pair} ...", file=sys.stderr, flush=True)
                 raced = race(method, pair, args.modes, args, rates, Path(folder))
                 result["races"].append({"method": method, "pair": pair, **raced})
+                show(result)
     return result
 
 
-def table(result: dict[str, Any]) -> str:
-    """The measurements as Markdown, one table per pair."""
-    rates, machine = result["best_gmacs_per_second"], result["machine"]
-    lines = [
-        f"{machine['gpu'] if result['device'] != 'cpu' else machine['processor']}, {machine['threads']} threads, torch "
-        f"{machine['torch']}; {result['data']}; batch {result['batch']}; {result['rounds']} turns of "
-        f"{result['steps']} steps",
-        f"best convolution: {rates['float32']:.0f} GMAC/s in float32, {rates['bfloat16']:.0f} in bfloat16"
-        + ("" if result["bfloat16_units"] else " (no bfloat16 units: bfloat16 is emulated)"),
-    ]
-    for pair in dict.fromkeys(r["pair"] for r in result["races"]):
-        lines += ["", f"### {pair}", "", "| method | mode | images/s | times classic | goal | peak MiB | times floor |"]
-        lines.append("|---|---|---|---|---|---|---|")
-        for race_ in (r for r in result["races"] if r["pair"] == pair):
-            for mode, r in race_["modes"].items():
-                goal = GOALS.get((pair, mode), "") if race_["method"] in ON_EVERY_PAIR else ""
-                lines.append(
-                    f"| {race_['method']} | {mode} | {_show(r['images_per_second'], 0)} | {_show(r['ratio'], 2)} "
-                    f"| {goal} | {r['peak_mib']:.0f} | {r['times_floor']:.2f} |"
-                )
-            for mode, why in race_["refused"].items():
-                lines.append(f"| {race_['method']} | {mode} | refused: {why} | | | | |")
-    return "\n".join(lines)
-
-
-def _show(s: dict[str, float], digits: int) -> str:
-    return f"{s['median']:.{digits}f} ({s['low']:.{digits}f}-{s['high']:.{digits}f})"
+def show_last(result: dict[str, Any], printed: bool, out: Path | None) -> None:
+    """Print the last race, unless not `printed`, and write all of them to `out`."""
+    if out is not None:
+        write_whole(f"{json.dumps(result, indent=2)}\n".encode(), out)
+    if not printed:
+        return
+    if not result["races"]:
+        print(*head(result), sep="\n", flush=True)
+        return
+    *others, last = result["races"]
+    new_pair = all(race["pair"] != last["pair"] for race in others)
+    print(*(pair_head(last) if new_pair else []), *rows(last, result["device"]), sep="\n", flush=True)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -306,16 +323,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each path")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of the classic path's DataLoader")
+    parser.add_argument("--without-classic", action="store_true", help="leave out the classic path")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the tables")
+    parser.add_argument("--out", type=Path, help="write the JSON here, after each race")
     return parser.parse_args(arguments)
 
 
+@tool()
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
-    result = measure(args)
-    print(json.dumps(result, indent=2) if args.json else table(result))
+    result = measure(args, partial(show_last, printed=not args.json, out=args.out))
+    if args.json:
+        print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

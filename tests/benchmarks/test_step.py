@@ -148,26 +148,78 @@ def test_a_whole_benchmark(
     monkeypatch.setattr(step, "use_data", lambda root: "smooth noise")
     monkeypatch.setattr(step, "convolution_rate", lambda dtype, device: 2e9 if dtype == torch.float32 else 4e9)
     words = "--pairs resnet8x4-resnet8 --methods KD AT CRD --steps 1 --rounds 1 --batch 4 --workers 1 --device cpu"
-    words += f" --data {tmp_path} --json --modes default bf16 #"
+    words += f" --data {tmp_path} --json --out {tmp_path / 'step.json'} --modes default bf16 graph #"
     args = step.parse([*words.split()[:-1], "teacher cache"])
-    result = json.loads(json.dumps(step.measure(args)))
+    shown = []
+    result = json.loads(json.dumps(step.measure(args, lambda result: shown.append(len(result["races"])))))
+    assert shown == [0, 1, 2, 3]  # at the start, and after every race
     races = {race["method"]: race for race in result["races"]}
     assert list(races) == ["KD", "AT", "CRD"]
-    assert list(races["KD"]["modes"]) == ["classic", "default", "bf16", "teacher cache"] and not races["KD"]["refused"]
+    assert list(races["KD"]["modes"]) == ["classic", "default", "bf16", "teacher cache"]
+    assert races["KD"]["refused"] == {"graph": "a CUDA graph needs a GPU"} and not races["KD"]["failed"]
     assert "AT" in races["AT"]["refused"]["teacher cache"]
     for race in races.values():
         for numbers in race["modes"].values():
             assert numbers["images_per_second"]["low"] > 0 and numbers["peak_mib"] > 0.1
+            assert numbers["milliseconds"]["median"] == pytest.approx(4000 / numbers["images_per_second"]["median"])
+            assert 50 < numbers["operations"] < 1000 and numbers["held_mib"] is None
         assert race["modes"]["classic"]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     kd = races["KD"]["modes"]
     assert kd["bf16"]["floor_images_per_second"] == pytest.approx(2 * kd["default"]["floor_images_per_second"])
     default = kd["default"]
     expected = default["floor_images_per_second"] / default["images_per_second"]["median"]
     assert default["times_floor"] == pytest.approx(expected)
-    table = step.table(result)
-    assert "smooth noise" in table and "### resnet8x4-resnet8" in table
-    assert sum(line.startswith("| KD | ") for line in table.splitlines()) == 4
+    table = step_table().table(result)
+    assert "smooth noise" in table and table.count("### resnet8x4-resnet8") == 1
+    assert sum(line.startswith("| KD | ") for line in table.splitlines()) == 5
+    assert "| KD | graph | refused: a CUDA graph needs a GPU |" in table
     assert "| AT | teacher cache | refused: " in table
+
+
+def step_table() -> ModuleType:
+    import step_table  # while the fixture `step` has the folder on the path
+
+    return step_table
+
+
+def test_a_mode_that_fails_is_a_line_and_the_others_go_on(
+    step: ModuleType, small_cifar: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """One fails as it is built, one in a later turn. Results are printed and written after the race."""
+    build, turns = step.ours, []
+
+    def ours(cfg):
+        if not cfg.SOLVER.CHANNELS_LAST:
+            raise RuntimeError("CUDA out of\nmemory")
+        runner = build(cfg)
+        if cfg.SOLVER.CUDA_GRAPH == "never":
+            train = runner.train
+            runner.train = lambda batch: turns.append(1) or (train(batch) if len(turns) < 4 else 1 / 0)
+        return runner
+
+    monkeypatch.setattr(step, "ours", ours)
+    monkeypatch.setattr(step, "use_data", lambda root: "smooth noise")
+    monkeypatch.setattr(step, "convolution_rate", lambda dtype, device: 2e9)
+    out = tmp_path / "step.json"
+    words = f"step.py --pairs resnet8-resnet8 --methods KD --steps 1 --rounds 2 --batch 4 --out {out} --device cpu"
+    modes = ["--modes", "NCHW", "eager", "default"]
+    monkeypatch.setattr("sys.argv", [*words.split(), "--without-classic", *modes])
+    step.main()
+    (race,) = json.loads(out.read_text())["races"]
+    assert list(race["modes"]) == ["default"] and race["modes"]["default"]["ratio"]["median"] == 1.0
+    assert race["failed"] == {
+        "NCHW": "RuntimeError: CUDA out of memory", "eager": "ZeroDivisionError: division by zero",
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "| KD | NCHW | failed: RuntimeError: CUDA out of memory |" in printed
+    assert sum(line.startswith("| KD | default | ") for line in printed.splitlines()) == 1
+
+
+def test_every_mode_says_whether_it_is_a_graph(step: ModuleType) -> None:
+    assert step.MODES["default"] == [] and step.MODES["eager"] == ["SOLVER.CUDA_GRAPH", "never"]
+    assert step.MODES["bf16, compile, graph"] == [
+        "SOLVER.AMP", "bf16", "SOLVER.COMPILE", "True", "SOLVER.CUDA_GRAPH", "always",
+    ]  # fmt: skip
 
 
 def test_without_cifar_noise_of_its_size_is_used(
