@@ -20,7 +20,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no message of the profiler th
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # nor about memory allocated before it started
 
 from counting import counts, kernels, operations, profiled
-from step import MODES, ours_if_possible, settings, teacher_file, use_data
+from step import MODES, ours, settings, teacher_file, use_data
 
 from mdistiller.console import reason, tool
 from mdistiller.engine.files.atomic import write_whole
@@ -41,7 +41,7 @@ def measured(mode: str, args: argparse.Namespace, folder: Path) -> dict[str, Any
     cfg = settings(
         args.method, args.pair, teacher, args.data, args.batch, own, ["EXPERIMENT.DEVICE", args.device]
     )
-    runner = ours_if_possible(cfg)
+    runner = ours(cfg)
     batches = runner.batches()
     for _ in range(args.warm):
         runner.train(next(batches))
