@@ -108,10 +108,10 @@ def whole_graphs(monkeypatch):
     config = torch._dynamo.config
     if not hasattr(config, "trace_autograd_ops"):
         pytest.skip("this torch traces no backward pass within a function")
-    monkeypatch.setattr(config, "trace_autograd_ops", True)
     monkeypatch.setattr(optimizers, "_fused", lambda groups: True)
     torch._dynamo.reset()
-    yield CompileCounterWithBackend("eager")
+    with config.patch(trace_autograd_ops=True):
+        yield CompileCounterWithBackend("eager")
     torch._dynamo.reset()
 
 

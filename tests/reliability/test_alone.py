@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdistiller.dataset import dataset_dict
 from mdistiller.distillers import distiller_dict
 from mdistiller.distributed.ranks import Ranks
 from mdistiller.engine.modes import MODES
 from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict
 
 from . import alone, small
 from .combinations import refused
@@ -28,20 +26,6 @@ FROM_FILES = {"DATASET.TYPE": "small_files"}
 NEEDS = {
     ("KDSVD", "chosen pairs of maps"): {"DISTILLER.PAIRS": [[1, 1], [2, 2]]},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("alone")
-    small.write_data(found / "data")
-    return found
-
-
-@pytest.fixture
-def registered(monkeypatch):
-    for names, own in ((cifar_model_dict, small.NETWORKS), (dataset_dict, small.DATA)):
-        for name, entry in own.items():
-            monkeypatch.setitem(names, name, entry)
 
 
 def goes_through(method, mode, folder):

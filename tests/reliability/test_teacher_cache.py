@@ -9,9 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from mdistiller.dataset import dataset_dict
 from mdistiller.engine.runtime.signals import Stopped
-from mdistiller.models import cifar_model_dict
 
 from . import alone, small
 from .combinations import launcher_of, run_of
@@ -19,20 +17,6 @@ from .runs import differences
 from .train_small import in_step
 
 WHERE = "DISTILLER.TEACHER_CACHE_DEVICE"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("teacher_cache")
-    small.write_data(found / "data")
-    return found
-
-
-@pytest.fixture
-def registered(monkeypatch):
-    for names, own in ((cifar_model_dict, small.NETWORKS), (dataset_dict, small.DATA)):
-        for name, entry in own.items():
-            monkeypatch.setitem(names, name, entry)
 
 
 def untouched(trainer):
