@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..console import note, one_line
+from ..distillers import Distiller
 from ..errors import UserError
+from ..models.copies import has_hooks
 from ..models.tensor_groups import by_kind
 from .graph.host_state import HostSnapshot, changed, host_state
 from .graph.recorder import GpuRecorder, Recorder
@@ -139,17 +142,20 @@ class Recording:
         self.totals: list[Tensor] = []
         if reads := step.update.host_reads():
             raise CannotRecordError(reads)
+        if _hooked(step.distiller):
+            raise CannotRecordError(f"{type(step.distiller).__name__} or a network has hooks, which are Python code")
         cache = step.teacher_cache
         if cache is not None and cache.waits:
             raise CannotRecordError(f"the host reads the teacher's outputs from {cache.place} within a step")
         self.rates, self._settings = step.update.rates(), step.update.settings()
         self._parts = self._present_parts()
-        self._host = host_state(step.distiller)
+        self._host, self._values = host_state(step.distiller), _plain_values(step.distiller)
         self._replay = self._tried(recorder)
 
     def outdated(self, batch: Batch, number: int) -> bool:
-        """Whether the recorded step is no longer what a step is now. At an epoch's start, also by the host's state."""
+        """Whether the recorded step is no longer what a step is now; at an epoch's start, in all that Python holds."""
         same = self._parts == self._present_parts() and self._settings == self.step.update.settings()
+        same = same and self._values == _plain_values(self.step.distiller)
         forms = batch.keys() == self.batch.keys() and all(_form(batch[n]) == _form(t) for n, t in self.batch.items())
         return not (same and forms) or (number == 1 and self._host != host_state(self.step.distiller))
 
@@ -266,6 +272,18 @@ def _compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
         worst = int((replayed - own).abs().nan_to_num(math.inf).argmax())
         one, other = replayed.flatten()[worst].item(), own.flatten()[worst].item()
         raise CannotRecordError(f"replayed, it computes other numbers ({one:g}, not {other:g})")
+
+
+def _hooked(distiller: Distiller) -> bool:
+    """Whether modules or parameters have hooks."""
+    own = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return has_hooks(distiller) or any(getattr(p, name, None) for p in distiller.parameters() for name in own)
+
+
+def _plain_values(distiller: Distiller) -> list[Any]:
+    """The numbers, flags and names that a method itself holds: a schedule may change them at any step."""
+    methods = [distiller, *(part for part in distiller.children() if isinstance(part, Distiller))]
+    return [value for method in methods for value in vars(method).values() if isinstance(value, (int, float, str))]
 
 
 def _form(field: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

@@ -35,7 +35,7 @@ from .lr_schedule import adjust_learning_rate, learning_rate
 from .meters import Meters
 from .modes import GRAPH, Setup, check_modes, obstacle
 from .nan_watch import NonFiniteLossError, nan_policy_dict
-from .overridden import adopt_optimizer, adopt_overrides
+from .overridden import OwnStep, adopt_optimizer, adopt_overrides
 from .parts import Parts
 from .placing import counted, own_share, placed
 from .progress_bar import ProgressBar
@@ -108,7 +108,8 @@ class BaseTrainer:
         self.nan_policy = policy(self.log_path, self.distiller, self.device, self.ranks, cfg)
         frozen = FrozenNetworks(self.distiller, self.train_loader, cfg)
         against = obstacle(GRAPH, Setup(cfg, self.distiller, self.update_rule, self.ranks.world, train_loader))
-        recorder = recorder_for(self.device, cfg, against)
+        own = isinstance(self.train_iter, OwnStep)
+        recorder = None if own else recorder_for(self.device, cfg, against)
         self.step = Step(
             self.distiller, self.update, self.nan_policy, self.ema, frozen, self.device, self.ranks, cfg,
             in_graph=recorder is not None,

@@ -242,6 +242,37 @@ def test_settings_that_change_at_every_step_are_not_recorded_for_ever(tmp_path, 
     assert recording.recorded == 1 and trainer.take_step.recorder is None and "at every step" in caplog.text
 
 
+def test_a_weight_that_a_schedule_changes_within_an_epoch_is_followed(tmp_path, recording):  # noqa: F811
+    class Weighted(Plain):
+        weight = 1.0
+
+        def forward_train(self, image, target, **kwargs):
+            logits, losses = super().forward_train(image, target, **kwargs)
+            return logits, losses | {"loss_kd": self.weight * losses["loss_kd"]}
+
+    def before(trainer):
+        return lambda now: setattr(trainer.distiller, "weight", 1.0 + now[1] // 6)
+
+    usual = trainer_of(tmp_path, *NEVER, distiller=Weighted(Net()))
+    trainer = trainer_of(tmp_path, distiller=Weighted(_same(usual)))
+    own = [taken(t, 17, before(t)) for t in (usual, trainer)]
+    assert own[1] == pytest.approx(own[0], rel=1e-5) and recording.recorded == 3
+
+
+@pytest.mark.parametrize("of", ["module", "parameter", "optimizer"])
+def test_hooks_are_python_code_and_are_not_recorded(of, tmp_path, recording, caplog):  # noqa: F811
+    trainer, calls = trainer_of(tmp_path), []
+    if of == "module":
+        trainer.distiller.student.conv.register_forward_hook(lambda *_: calls.append(1))
+    elif of == "parameter":
+        trainer.distiller.student.conv.weight.register_hook(lambda _: calls.append(1))
+    else:
+        trainer.optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    with caplog.at_level("INFO"):
+        taken(trainer, 8)
+    assert not recording.recorded and "hooks, which are Python code" in caplog.text and len(calls) == 8
+
+
 def test_layers_frozen_at_an_epochs_start_are_recorded_anew(tmp_path, recording):  # noqa: F811
     compared(
         tmp_path, recording, lambda t: at((2, 1), lambda: t.distiller.student.conv.requires_grad_(False)), 8, epochs=2

@@ -12,7 +12,7 @@ from mdistiller.distributed.ranks import Ranks
 from mdistiller.engine.modes import MODES
 from mdistiller.errors import UserError
 
-from . import alone, small
+from . import alone
 from .combinations import refused
 from .train_small import traced
 

@@ -11,7 +11,7 @@ import torch
 
 from mdistiller.engine.runtime.signals import Stopped
 
-from . import alone, small
+from . import alone
 from .combinations import launcher_of, run_of
 from .runs import differences
 from .train_small import in_step

@@ -45,6 +45,7 @@ class GpuRecorder:
             usual.wait_stream(beside)
 
     def record(self, function: Function) -> Function:
+        self._check_room()
         graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             # Other threads, such as one that pins batches, may go on with what they do.
@@ -54,6 +55,19 @@ class GpuRecorder:
             self._recover(usual)
             raise
         return graph.replay
+
+    def _check_room(self) -> None:
+        """Refuse to record where a graph, which keeps the memory of a step, and other batches do not both fit.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        allocated = torch.cuda.memory_allocated(self.device)
+        step = torch.cuda.max_memory_allocated(self.device) - allocated
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - allocated
+        if 2 * step > free:
+            sizes = f"{step / 2**30:.1f} GiB, and validation as much; {free / 2**30:.1f} GiB are free"
+            raise RuntimeError(f"too little memory: a graph may keep {sizes}")
 
     def _recover(self, usual: torch.cuda.Stream) -> None:
         """Undo what torch leaves of a recording that failed: another stream, and a generator that waits for its end."""
