@@ -140,6 +140,7 @@ class Recording:
         self.names: Names = ()
         self.row = torch.empty(0)
         self.totals: list[Tensor] = []
+        self._holders: list[Meters | None] = [None] * _METERS
         if reads := step.update.host_reads():
             raise CannotRecordError(reads)
         if _hooked(step.distiller):
@@ -167,8 +168,7 @@ class Recording:
         """
         self._fill(batch, epoch)
         names = (*METRICS, *(f"loss/{name}" for name in self.names))
-        for own, total in zip(meters, self.totals, strict=False):
-            own.hold(names, total)
+        self._lend(names, meters)
         self._replay()
         self.replays += 1
         images = len(batch["target"])
@@ -178,6 +178,16 @@ class Recording:
         index = batch.get("index", batch["target"][:0])
         self.step.nan_policy.drops(Outcome(epoch, number, self.names, losses, unexplained, index))
         return StepResult(images, names, sums, norm)
+
+    def _lend(self, names: Names, meters: Sequence[Meters]) -> None:
+        """Let the sums that the recorded step adds to be those of `meters`, and no longer of those before."""
+        for place, total in enumerate(self.totals):
+            own, former = (meters[place] if place < len(meters) else None), self._holders[place]
+            if former is not None and former is not own:
+                former.let_go(names, total)
+            if own is not None:
+                own.hold(names, total)
+            self._holders[place] = own
 
     def _fill(self, batch: Batch, epoch: int) -> None:
         """Put what is new in this step where the recorded one reads it."""

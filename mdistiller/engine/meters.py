@@ -37,6 +37,11 @@ class Meters:
             buffer.copy_(own)
         self._sums[names] = buffer
 
+    def let_go(self, names: Names, buffer: Tensor) -> None:
+        """Keep the sums in a tensor of their own, if `buffer` holds them."""
+        if self._sums.get(names) is buffer:
+            self._sums[names] = buffer.clone()
+
     def set_mean(self, name: str, value: Tensor) -> None:
         """Let `value` () be the mean of `name` over all images added so far."""
         self._sums[name,] = value.double().reshape(1) * self.count

@@ -303,6 +303,20 @@ def test_every_batch_counts_once_and_the_meters_are_apart(tmp_path, recording): 
     assert meters.means()["train_loss"] * 44 == pytest.approx(sum(sums), rel=1e-9)
 
 
+def test_meters_of_the_past_keep_their_sums(tmp_path, recording):  # noqa: F811
+    trainer = trainer_of(tmp_path)
+    trainer.distiller.train()
+    batch, kept = trainer.prepare_batch(next(iter(trainer.train_loader)), 1), []
+    for step in range(1, 9):
+        meters, recent = Meters(), Meters()
+        trainer.train_iter(batch, 1, meters, *([recent] if step % 2 else []), step=step)
+        kept.append((meters, recent, meters.means(), recent.means()))
+    assert recording.recorded == 1
+    assert all(m.means() == then and r.means() == recently for m, r, then, recently in kept)
+    losses = [then["train_loss"] for _, _, then, _ in kept]
+    assert len(set(losses)) == len(losses) and all(bool(now) == (i % 2 == 0) for i, (*_, now) in enumerate(kept))
+
+
 def test_in_place_sums():
     names, buffer, meters = ("a", "b"), torch.full((2,), 7.0, dtype=torch.float64), Meters()
     meters.hold(names, buffer)
