@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -140,6 +141,7 @@ def main() -> None:
     args.folder.mkdir(parents=True)
     if args.quick:
         torch.save({"model": build_model(cifar_model_dict, "resnet8", 10).state_dict()}, args.folder / "teacher.pth")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that MPS is ended, if it was started for them
     with gpu_environments([] if args.device == "cpu" else visible_gpus(), len(names)) as environments:
         running = {}
         for place, name in enumerate(names):
