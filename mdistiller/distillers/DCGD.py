@@ -297,23 +297,26 @@ class _Kept:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self._open = False
-        self._kept: tuple[Tensor, Any] | None = None
+        self._kept: list[tuple[Tensor, Any]] = []
 
     def __enter__(self) -> None:
         self._open = True
 
     def __exit__(self, *_: object) -> None:
-        self._open, self._kept = False, None
+        self._open, self._kept = False, []
 
     def __call__(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self.network(image, *args, **kwargs)
-        if self._open and (self._kept is None or self._kept[0] is not image):
-            self._kept = (image, output)
+        if self._open:
+            self._kept.append((image, output))
         return output
 
     def of(self, image: Tensor) -> Any:
         """The output for this `image` (the same tensor, not an equal one), which is computed if none is kept."""
-        return self._kept[1] if self._kept is not None and self._kept[0] is image else self.network(image)
+        for own, output in self._kept:
+            if own is image:
+                return output
+        return self.network(image)
 
     def __getattr__(self, name: str) -> Any:
         if name == "network":  # of a copy that is not filled in yet

@@ -52,7 +52,10 @@ class EMA:
         self._updates += 1
         share = 1 - ((1 + self._updates) / (10 + self._updates)).clamp(max=self.decay)  # of the present state
         for means, states in by_kind(_state(self.network), _state(network)):
-            if means[0].is_floating_point():
+            if means[0].is_floating_point() and means[0].device.type == "cpu":
+                for mean, state in zip(means, states):  # on a CPU no slower than all at once
+                    mean.lerp_(state, share.to(mean.dtype))
+            elif means[0].is_floating_point():
                 change = torch._foreach_sub(states, means)
                 torch._foreach_mul_(change, share.to(means[0].device))
                 torch._foreach_add_(means, change)

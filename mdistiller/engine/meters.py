@@ -37,10 +37,9 @@ class Meters:
             buffer.copy_(own)
         self._sums[names] = buffer
 
-    def let_go(self, names: Names, buffer: Tensor) -> None:
-        """Keep the sums in a tensor of their own, if `buffer` holds them."""
-        if self._sums.get(names) is buffer:
-            self._sums[names] = buffer.clone()
+    def release(self, buffer: Tensor) -> None:
+        """Keep the sums that `buffer` holds now; what is added to it from now on counts elsewhere."""
+        self._sums = {names: sums.clone() if sums is buffer else sums for names, sums in self._sums.items()}
 
     def set_mean(self, name: str, value: Tensor) -> None:
         """Let `value` () be the mean of `name` over all images added so far."""

@@ -96,8 +96,9 @@ def adopt_optimizer(trainer: Any, own: Any, must: str) -> None:
             "fp16 is too large; make it with fused=False, or set SOLVER.AMP bf16"
         )
     for group in own.param_groups:
+        group["lr"] = float(group["lr"])  # a tensor may be that of several groups, and lie on the host
         if LR_SCALE not in group and group["lr"] != trainer.cfg.SOLVER.LR:
-            group[LR_SCALE] = float(group["lr"]) / trainer.cfg.SOLVER.LR
+            group[LR_SCALE] = group["lr"] / trainer.cfg.SOLVER.LR
     update.optimizer, update.parameters = own, flat_parameters(own.param_groups)
     if trainer.ranks.first:
         _say_what_is_left_out(trainer)

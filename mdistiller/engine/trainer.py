@@ -108,11 +108,12 @@ class BaseTrainer:
         self.nan_policy = policy(self.log_path, self.distiller, self.device, self.ranks, cfg)
         frozen = FrozenNetworks(self.distiller, self.train_loader, cfg)
         against = obstacle(GRAPH, Setup(cfg, self.distiller, self.update_rule, self.ranks.world, train_loader))
-        own = isinstance(self.train_iter, OwnStep)
-        recorder = None if own else recorder_for(self.device, cfg, against)
+        if isinstance(self.train_iter, OwnStep):
+            against = against or f"{type(self).__name__}.train_iter takes the steps"
+        recorder = recorder_for(self.device, cfg, against)
         self.step = Step(
             self.distiller, self.update, self.nan_policy, self.ema, frozen, self.device, self.ranks, cfg,
-            in_graph=recorder is not None,
+            in_graph=recorder is not None and not self.update.host_reads(),
         )  # fmt: skip
         self.take_step = GraphedStep(self.step, recorder, required=cfg.SOLVER.CUDA_GRAPH == "always")
         self.state = RunState(

@@ -91,6 +91,8 @@ class SumUpdate:
                 group["lr"] = torch.tensor(group["lr"], device=device)
             if "capturable" in group:
                 group["capturable"] = True  # as torch's own check asks; the fused kernel is the same
+        # Or torch would warn, at the first step, that no graph has been recorded yet.
+        self.optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def settings(self) -> list[dict[str, Any]]:

@@ -5,15 +5,26 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Mapping, Set
+from itertools import chain
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
 
+from ...models.copies import PASS_HOOKS
+
 HostState = dict[str, Any]
 
+_held = attrgetter("_parameters", "_buffers")
+_hooks = attrgetter(*PASS_HOOKS)
+_values, _pointer, _learns = methodcaller("values"), methodcaller("data_ptr"), attrgetter("requires_grad")
+
+_PLAIN = (bool, int, float, str)
 # How deep containers are looked into.
 _DEPTH = 3
+# Whose objects are not looked into: they have no numbers for a step, or change in each.
+_KNOWN = ("builtins", "functools", "mdistiller", "torch", "types", "yacs")
 
 
 def host_state(module: nn.Module) -> HostState:
@@ -31,6 +42,41 @@ def host_state(module: nn.Module) -> HostState:
 def changed(before: HostState, after: HostState) -> list[str]:
     """The names of the attributes that differ."""
     return [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
+
+
+def attributes(owner: str, value: Any, but: Set[str]) -> HostState:
+    """The attributes of an object that is no module, as `host_state`; `but` are left out."""
+    return {f"{owner}.{key}": _seen(own, _DEPTH) for key, own in vars(value).items() if key not in but}
+
+
+class Watch:
+    """What can be seen of a module at every step: which parameters, buffers and hooks it has, and its own numbers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._owners = [module, *module.children()]  # a method, and one that it is built on
+        parts = list(module.modules())
+        self._full = [held for held in chain.from_iterable(map(_held, parts)) if held]
+        self._of_hooks = list(chain.from_iterable(map(_hooks, parts)))
+        self._then = self._now()
+
+    def changed(self) -> bool:
+        """Whether it is another than at the beginning."""
+        return self._then != self._now()
+
+    def hooks(self) -> bool:
+        """Whether a hook other than torch's own is called in a pass; nobody calls it in a replay."""
+        own = (hook for hooks in self._of_hooks for hook in hooks.values())
+        return any(not _module_of(hook).startswith("torch.") for hook in own)
+
+    def _now(self) -> tuple[Any, ...]:
+        tensors = [tensor for tensor in chain.from_iterable(map(_values, self._full)) if tensor is not None]
+        numbers = [(k, repr(v)) for own in self._owners for k, v in vars(own).items() if isinstance(v, _PLAIN)]
+        places = list(map(id, tensors)), list(map(_pointer, tensors)), list(map(_learns, tensors))
+        return *places, numbers, sum(map(len, self._of_hooks))
+
+
+def _module_of(hook: Any) -> str:
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)
 
 
 class HostSnapshot:
@@ -73,8 +119,10 @@ def _seen(value: Any, depth: int) -> Any:
         return id(value), value.data_ptr(), value.requires_grad
     if depth and isinstance(value, Mapping):
         return tuple((_seen(key, depth - 1), _seen(own, depth - 1)) for key, own in value.items())
-    if depth and isinstance(value, (list, tuple)):
+    if depth and isinstance(value, (list, tuple, deque)):
         return tuple(_seen(own, depth - 1) for own in value)
     if isinstance(value, Set):
         return frozenset(map(id, value))
+    if depth and hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _KNOWN:
+        return id(value), _seen(vars(value), depth - 1)
     return id(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
@@ -47,12 +48,13 @@ class GpuRecorder:
     def record(self, function: Function) -> Function:
         self._check_room()
         graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        pool = torch.cuda.graph_pool_handle()
         try:
             # Other threads, such as one that pins batches, may go on with what they do.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 function()
         except Exception:
-            self._recover(usual)
+            self._recover(usual, pool)
             raise
         return graph.replay
 
@@ -69,9 +71,16 @@ class GpuRecorder:
             sizes = f"{step / 2**30:.1f} GiB, and validation as much; {free / 2**30:.1f} GiB are free"
             raise RuntimeError(f"too little memory: a graph may keep {sizes}")
 
-    def _recover(self, usual: torch.cuda.Stream) -> None:
-        """Undo what torch leaves of a recording that failed: another stream, and a generator that waits for its end."""
+    def _recover(self, usual: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+        """Undo what torch leaves of a recording that failed: another stream, an allocator and a generator that wait.
+
+        An allocator that waits for the end of a recording gives no cached memory back: the next `empty_cache()`, and so
+        the next recording, fails with an internal assertion, and a full memory is not searched for blocks to free.
+        """
         torch.cuda.set_stream(usual)
+        with suppress(AttributeError, RuntimeError):  # torch itself has ended it
+            torch._C._cuda_endAllocateToPool(usual.device_index, pool)
+            torch._C._cuda_releasePool(usual.device_index, pool)
         generator = torch.cuda.default_generators[usual.device_index]
         with suppress(AttributeError):  # an older torch
             generator.graphsafe_set_state(generator.clone_state())
@@ -81,8 +90,10 @@ class GpuRecorder:
 def _refusing_to_wait() -> Iterator[None]:
     """Within this context, what would make the host wait for the GPU raises a RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():  # that this mode does not see everything yet
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
