@@ -26,7 +26,7 @@ def convolution_rate(dtype: torch.dtype, device: torch.device, rounds: int = 5) 
     On a GPU in TF32 if that is on, as a training step is.
     """
     best = 0.0
-    with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
         for channels, size in LARGE:
             x = torch.randn(64, channels, size, size, device=device, dtype=dtype)
             weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)

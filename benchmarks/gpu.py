@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a cl
 import torch
 import trainings
 from gpu_report import markdown
-from stages import Outcome, run_stage
+from stages import GRACE, Outcome, run_stage
 
 from mdistiller.console import tool
 from mdistiller.engine.files.atomic import write_whole
@@ -46,7 +46,7 @@ METHODS = ("KD", "DKD", "CRD", "REVIEWKD", "NST", "DCGD_KD")
 # The modes of every method come first, then those that say less, then those that compile for half a minute each.
 MODES = ("eager", "graph", "bf16, graph")
 MORE_MODES = ("teacher cache in memory", "bf16, teacher cache in memory", "bf16, eager", "NCHW, eager", "fp16")
-COMPILED = ("compile, eager", "compile, graph", "bf16, compile, graph")
+COMPILED = ("compile, graph", "bf16, compile, graph", "compile, eager")
 PROCESSES_OF_TESTS = min(8, max(1, usable_cpus() // 2))
 # The stages that run step.py.
 STEPS = ("step", "modes", "compiled")
@@ -64,12 +64,14 @@ class Stage:
         limit: in seconds.
         command: from the arguments to its command line; it writes <out>/<name>.json.
         takes_left_over: whether it has the time, too, that the stages before it did not need.
+        grace: seconds that its processes have to end by themselves at the limit.
     """
 
     name: str
     limit: float
     command: Command
     takes_left_over: bool = False
+    grace: float = GRACE
 
 
 def _script(name: str, args: argparse.Namespace, *more: str) -> list[str]:
@@ -91,11 +93,11 @@ def _tests(args: argparse.Namespace) -> list[str]:
     return [*words, "-n", str(PROCESSES_OF_TESTS)]
 
 
-def _step(name: str, methods: tuple[str, ...], modes: tuple[str, ...]) -> Command:
+def _step(name: str, methods: tuple[str, ...], modes: tuple[str, ...], *more: str) -> Command:
     """The command of a stage that runs step.py."""
 
     def command(args: argparse.Namespace) -> list[str]:
-        words = ["--without-classic", "--out", f"{args.out / name}.json", "--data", str(args.data)]
+        words = ["--without-classic", "--out", f"{args.out / name}.json", "--data", str(args.data), *more]
         if args.quick:
             small = ["--pairs", "resnet14-resnet8", "--batch", "4", "--steps", "1", "--rounds", "1"]
             return _script("step.py", args, *words, *small, "--methods", "KD", "--modes", "eager", "graph")
@@ -122,9 +124,9 @@ STAGES = (
     Stage("tests", 75, _tests),
     Stage("step", 60, _step("step", METHODS, MODES)),
     Stage("profile", 20, _profile),
-    Stage("modes", 30, _step("modes", METHODS, MORE_MODES)),
-    Stage("compiled", 40, _step("compiled", METHODS, COMPILED)),
-    Stage("train", 215, _train, takes_left_over=True),
+    Stage("modes", 25, _step("modes", METHODS, MORE_MODES)),
+    Stage("compiled", 60, _step("compiled", METHODS, COMPILED, "--apart")),
+    Stage("train", 195, _train, takes_left_over=True, grace=13),  # checkpoints are saved, a daemon is ended
 )
 
 
@@ -203,10 +205,12 @@ def run_stages(args: argparse.Namespace, report: Report, stages: tuple[Stage, ..
             "PYTHONUNBUFFERED": "1", "MPLBACKEND": "agg", "MDISTILLER_TEST_DEVICE": args.device,
             "MDISTILLER_TEST_RESULTS": str(args.out / "tests.jsonl"),
         }  # fmt: skip
+        if stage.name == "tests":  # several processes on these cores
+            environment["OMP_NUM_THREADS"] = "1"
         start = time.monotonic()
         try:
             output = args.out / f"{stage.name}.txt"
-            outcome = run_stage(stage.name, stage.command(args), limit, output, environment, REPOSITORY)
+            outcome = run_stage(stage.name, stage.command(args), limit, output, environment, REPOSITORY, stage.grace)
         except Interrupted as stopped:
             note = f"stopped by signal {stopped.number}"
             report.add(Outcome(stage.name, "interrupted", time.monotonic() - start, limit, note))

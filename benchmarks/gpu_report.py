@@ -60,7 +60,7 @@ def _tests(content: Content) -> list[str]:
         return []
     counted = Counter(test["outcome"] for test in tests)
     lines = ["## Tests", "", ", ".join(f"{count} {outcome}" for outcome, count in counted.items()), ""]
-    lines += [f"- {test['outcome']}: `{test['test']}`: {test['why']}" for test in tests if test["outcome"] != "passed"]
+    lines += [f"- {test['outcome']}: `{test['test']}`: {test['why']}" for test in tests if test["why"]]
     return lines
 
 
@@ -88,7 +88,7 @@ def _train(content: Content) -> list[str]:
         whole = run["epochs"] == run["of"] and "published" in run
         published = f"{run['published']:.2f}" if "published" in run else ""
         difference = f"{run['top1_last'] - run['published']:+.2f}" if whole else ""
-        note = "" if run["epochs"] == run["of"] else "cut off"
+        note = "" if run["epochs"] == run["of"] else f"cut off; {run['of']} epochs take {_whole(run)} at this speed"
         if whole and run["top1_last"] < run["published"] - WITHIN:
             note = f"more than {WITHIN} below"
         lines.append(
@@ -96,6 +96,11 @@ def _train(content: Content) -> list[str]:
             f"| {published} | {difference} | {run['seconds']:.0f} | {run['images_per_second']:.0f} | {note} |"
         )
     return lines
+
+
+def _whole(run: dict[str, Any]) -> str:
+    """How long a training that was cut off would have taken."""
+    return _duration(run["seconds"] / run["epochs"] * run["of"] / 3600)
 
 
 def steps_measured(content: Content) -> dict[str, dict[str, dict[str, Any]]]:

@@ -34,9 +34,10 @@ class Outcome:
 
 
 def run_stage(
-    name: str, command: Sequence[str], limit: float, output: Path, environment: Mapping[str, str], cwd: Path
+    name: str, command: Sequence[str], limit: float, output: Path, environment: Mapping[str, str], cwd: Path,
+    grace: float | None = None,
 ) -> Outcome:
-    """Run a stage for at most `limit` seconds; what it prints is kept in `output`.
+    """Run a stage for at most `limit` seconds, and `grace` (GRACE) to end itself; `output` keeps what it prints.
 
     If this raises, as a signal's handler may, the stage has been ended, too.
     """
@@ -51,7 +52,7 @@ def run_stage(
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            end_family(process)
+            end_family(process, GRACE if grace is None else grace)
     seconds = time.monotonic() - start
     if status == 0:
         return Outcome(name, "done", seconds, limit)
@@ -61,11 +62,11 @@ def run_stage(
     return Outcome(name, "failed", seconds, limit, f"{how}: {last_line(output) or 'it printed nothing'}")
 
 
-def end_family(process: subprocess.Popen[bytes]) -> None:
+def end_family(process: subprocess.Popen[bytes], grace: float) -> None:
     """End a session's first process and all below it, also what it started in sessions of their own."""
     family = [] if process.poll() is not None else [*below(process.pid), process.pid]
     _signal(family, signal.SIGTERM)
-    until = time.monotonic() + GRACE
+    until = time.monotonic() + grace
     while any(map(_runs, family)) and time.monotonic() < until:
         process.poll()
         time.sleep(0.05)

@@ -291,9 +291,10 @@ def measure(
         for place, pair in enumerate(args.pairs):
             for method in args.methods if place == 0 else [m for m in args.methods if m in ON_EVERY_PAIR]:
                 print(f"{method}, {pair} ...", file=sys.stderr, flush=True)
-                raced = race(method, pair, args.modes, args, rates, Path(folder))
-                result["races"].append({"method": method, "pair": pair, **raced})
-                show(result)
+                for modes in [[mode] for mode in args.modes] if args.apart else [args.modes]:
+                    raced = race(method, pair, modes, args, rates, Path(folder))
+                    result["races"].append({"method": method, "pair": pair, **raced})
+                    show(result)
     return result
 
 
@@ -318,6 +319,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=[*ON_EVERY_PAIR, *others], choices=[*distiller_dict])
     parser.add_argument("--modes", nargs="+", default=["default", "bf16"], choices=[*MODES])
     parser.add_argument("--data", default=str(REPOSITORY / "data"), help="has cifar-100-python; else noise is used")
+    parser.add_argument("--apart", action="store_true", help="each mode is a race of its own, written once it is over")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20, help="steps per turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each path")

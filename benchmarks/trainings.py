@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -31,8 +32,11 @@ from mdistiller.experiments.launch import visible_gpus
 from mdistiller.experiments.mps import gpu_environments
 from mdistiller.experiments.runs import Run, read_run
 from mdistiller.models import build_model, cifar_model_dict, teacher_checkpoint
+from mdistiller.system import usable_cpus
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Seconds that the trainings have to save their checkpoints, once they are asked to end.
+_PATIENCE = 8.0
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def end(running: Iterable[subprocess.Popen[bytes]]) -> None:
+    """End the trainings that still run. The daemon of MPS waits for them when it is ended."""
+    until = time.monotonic() + _PATIENCE
+    for process in running:
+        if process.poll() is None:
+            process.terminate()
+    for process in running:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 @tool()
 def main() -> None:
     args = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left at a time limit
     lacking = missing(args.data, args.quick)
     names = [name for name in TRAININGS if name not in lacking]
     for why in dict.fromkeys(lacking.values()):
@@ -141,17 +160,22 @@ def main() -> None:
     args.folder.mkdir(parents=True)
     if args.quick:
         torch.save({"model": build_model(cifar_model_dict, "resnet8", 10).state_dict()}, args.folder / "teacher.pth")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that MPS is ended, if it was started for them
     with gpu_environments([] if args.device == "cpu" else visible_gpus(), len(names)) as environments:
-        running = {}
-        for place, name in enumerate(names):
-            environment = os.environ | (environments[place % len(environments)] if environments else {})
-            with (args.folder / f"{name}.txt").open("wb") as log:
-                running[name] = subprocess.Popen(
-                    command(name, args), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
-                )
-        while any(process.poll() is None for process in running.values()):
-            time.sleep(0.5)
+        running: dict[str, subprocess.Popen[bytes]] = {}
+        threads = {"OMP_NUM_THREADS": str(max(1, usable_cpus() // len(names)))}
+        try:
+            for place, name in enumerate(names):
+                environment = threads | os.environ | (environments[place % len(environments)] if environments else {})
+                with (args.folder / f"{name}.txt").open("wb") as log:
+                    running[name] = subprocess.Popen(
+                        command(name, args), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+                    )
+            while any(process.poll() is None for process in running.values()):
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        finally:
+            end(running.values())
     for name in names:
         print(f"{name}: exit status {running[name].returncode}, {results(args.folder)[name]}", flush=True)
     if any(process.returncode for process in running.values()):

@@ -118,7 +118,9 @@ def one_line_errors() -> Iterator[None]:
 
 
 # How it is said by the CPU's allocator of torch, by CUDA, by its libraries, and by the system.
-_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|STATUS_ALLOC_FAILED")
+_NO_MEMORY = re.compile(
+    r"\b(?:CUDA|HIP|XPU|MPS)\b.*\bout of memory|DefaultCPUAllocator: |Cannot allocate memory|STATUS_ALLOC_FAILED"
+)
 _SMALLER = (
     "take a smaller batch (SOLVER.BATCH_SIZE, DATASET.TEST.BATCH_SIZE, a tool's --batch-size), split it "
     "(SOLVER.ACCUMULATE), or let fewer processes share the device (--jobs of `table`)"

@@ -227,7 +227,13 @@ def test_memory_that_runs_out_is_one_line_with_the_place_and_the_next_step(case,
     assert "Process 12" not in line and "Error code" not in line
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(errno.ENOENT, "absent"), KeyError("memory")])
+OTHER = [
+    RuntimeError("shape mismatch"), RuntimeError("the bank runs out of memory slots"), OSError(errno.ENOENT, "absent"),
+    KeyError("memory"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", OTHER)
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)) as raised, one_line_errors():
         raise error

@@ -189,12 +189,12 @@ def _instead_of_buffers(network: nn.Module) -> dict[str, Any]:
     In training mode BatchNorm reads none of its buffers; without them it updates none. On a GPU, copies of them and
     their updates would be 228 kernels a step for resnet56.
     """
-    instead: dict[str, Any] = {}
+    unread: set[str] = set()
     for name, layer in network.named_modules():
-        unread = type(layer) in _BATCHNORMS and layer.training
-        for own, buffer in layer.named_buffers(prefix=name, recurse=False):
-            instead[own] = None if unread else buffer.clone()
-    return instead
+        if type(layer) in _BATCHNORMS and layer.training:
+            unread.update(own for own, _ in layer.named_buffers(prefix=name, recurse=False))
+    # A buffer of two layers is named once, as functional_call asks.
+    return {name: None if name in unread else buffer.clone() for name, buffer in network.named_buffers()}
 
 
 def _paired_batchnorms(student: nn.Module, teacher: nn.Module, pairs: MapPairs) -> list[nn.BatchNorm2d]:

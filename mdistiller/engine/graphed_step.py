@@ -109,3 +109,4 @@ class GraphedStep:
             raise UserError(f"SOLVER.CUDA_GRAPH always: {reason}; set SOLVER.CUDA_GRAPH auto or never")
         note(f"steps are not recorded as a CUDA graph: {reason}")
         self.recorder = None
+        self.step.leave_graph()

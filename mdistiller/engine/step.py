@@ -134,6 +134,12 @@ class Step:
             own.add(images, result.names, sums)
         return result
 
+    def leave_graph(self) -> None:
+        """Be a step that nothing records; compiled, its passes may be CUDA graphs of their own again."""
+        self.in_graph = False
+        if self.compiled and self._cuda_graphs():
+            self.module = self._module()
+
     def whole(self, batch: Batch, epoch: Tensor) -> tuple[Names, Tensor, Tensor]:
         """The step with nothing in it that the host reads or decides, as a CUDA graph can hold it.
 

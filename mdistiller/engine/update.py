@@ -85,10 +85,12 @@ class SumUpdate:
 
     def rates(self) -> list[Tensor]:
         """The learning rate () of each parameter group, on the device from now on, where a schedule fills it in."""
-        device = self.parameters[0].device
+        device, taken = self.parameters[0].device, set()
         for group in self.optimizer.param_groups:
-            if not isinstance(group["lr"], Tensor):
-                group["lr"] = torch.tensor(group["lr"], device=device)
+            lr = group["lr"]
+            if not isinstance(lr, Tensor) or lr.device != device or lr in taken:  # of the host, or of several groups
+                group["lr"] = torch.tensor(float(lr), device=device)
+            taken.add(group["lr"])
             if "capturable" in group:
                 group["capturable"] = True  # as torch's own check asks; the fused kernel is the same
         # Or torch would warn, at the first step, that no graph has been recorded yet.

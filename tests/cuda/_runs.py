@@ -28,10 +28,15 @@ NEVER, ALWAYS, AUTO = ({"SOLVER.CUDA_GRAPH": word} for word in ("never", "always
 
 @dataclass
 class Result:
-    """What a run has written: the rows of metrics.csv without times, and the student's weights."""
+    """What a run has written: the rows of metrics.csv without times, and the student's weights.
+
+    Attributes:
+        recorded: whether its last steps were replays of a CUDA graph.
+    """
 
     rows: list[dict[str, str]]
     weights: dict[str, torch.Tensor]
+    recorded: bool
 
     def distance(self, other: Result) -> float:
         """The largest difference of a weight."""
@@ -57,7 +62,8 @@ def trained(method: str, settings: Mapping[str, Any], device: torch.device, fold
         trainer = built(method, settings, device)
         trainer.train()
         weights = load_checkpoint(trainer.log_path / "student_latest")["model"]
-        return Result(timeless(trainer.log_path / "metrics.csv"), {k: v.cpu() for k, v in weights.items()})
+        recorded = trainer.take_step.recording is not None
+        return Result(timeless(trainer.log_path / "metrics.csv"), {k: v.cpu() for k, v in weights.items()}, recorded)
 
 
 def losses(result: Result) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,14 @@ def test_a_mode_trains_as_on_the_cpu(mode: Mode, device: torch.device, shared: P
 
 
 @EVERY_MODE
-def test_a_mode_ends_as_without_a_graph(mode: Mode, graphs: torch.device, shared: Path, registered: None) -> None:
-    """With "auto", which takes a graph where it can."""
+def test_a_mode_ends_as_without_a_graph(
+    mode: Mode, graphs: torch.device, shared: Path, registered: None, record_property: Callable[[str, object], None]
+) -> None:
+    """With "auto", which takes a graph where it can; the results say whether it did."""
     method, settings = run_of(mode)
     eager = trained(method, {**settings, **NEVER}, graphs, shared / f"{mode.name} never")
     graphed = trained(method, {**settings, **AUTO}, graphs, shared / f"{mode.name} auto")
+    record_property("recorded as a graph", graphed.recorded)
     assert losses(graphed) == pytest.approx(losses(eager), rel=tolerance(mode) / 10, abs=1e-5)
 
 

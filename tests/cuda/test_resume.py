@@ -30,6 +30,11 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(
         "SOLVER.EMA": 0.9, **graph,
     }  # fmt: skip
     name = f"{method} {next(iter(graph.values()))} resumed"
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = stop_and_resume(name, method, settings, shared, Ranks())
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = stop_and_resume(name, method, settings, shared, Ranks())
+    except RuntimeError as error:  # docs/reliability.md: such an operation stops the run, and is named
+        if "deterministic implementation" not in str(error):
+            raise
+        pytest.skip(f"refused by torch: {str(error).partition('. ')[0]}")
     assert found == []

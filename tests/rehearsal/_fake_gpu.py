@@ -206,7 +206,7 @@ class FakeGPU(TorchDispatchMode):
             return
         if tensors:
             self._judge_devices(func, tensors)
-        if _TAGS & set(func.tags) or func.overloadpacket in _SOLVERS:
+        if _TAGS & set(func.tags) or func.overloadpacket in _SOLVERS or {func, func.overloadpacket} & _CHECKED:
             self.note(f"{func} waits for the GPU")
 
     def _judge_devices(self, func: Any, tensors: Sequence[Tensor]) -> None:
@@ -278,6 +278,11 @@ _CUDA: dict[str, Any] = {
 _TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # Their kernels end with a check of the solver by the host.
 _SOLVERS = {aten._linalg_eigh, aten._linalg_svd, aten.linalg_eig, aten._linalg_check_errors}
+# Before or in their kernels the host reads a number: a range, a sum of probabilities, a norm, how many differ.
+_CHECKED = {
+    aten.multinomial, aten.histc, aten.linalg_matrix_exp, aten.linalg_pinv, aten.embedding_renorm_,
+    aten.normal.Tensor_Tensor, aten.normal.float_Tensor,
+}  # fmt: skip
 _INDEXING = {
     aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default,
     aten._unsafe_index.Tensor,

@@ -135,6 +135,11 @@ READINGS = {
     "cholesky": lambda x: torch.linalg.cholesky(x.diag()),
     "solve": lambda x: torch.linalg.solve(x.diag(), x),
     "svd": lambda x: torch.linalg.svdvals(x.diag()),
+    "pinv": lambda x: torch.linalg.pinv(x.diag()),
+    "matrix_exp": lambda x: torch.matrix_exp(x.diag()),
+    "multinomial": lambda x: torch.multinomial(x, 2),
+    "normal": lambda x: torch.normal(x, x),
+    "histc": lambda x: torch.histc(x, 4),
 }
 NO_READINGS = {
     "isfinite": torch.isfinite,
