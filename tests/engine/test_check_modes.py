@@ -43,7 +43,7 @@ REFUSED = [
     ("DISTILLER.PAIRS [[1,1]]", KD, SumUpdate, 1, None, "DISTILLER.PAIRS [[1, 1]]", "KD, which compares no pairs"),
     ("SOLVER.CUDA_GRAPH always", KD, SumUpdate, 2, None, "SOLVER.CUDA_GRAPH always", "2 processes"),
     ("SOLVER.CUDA_GRAPH always SOLVER.NAN_POLICY skip", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "NAN_POLICY skip"),
-    (f"SOLVER.CUDA_GRAPH always {IN_FILES}", KD, SumUpdate, 1, None, "CUDA_GRAPH always", "TEACHER_CACHE_DEVICE host"),
+    (f"SOLVER.CUDA_GRAPH always {IN_FILES}", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "TEACHER_CACHE_DEVICE"),
     ("SOLVER.CUDA_GRAPH always EXPERIMENT.DEVICE cpu", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "DEVICE cpu"),
 ]
 ACCEPTED = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mdistiller.engine import modes, nan_watch, progress_bar
+from mdistiller.engine.teacher import cache
 
 from ._fake_gpu import ROOT, FakeGPU
 from ._runs import run_waits, step_waits, trainer_for
@@ -24,6 +25,7 @@ SETTINGS = {
     "fp16, micro-batches, clipping, EMA": [
         *("SOLVER.AMP", "fp16", "SOLVER.ACCUMULATE", 3, "SOLVER.CLIP_GRAD_NORM", 1.0, "SOLVER.EMA", 0.9)
     ],
+    "teacher cache in files": ["DISTILLER.TEACHER_CACHE", "cache", "DISTILLER.TEACHER_CACHE_DEVICE", "host"],
     "losses read": [],
     "steps logged": ["LOG.TENSORBOARD_FREQ", 1],
     "progress bar": [],
@@ -31,15 +33,19 @@ SETTINGS = {
 }
 METHOD = {"chosen pairs of maps": "AT"}
 # Those that change the step most.
-OF_STEPS = ("DOT", "steps skipped at NaN", "fp16, micro-batches, clipping, EMA", "teacher cache")
+OF_STEPS = (
+    "DOT", "steps skipped at NaN", "fp16, micro-batches, clipping, EMA", "teacher cache in memory",
+    "teacher cache in files",
+)  # fmt: skip
 
 
 def named(mode):
-    return set(STEP.get("teacher cache" if mode.startswith("teacher cache") else mode, ()))
+    return set(STEP.get("fp16" if mode.startswith("fp16") else mode, ()))
 
 
 def trainer_in(mode, folder, monkeypatch, *overrides):
     monkeypatch.chdir(folder)  # where the cache is
+    monkeypatch.setattr(cache, "_free", lambda device: 2**40)  # a driver would tell
     if mode == "losses read":
         monkeypatch.setattr(nan_watch, "_EVERY", 2)
     if mode == "progress bar":
