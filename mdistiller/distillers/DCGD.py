@@ -297,18 +297,19 @@ class _Kept:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self._open = False
-        self._kept: list[tuple[Tensor, Any]] = []
+        # A tuple, of which a traced step leaves nothing behind; a list would keep the outputs beyond it.
+        self._kept: tuple[tuple[Tensor, Any], ...] = ()
 
     def __enter__(self) -> None:
         self._open = True
 
     def __exit__(self, *_: object) -> None:
-        self._open, self._kept = False, []
+        self._open, self._kept = False, ()
 
     def __call__(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self.network(image, *args, **kwargs)
         if self._open:
-            self._kept.append((image, output))
+            self._kept = (*self._kept, (image, output))
         return output
 
     def of(self, image: Tensor) -> Any:
