@@ -104,8 +104,8 @@ class DCGD(Distiller):
         self._student_kept = _Kept(self.student.base)
         object.__setattr__(method, "student", self._student_kept)
         # The base method and the branches share one forward pass of the teacher.
-        self._teacher_once = _Once(self.teacher)
-        method.run_frozen_by("teacher", self._teacher_once)
+        self._teacher_kept = _Kept(self.teacher)
+        method.run_frozen_by("teacher", self._teacher_kept.of)
         for attribute in ("needs_batch", "teacher_in_train_mode", "compares_images", "compares_maps"):
             setattr(self, attribute, getattr(method, attribute))
         self.untrained = tuple(map(_name_in_dcgd, method.untrained))
@@ -146,7 +146,7 @@ class DCGD(Distiller):
     def run_frozen_by(self, name: str, runner: Callable[[Tensor], Any] | None) -> None:
         own, _, of_method = name.partition("method.")
         if own:
-            self._teacher_once.function = runner or self.teacher
+            self._teacher_kept.function = runner or self.teacher
         else:
             self.method.run_frozen_by(of_method, runner)
 
@@ -156,7 +156,7 @@ class DCGD(Distiller):
             with eval_mode(self.teacher):
                 return self.teacher(image)[0]
         with torch.no_grad():
-            return self._teacher_once(image)[0]
+            return self._teacher_kept.of(image)[0]
 
     @classmethod
     def config_sections(cls, cfg: CN) -> set[str]:
@@ -180,7 +180,7 @@ class DCGD(Distiller):
         self.method.after_step()
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        with self._student_kept, self._teacher_once:
+        with self._student_kept, self._teacher_kept:
             logits_single, losses = self.method.forward_train(image, target, **kwargs)
             logits_teacher = self._branches_teacher(image)
             _, features = self._student_kept.of(image)
@@ -268,34 +268,11 @@ def group_student(student: nn.Module, cfg: CN) -> GroupedStudent:
     return GroupedStudent(student, load_groups(source), cfg.DCGD.BRANCHES)
 
 
-class _Once:
-    """A function of an image; inside a `with` block, a repeated call with the same tensor returns the stored output."""
-
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        self.function = function
-        self._open = False
-        self._known: tuple[Tensor, Any] | None = None
-
-    def __enter__(self) -> None:
-        self._open = True
-
-    def __exit__(self, *_: object) -> None:
-        self._open, self._known = False, None
-
-    def __call__(self, image: Tensor) -> Any:
-        if self._known is not None and self._known[0] is image:
-            return self._known[1]
-        output = self.function(image)
-        if self._open:
-            self._known = (image, output)
-        return output
-
-
 class _Kept:
-    """A network, whose attributes it has; inside a `with` block it keeps the first output for each new image."""
+    """A function of images, such as a network, whose attributes it has; inside a `with` block it keeps each output."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
         self._open = False
         # A tuple, of which a traced step leaves nothing behind; a list would keep the outputs beyond it.
         self._kept: tuple[tuple[Tensor, Any], ...] = ()
@@ -307,19 +284,19 @@ class _Kept:
         self._open, self._kept = False, ()
 
     def __call__(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = self.network(image, *args, **kwargs)
+        output = self.function(image, *args, **kwargs)
         if self._open:
             self._kept = (*self._kept, (image, output))
         return output
 
     def of(self, image: Tensor) -> Any:
-        """The output for this `image` (the same tensor, not an equal one), which is computed if none is kept."""
+        """The first output for this `image` (the same tensor, not an equal one), which is computed if none is kept."""
         for own, output in self._kept:
             if own is image:
                 return output
-        return self.network(image)
+        return self(image)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "network":  # of a copy that is not filled in yet
+        if name == "function":  # of a copy that is not filled in yet
             raise AttributeError(name)
-        return getattr(self.network, name)
+        return getattr(self.function, name)

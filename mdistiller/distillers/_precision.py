@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -22,9 +23,9 @@ def full_precision(loss: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(loss)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        if not torch.is_autocast_enabled(device):  # entering a context takes the host as long as an operation
-            return loss(*map(to_float32, args), **{k: to_float32(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
-        with torch.autocast(device, enabled=False):
+        # Entering autocast's context takes the host as long as an operation.
+        off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with off:
             return loss(*map(to_float32, args), **{k: to_float32(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
 
     return run

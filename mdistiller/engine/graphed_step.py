@@ -12,7 +12,7 @@ from ..distributed.ranks import current_ranks
 from ..errors import UserError
 from .graph.recorder import GpuRecorder, Recorder
 from .meters import Meters
-from .recording import CannotRecordError, NewStateError, Recording
+from .recording import NewStateError, Recording
 from .step import Batch, Step, StepResult
 
 # Full batches that a process takes as usual first: they make what is made once, and choose the kernels.
@@ -61,8 +61,9 @@ class GraphedStep:
             self.step.update.rates()  # a rate as a number may round otherwise than one on the device
         if self.recorder is None or len(batch["target"]) != self.step.full_batch:
             return self.step(batch, epoch, number, meters)
-        # Within the step the networks cannot see for themselves what has changed.
-        self.step.check_frozen(number, also_later=self.recording is not None)
+        if self.recording is not None or self._ready():
+            # Within a replay the networks cannot see for themselves what has changed.
+            self.step.check_frozen(number, also_later=True)
         if self.recording is not None and self.recording.outdated(batch, epoch, number):
             self._drop(self.recording)
         if self.recording is None and self._ready():
@@ -91,9 +92,7 @@ class GraphedStep:
             if self._waited:
                 self._go_without(str(reason))
             self._waited = True
-        except CannotRecordError as reason:
-            self._go_without(str(reason))
-        except Exception as error:  # too little memory for the copies; an attribute that cannot be looked into
+        except Exception as error:  # whatever it is, the steps can be taken as usual
             self._go_without(one_line(error, 200))
         return None
 

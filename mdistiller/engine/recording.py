@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..console import one_line
 from ..models.tensor_groups import by_kind
 from .graph.host_state import HostSnapshot, HostState, Watch, attributes, changed, host_state
 from .graph.recorder import Recorder
@@ -48,7 +47,8 @@ class Recording:
         replays: number of steps taken.
 
     Raises:
-        CannotRecordError: the step cannot be recorded. Nothing has changed then, but in objects that are no modules.
+        CannotRecordError, Exception: the step cannot be recorded. Nothing has changed then, but in objects of the
+            method that are no modules.
     """
 
     def __init__(self, step: Step, batch: Batch, epoch: int, recorder: Recorder) -> None:
@@ -114,6 +114,8 @@ class Recording:
         """Put what is new in this step where the recorded one reads it."""
         for targets, sources in by_kind(list(self.batch.values()), [batch[name] for name in self.batch]):
             torch._foreach_copy_(targets, sources)
+        if self.step.teacher_cache is not None:
+            self.step.teacher_cache.look_up(batch["index"])  # which turns to a new epoch, also in a loop of one's own
         if epoch != self._epoch:
             self._epoch = epoch
             self.epoch.fill_(epoch)
@@ -157,7 +159,7 @@ class Recording:
         """The replay of the recorded step, which has done in two steps what the step itself does.
 
         Raises:
-            CannotRecordError: it does something else, or cannot be recorded.
+            CannotRecordError, Exception: it does something else, or cannot be recorded.
         """
         before, python = Snapshot(self._tensors(), self.step.device), HostSnapshot(self.step.distiller)
         others = [(own, dict(vars(own))) for own in (self.step.update, self.step.update.optimizer)]
@@ -175,14 +177,14 @@ class Recording:
             replay = recorder.record(self._function)
             before.restore()
             _compare(expected, [self._replayed(replay) for _ in expected])
-        except Exception as error:  # a read by the host, a kernel that cannot be recorded, too little memory
+        except Exception:  # a read by the host, a kernel that cannot be recorded, too little memory
             python.restore()
             for own, held in others:
                 vars(own).clear()
                 vars(own).update(held)
             self.step.update.optimizer.state.clear()
             self.step.update.optimizer.state.update(remembered)
-            raise error if isinstance(error, CannotRecordError) else CannotRecordError(one_line(error, 200)) from error
+            raise
         finally:
             self.step.update.skip()
             before.restore()

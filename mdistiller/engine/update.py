@@ -73,11 +73,8 @@ class SumUpdate:
     def host_reads(self) -> str:
         """What the host reads in the optimizer's step, so that no CUDA graph can hold it; empty if nothing."""
         name = type(self.optimizer).__name__
-        if self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks:
-            return f"{name} has hooks, which are Python code"
-        if isinstance(self.optimizer, DistillationOrientedTrainer):
-            return ""
-        if all(group.get("fused") for group in self.optimizer.param_groups):
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        if fused or isinstance(self.optimizer, DistillationOrientedTrainer):
             return ""
         if self.scaler:
             return f"under SOLVER.AMP fp16 the host sees whether {name} may take the step"

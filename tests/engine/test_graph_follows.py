@@ -55,10 +55,17 @@ def replaced(trainer, **attributes):
     return lambda: [setattr(trainer.distiller, name, value) for name, value in attributes.items()]
 
 
+def zeros(trainer):
+    other = copy.deepcopy(trainer.distiller.student.fc)
+    torch.nn.init.zeros_(other.weight)
+    return other
+
+
 # What is done, when (epoch, step), in runs of how many epochs.
 DONE = {
     "a layer is frozen": ((1, 8), lambda t: lambda: t.distiller.student.conv.requires_grad_(False)),
     "a weight is set": ((1, 8), lambda t: replaced(t, weight=50.0)),
+    "a layer is replaced": ((1, 8), lambda t: lambda: setattr(t.distiller.student, "fc", zeros(t))),
     "a buffer is replaced": ((1, 8), lambda t: replaced(t, scale=torch.tensor(50.0))),
     "an object's weight is set": ((2, 1), lambda t: lambda: setattr(t.distiller.holder, "weight", 50.0)),
     "the norm is clipped": ((2, 1), lambda t: lambda: setattr(t.update, "max_norm", 0.01)),

@@ -82,6 +82,26 @@ def test_every_method_is_recorded_once_and_computes_the_same(method, files, reco
         torch.testing.assert_close(replayed[name], tensor, rtol=1e-4, atol=1e-5, msg=message)
 
 
+def test_the_teachers_outputs_are_looked_up_in_the_graph(files, recording):  # noqa: F811
+    """Each epoch shows other crops, so that a row of another epoch would be another image's."""
+    memory = ("DISTILLER.TEACHER_CACHE_DEVICE", "device")
+    _, means = trained(made(files, *memory, *NEVER))
+    trainer = made(files, *memory)
+    _, own = trained(trainer)
+    assert recording.recorded == 1 and trainer.take_step.recording.replays == 3 * STEPS - 3
+    for one, other in zip(means, own, strict=True):
+        assert other == pytest.approx(one, rel=1e-5, abs=1e-6)
+    assert trainer.step.teacher_cache.hit_rate() == 0  # every image of three epochs is another crop here
+
+
+def test_the_teachers_weights_are_read_in_two_steps_of_an_epoch(files, recording, monkeypatch):  # noqa: F811
+    trainer, thoroughly = made(files), []
+    frozen, check = trainer.step.frozen, trainer.step.frozen.check
+    monkeypatch.setattr(frozen, "check", lambda **how: (thoroughly.append(how["thoroughly"]), check(**how)))
+    trained(trainer, epochs=2)
+    assert recording.recorded == 1 and thoroughly.count(True) == 4
+
+
 class PlainSGD:
     """The optimizer `own`, a torch.optim.SGD, in plain operations. torch's own ends a graph of torch.compile."""
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Mapping, Set
-from itertools import chain
 from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
 
-from ...models.copies import PASS_HOOKS
+from ...models.held import Held
 
 HostState = dict[str, Any]
 
-_held = attrgetter("_parameters", "_buffers")
-_hooks = attrgetter(*PASS_HOOKS)
-_values, _pointer, _learns = methodcaller("values"), methodcaller("data_ptr"), attrgetter("requires_grad")
+_pointer, _learns = methodcaller("data_ptr"), attrgetter("requires_grad")
 
 _PLAIN = (bool, int, float, str)
 # How deep containers are looked into.
@@ -30,7 +27,7 @@ _KNOWN = ("builtins", "functools", "mdistiller", "torch", "types", "yacs")
 def host_state(module: nn.Module) -> HostState:
     """The attributes of all of the module's parts, by name: plain values, which tensors there are, and where these are.
 
-    What other objects hold is not seen.
+    Also those of users' own objects in them. What the objects of a library hold is not seen, see `_KNOWN`.
     """
     return {
         f"{name}.{key}" if name else key: _seen(value, _DEPTH)
@@ -50,29 +47,26 @@ def attributes(owner: str, value: Any, but: Set[str]) -> HostState:
 
 
 class Watch:
-    """What can be seen of a module at every step: which parameters, buffers and hooks it has, and its own numbers."""
+    """What can be seen of a module at every step: which layers, tensors and hooks it has, and its own numbers."""
 
     def __init__(self, module: nn.Module) -> None:
         self._owners = [module, *module.children()]  # a method, and one that it is built on
-        parts = list(module.modules())
-        self._full = [held for held in chain.from_iterable(map(_held, parts)) if held]
-        self._of_hooks = list(chain.from_iterable(map(_hooks, parts)))
+        self._held = Held(module)
         self._then = self._now()
 
     def changed(self) -> bool:
         """Whether it is another than at the beginning."""
-        return self._then != self._now()
+        return not self._held.same() or self._then != self._now()
 
     def hooks(self) -> bool:
         """Whether a hook other than torch's own is called in a pass; nobody calls it in a replay."""
-        own = (hook for hooks in self._of_hooks for hook in hooks.values())
+        own = (hook for hooks in self._held.hooks for hook in hooks.values())
         return any(not _module_of(hook).startswith("torch.") for hook in own)
 
     def _now(self) -> tuple[Any, ...]:
-        tensors = [tensor for tensor in chain.from_iterable(map(_values, self._full)) if tensor is not None]
+        tensors = self._held.tensors
         numbers = [(k, repr(v)) for own in self._owners for k, v in vars(own).items() if isinstance(v, _PLAIN)]
-        places = list(map(id, tensors)), list(map(_pointer, tensors)), list(map(_learns, tensors))
-        return *places, numbers, sum(map(len, self._of_hooks))
+        return [*map(_pointer, tensors)], [*map(_learns, tensors)], numbers, sum(map(len, self._held.hooks))
 
 
 def _module_of(hook: Any) -> str:
