@@ -42,6 +42,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from timing import spread
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 METHODS = ("NONE", "KD", "DKD", "CRD", "REVIEWKD", "NST", "DCGD_KD", "OFD", "VID", "SP")
 SHARES = (
@@ -148,13 +150,13 @@ def settings(method: str, pair: str, folder: Path, ema: float) -> list[str]:
 def prepared(method: str, pair: str, size: int, images: int, ema: float = 0.0) -> Iterator[tuple[Any, Any]]:
     """A trainer of `method` on noise of `size` x `size` pixels, and its configuration."""
     import torch
+    from untrained import untrained
 
     from mdistiller.dataset import ImageArray, dataset_dict
     from mdistiller.dataset.cifar100 import MEAN, STD
     from mdistiller.engine import optimizers
     from mdistiller.engine.build import build_trainer
     from mdistiller.engine.cfg import load_cfg
-    from mdistiller.models import build_model, cifar_model_dict
 
     torch.set_num_threads(1)
     torch.backends.mkldnn.set_flags(False)  # oneDNN prepares each small convolution for longer than torch's own takes
@@ -165,14 +167,7 @@ def prepared(method: str, pair: str, size: int, images: int, ema: float = 0.0) -
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         stack.enter_context(patch.dict(dataset_dict, {"cifar100": small}))
         stack.enter_context(patch.object(optimizers, "_fused", bool))  # as on a GPU
-        teacher = build_model(cifar_model_dict, pair.split("-")[0], 100).train()
-        for layer in teacher.modules():
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                layer.momentum = None  # the plain mean over batches, so that outputs have a trained network's scale
-        with torch.no_grad():
-            for _ in range(3):
-                teacher(torch.randn(32, 3, size, size))
-        torch.save({"model": teacher.state_dict()}, Path(folder) / "teacher.pth")
+        torch.save({"model": untrained(pair.split("-")[0], size).state_dict()}, Path(folder) / "teacher.pth")
         cfg = load_cfg(os.devnull, settings(method, pair, Path(folder), ema))
         trainer = build_trainer(cfg)
         if hasattr(trainer.nan_policy, "every"):
@@ -315,24 +310,20 @@ def table(reached: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     lines.append("|---|---|---:|---:|---:|---:|")
     columns = {(method, tree): turns for method, trees in reached.items() for tree, turns in trees.items()}
     for (method, tree), turns in columns.items():
-        (low, total, high), (_, alone, _) = _spread([t["total"] for t in turns]), _spread([t["bare"] for t in turns])
+        total, alone = spread([t["total"] for t in turns]), spread([t["bare"] for t in turns])
         lines.append(
-            f"| {method} | {tree} | {total:.0f} ({low:.0f}-{high:.0f}) | {alone:.0f} | {turns[0]['operations']} "
-            f"| {turns[0]['bare_operations']} |"
+            f"| {method} | {tree} | {total['median']:.0f} ({total['low']:.0f}-{total['high']:.0f}) "
+            f"| {alone['median']:.0f} | {turns[0]['operations']} | {turns[0]['bare_operations']} |"
         )
     lines += ["", "Microseconds and operations of each part:", ""]
     lines += ["| part | " + " | ".join(map(" ".join, columns)) + " |", "|---|" + "---:|" * len(columns)]
     for part in SHARES:
         cells = [
-            f"{_spread([t['parts'][part] for t in turns])[1]:.0f}, {turns[0]['operations_by_part'].get(part, 0)}"
+            f"{spread([t['parts'][part] for t in turns])['median']:.0f}, {turns[0]['operations_by_part'].get(part, 0)}"
             for turns in columns.values()
         ]
         lines.append(f"| {part} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> tuple[float, float, float]:
-    return min(values), statistics.median(values), max(values)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -44,12 +44,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no message of the profiler th
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # nor about memory allocated before it started
 
 import torch
-import torch.nn as nn
 from classic import ClassicTrainer, cifar_loader
 from floor import bfloat16_units, convolution_rate, floor_rate
 from runner import Runner
 from step_table import ON_EVERY_PAIR, head, pair_head, rows
 from timing import ratio, spread, take_turns
+from untrained import untrained
 from yacs.config import CfgNode as CN
 
 from mdistiller.console import reason, tool
@@ -64,7 +64,7 @@ from mdistiller.engine.runtime.device import pick_device
 from mdistiller.engine.runtime.environment import describe_run
 from mdistiller.engine.runtime.seeds import seed_everything
 from mdistiller.errors import UserError
-from mdistiller.models import build_model, cifar_model_dict, teacher_checkpoint
+from mdistiller.models import cifar_model_dict, teacher_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAIRS = ("resnet56-resnet20", "resnet32x4-resnet8x4")
@@ -159,23 +159,12 @@ def use_data(root: str) -> str:
 
 
 def teacher_file(name: str, folder: Path) -> str:
-    """The published teacher's checkpoint, or if it is missing, one of an untrained network.
-
-    The untrained network has BatchNorm statistics of random images, so that its outputs have a trained one's scale.
-    """
+    """The published teacher's checkpoint, or if it is missing, one of an `untrained` network."""
     with suppress(UserError):
         return str(teacher_checkpoint(cifar_model_dict[name][1], name))
     path = folder / f"{name}.pth"
     if not path.exists():
-        torch.manual_seed(0)
-        teacher = build_model(cifar_model_dict, name, 100).train()
-        for layer in teacher.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.momentum = None  # the plain mean over batches
-        with torch.no_grad():
-            for _ in range(3):
-                teacher(torch.randn(32, 3, 32, 32))
-        torch.save({"model": teacher.state_dict()}, path)
+        torch.save({"model": untrained(name).state_dict()}, path)
     return str(path)
 
 
