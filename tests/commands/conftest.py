@@ -23,6 +23,17 @@ def tool(monkeypatch):
     return run
 
 
+def tiny_config(method):
+    """The text of a configuration that trains resnet8 by `method` on a few digits for an epoch."""
+    return f"""
+EXPERIMENT: {{PROJECT: p, NAME: run}}
+DATASET: {{TYPE: digits, TRAIN_FRACTION: 0.05}}
+DISTILLER: {{TYPE: {method}, STUDENT: resnet8}}
+SOLVER: {{EPOCHS: 1}}
+LOG: {{WANDB: false}}
+"""
+
+
 def keep_streams(patch):
     """Undo at the end what `outlive_terminal` does to the streams of this process."""
     for name in ("stdout", "stderr"):

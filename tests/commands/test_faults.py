@@ -14,7 +14,7 @@ from mdistiller.commands import table, train
 from mdistiller.distillers import Distiller, distiller_dict
 from mdistiller.errors import UserError
 
-from .conftest import keep_streams
+from .conftest import keep_streams, tiny_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # ValueError and OSError are what a disk or a wrong value raises as well.
@@ -76,13 +76,7 @@ def method(monkeypatch):
     )  # fmt: skip
 
 
-CONFIG = """
-EXPERIMENT: {PROJECT: p, NAME: run}
-DATASET: {TYPE: digits, TRAIN_FRACTION: 0.05}
-DISTILLER: {TYPE: Mine, STUDENT: resnet8}
-SOLVER: {EPOCHS: 1}
-LOG: {WANDB: false}
-"""
+CONFIG = tiny_config("Mine")
 
 
 @pytest.fixture

@@ -13,15 +13,9 @@ from mdistiller.distillers import Distiller, distiller_dict
 from mdistiller.engine.runtime.device import pick_device
 from tests._networks import write_untrained
 
-from .conftest import REPOSITORY
+from .conftest import REPOSITORY, tiny_config
 
-CONFIG = """
-EXPERIMENT: {PROJECT: p, NAME: run}
-DATASET: {TYPE: digits, TRAIN_FRACTION: 0.05}
-DISTILLER: {TYPE: Large, STUDENT: resnet8}
-SOLVER: {EPOCHS: 1}
-LOG: {WANDB: false}
-"""
+CONFIG = tiny_config("Large")
 
 
 class Large(Distiller):
