@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdistiller.dataset import dataset_dict
-from mdistiller.models import cifar_model_dict
+from mdistiller.engine.graph.recorder import refusing_to_wait
 
 from ..reliability import small
+from ..reliability.conftest import registered  # noqa: F401  # a fixture of these tests too
 
 NAME = os.environ.get("MDISTILLER_TEST_DEVICE", "cuda")
 HERE = Path(__file__).parent
@@ -119,14 +119,6 @@ def graphs(device: torch.device) -> torch.device:
     return device
 
 
-@pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The networks and data of small.py, by name."""
-    for names, own in ((cifar_model_dict, small.NETWORKS), (dataset_dict, small.DATA)):
-        for name, entry in own.items():
-            monkeypatch.setitem(names, name, entry)
-
-
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds the `data` of small.py."""
@@ -137,12 +129,4 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def no_waiting(device: torch.device) -> AbstractContextManager[None]:
     """Within it, whatever makes the host wait for the GPU raises a RuntimeError; nothing on a CPU."""
-    return _NoWaiting() if device.type == "cuda" else nullcontext()
-
-
-class _NoWaiting(AbstractContextManager[None]):
-    def __enter__(self) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-
-    def __exit__(self, *error: object) -> None:
-        torch.cuda.set_sync_debug_mode("default")
+    return refusing_to_wait() if device.type == "cuda" else nullcontext()

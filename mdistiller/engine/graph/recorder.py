@@ -40,7 +40,7 @@ class GpuRecorder:
         usual, beside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
         beside.wait_stream(usual)
         try:
-            with torch.cuda.stream(beside), _refusing_to_wait():
+            with torch.cuda.stream(beside), refusing_to_wait():
                 function()
         finally:
             usual.wait_stream(beside)
@@ -87,7 +87,7 @@ class GpuRecorder:
 
 
 @contextmanager
-def _refusing_to_wait() -> Iterator[None]:
+def refusing_to_wait() -> Iterator[None]:
     """Within this context, what would make the host wait for the GPU raises a RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
     try:
