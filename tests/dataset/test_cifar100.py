@@ -7,7 +7,6 @@ import pickle
 import socket
 import tarfile
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -73,10 +72,8 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: py
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:{server.getsockname()[1]}/cifar.tar.gz")
         monkeypatch.setattr(cifar100, "TIMEOUT", 0.2)
-        start = time.monotonic()
         with pytest.raises(UserError, match="timed out"):
             get_dataloaders("cifar100", 8, 8, 0, str(tmp_path))
-    assert time.monotonic() - start < 5
     assert socket.getdefaulttimeout() is None
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -142,10 +141,9 @@ def test_if_a_rank_dies_the_others_end_within_a_minute(teacher, tmp_path):
     started = start(2, *training(teacher, tmp_path, "SOLVER.EPOCHS", "500"))
     wait_for("epoch 1/500", started)
     ranks = workers(started)
-    before = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
     status, output = finish(started, seconds=60)
-    assert status == 1 and time.monotonic() - before < 60
+    assert status == 1
     assert "Signal 9 (SIGKILL)" in output
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
