@@ -2,6 +2,8 @@
 pip install -e .            the same, straight from this clone
 pip install -e .[dev]       and what `make test` and `make lint` need
 pip install -e .[detection] and what detectron2 needs, which itself is installed apart: docs/detection.md
+pip install -e .[timm]      and timm, whose networks are named timm/NAME and hf-hub:USER/REPO
+pip install -e .[hf]        and Hugging Face datasets, for DATASET.TYPE hf
 pip install -e .[ray]       and Ray, for tools/table.py --ray
 """
 
@@ -46,7 +48,9 @@ setup(
     extras_require={
         "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "scipy>=1.11", "mpmath>=1.3",
                 "setuptools>=70.1", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-psutil", "types-tqdm",
-                "nbclient>=0.10", "ipykernel>=6.29", "ray>=2.30"],
+                "nbclient>=0.10", "ipykernel>=6.29", "ray>=2.30", "timm>=1.0.9", "datasets>=2.19"],
+        "timm": ["timm>=1.0.9"],
+        "hf": ["datasets>=2.19"],
         "ray": ["ray>=2.30"],
         "detection": ["fvcore>=0.1.5,<0.1.6", "iopath>=0.1.9,<0.1.10", "omegaconf>=2.1,<2.4", "hydra-core>=1.1",
                       "pycocotools>=2.0.7", "cloudpickle", "termcolor>=1.1", "tabulate", "tensorboard", "packaging",

@@ -26,7 +26,7 @@ ALLOWED = {
     "distributed": GROUND,
     "grouping": GROUND,
     "models": MODELS,
-    "dataset": {"distributed", *GROUND},
+    "dataset": {"distributed", "models", *GROUND},
     "distillers": {"dataset", "distributed", *MODELS},
     "engine.files": GROUND,
     "engine.runtime": {"engine.files", "", *GROUND},

@@ -8,7 +8,18 @@ from yacs.config import CfgNode as CN
 
 from ..paths import expanded
 from . import digits  # noqa: F401  (it registers itself)
-from ._base import DatasetInfo, Loader, Split, check_class_names, dataset_dict, get_dataloaders, stratified_split
+from ._base import (
+    DatasetInfo,
+    Loader,
+    Split,
+    check_class_names,
+    configured_dict,
+    dataset_dict,
+    get_dataloaders,
+    info_of,
+    loaders_of,
+    stratified_split,
+)
 from .batch import fields_of, named_batch
 from .cifar100 import get_cifar100_dataloaders, get_cifar100_dataloaders_sample
 from .imagenet import get_imagenet_dataloaders, get_imagenet_dataloaders_sample, get_imagenet_val_loader
@@ -28,7 +39,9 @@ def get_dataset(cfg: CN) -> tuple[Loader, Loader, int, int]:
     Raises:
         UserError: no such data set, or its data is missing or unreadable.
     """
-    loaders = get_dataloaders(
+    info = info_of(cfg)
+    loaders = loaders_of(
+        info,
         cfg.DATASET.TYPE,
         batch_size=cfg.SOLVER.BATCH_SIZE,
         val_batch_size=cfg.DATASET.TEST.BATCH_SIZE,
@@ -39,25 +52,28 @@ def get_dataset(cfg: CN) -> tuple[Loader, Loader, int, int]:
         val_fraction=cfg.DATASET.VAL_FRACTION,
         skip_broken=cfg.DATASET.SKIP_BROKEN,
     )
-    return *loaders, dataset_dict[cfg.DATASET.TYPE].num_classes
+    return *loaders, info.num_classes
 
 
 def get_val_loader(
-    name: str,
+    name: str | DatasetInfo,
     root: str = "./data",
     batch_size: int = 64,
     num_workers: int = 2,
     train: bool = False,
     skip_broken: bool = False,
 ) -> Loader:
-    """A loader of the test images of data set `name`, or (`train`) its training images, in order, not augmented.
+    """A loader of the test images of a data set, or (`train`) of its training images, in order, not augmented.
 
-    With `skip_broken`, images that cannot be read are left out, with a warning.
+    Args:
+        name: of a data set of fixed facts, or any data set's facts (`info_of`).
+        skip_broken: leave out images that cannot be read, with a warning.
 
     Raises:
         UserError: no such data set, or its data is missing or unreadable.
     """
-    split = dataset_dict[name].read(Path(expanded(root)), train, skip_broken)
+    info: DatasetInfo = dataset_dict[name] if isinstance(name, str) else name
+    split = info.read(Path(expanded(root)), train, skip_broken)
     return split.loader(batch_size, num_workers, train=False)
 
 
@@ -68,6 +84,7 @@ __all__ = [
     "Loader",
     "Split",
     "check_class_names",
+    "configured_dict",
     "dataset_dict",
     "dataset_info",
     "fields_of",
@@ -81,6 +98,8 @@ __all__ = [
     "get_tinyimagenet_dataloader",
     "get_tinyimagenet_dataloader_sample",
     "get_val_loader",
+    "info_of",
+    "loaders_of",
     "named_batch",
     "stratified_split",
 ]

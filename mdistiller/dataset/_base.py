@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from yacs.config import CfgNode as CN
 
 from ..errors import UserError
 from ..paths import expanded
-from ..registry import Registry
+from ..registry import Registry, unknown_name
 from .batch import FIELDS
 from .labels import check_labels
 from .workers import worker_counts
@@ -37,7 +38,8 @@ class DatasetInfo:
     Attributes:
         num_classes: C; labels are 0..C-1.
         image_size: height and width of the images that a network sees, in pixels.
-        model_family: which model dictionary serves it: "cifar", "tiny_imagenet" or "imagenet".
+        model_family: which model dictionary serves it: "cifar", "tiny_imagenet" or "imagenet"; "any" for data of any
+            size, where the image size chooses.
         read: (root, train, skip_broken) -> the training or the test split.
         mean, std: per channel, of values in [0, 1], by which its images are normalised; empty if not stated.
     """
@@ -50,7 +52,29 @@ class DatasetInfo:
     std: Sequence[float] = ()
 
 
+# Data sets whose facts are fixed.
 dataset_dict = Registry("data set")
+# A data set whose facts its settings and files tell: configuration -> DatasetInfo. Its name is what stands before the
+# first "/" of DATASET.TYPE.
+Configured: TypeAlias = Callable[[CN], DatasetInfo]
+configured_dict = Registry("data set")
+
+
+def info_of(cfg: CN) -> DatasetInfo:
+    """The data set of a configuration. A tree without the section DATASET means the default, CIFAR-100.
+
+    Raises:
+        UserError: no such data set, or its files do not tell its facts.
+    """
+    name = cfg.DATASET.TYPE if "DATASET" in cfg else "cifar100"
+    kind = name.partition("/")[0]
+    if kind in configured_dict:
+        configured: Configured = configured_dict[kind]
+        return configured(cfg)
+    if name not in dataset_dict:
+        raise unknown_name("data set", name, [*dataset_dict, *configured_dict])
+    info: DatasetInfo = dataset_dict[name]
+    return info
 
 
 def register(
@@ -295,7 +319,25 @@ def get_dataloaders(
     Raises:
         UserError: no such data set, data missing or unreadable, nothing to hold out, or two lists of classes.
     """
-    info: DatasetInfo = dataset_dict[name]
+    return loaders_of(
+        dataset_dict[name], name, batch_size, val_batch_size, num_workers, root, seed, train_fraction, val_fraction,
+        skip_broken,
+    )  # fmt: skip
+
+
+def loaders_of(
+    info: DatasetInfo,
+    name: str,
+    batch_size: int,
+    val_batch_size: int,
+    num_workers: int,
+    root: str = "./data",
+    seed: int = 0,
+    train_fraction: float = 1.0,
+    val_fraction: float = 0.0,
+    skip_broken: bool = False,
+) -> tuple[Loader, Loader, int]:
+    """`get_dataloaders` of the data set `info`, which messages call `name`."""
     folder = Path(expanded(root))
     train = info.read(folder, True, skip_broken)
     if val_fraction > 0:

@@ -8,7 +8,7 @@ from typing import Any
 
 from yacs.config import CfgNode as CN
 
-from ..dataset import dataset_dict
+from ..dataset import info_of
 from ..errors import UserError
 from ..registry import unknown_name
 
@@ -41,7 +41,7 @@ class RunFacts:
         Raises:
             UserError: no such data set.
         """
-        info = dataset_dict[cfg.DATASET.TYPE]
+        info = info_of(cfg)
         targets = getattr(train_loader, "targets", None)
 
         def of_data(name: str) -> tuple[Any, ...] | None:
@@ -76,8 +76,5 @@ class RunFacts:
 
 
 def image_size_of(cfg: CN) -> int:
-    """Height and width of the images of `cfg`'s data set; for a method that is built by hand, without facts.
-
-    A tree without the section DATASET means the default, CIFAR-100.
-    """
-    return dataset_dict[cfg.DATASET.TYPE if "DATASET" in cfg else "cifar100"].image_size
+    """Height and width of the images of `cfg`'s data set; for a method that is built by hand, without facts."""
+    return info_of(cfg).image_size

@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ..dataset import dataset_info, get_dataset
+from ..dataset import dataset_dict, dataset_info, get_dataset, info_of
 from ..distillers import Distiller, RunFacts, distiller_dict
 from ..distillers.contract import check_scores
 from ..distributed.ranks import current_ranks
@@ -178,7 +178,7 @@ def _names_within(distiller: Distiller, network: nn.Module) -> dict[str, str]:
 
 def deployment_lines(trainer: BaseTrainer) -> list[str]:
     """The cost of each network that the run can deploy, one line each: `student: 0.28 M parameters, 41.4 M MACs`."""
-    size = dataset_info[trainer.cfg.DATASET.TYPE].image_size
+    size = info_of(trainer.cfg).image_size
     return [f"{name}: {network_cost(net, size)}" for name, net in trainer.distiller.deployments().items()]
 
 
@@ -193,6 +193,25 @@ def step_lines(trainer: BaseTrainer) -> list[str]:
     return [f"step: {trainer.take_step.words}"] if trainer.take_step.words else []
 
 
+def resolved(cfg: CN) -> CN:
+    """The configuration with what its data tells written into it: classes, image size and normalisation.
+
+    So that a run's config.yaml describes its networks without the data. The facts of a fixed data set are not settings.
+
+    Raises:
+        UserError: see `info_of`.
+    """
+    info = info_of(cfg)
+    if cfg.DATASET.TYPE in dataset_dict:
+        return cfg
+    told = cfg.clone()
+    told.defrost()
+    told.DATASET.NUM_CLASSES, told.DATASET.IMAGE_SIZE = info.num_classes, info.image_size
+    told.DATASET.MEAN, told.DATASET.STD = list(info.mean), list(info.std)
+    told.freeze()
+    return told
+
+
 def build_trainer(cfg: CN, overrides: Sequence[str] = (), name: str | None = None) -> BaseTrainer:
     """The trainer of a run, with everything checked and nothing written to disk yet.
 
@@ -204,7 +223,7 @@ def build_trainer(cfg: CN, overrides: Sequence[str] = (), name: str | None = Non
     """
     # Unknown names, and what does not go together, are reported first: loading the data may take minutes.
     trainer_class, method = trainer_dict[cfg.SOLVER.TRAINER], distiller_dict[cfg.DISTILLER.TYPE]
-    dataset_info[cfg.DATASET.TYPE]
+    cfg = resolved(cfg)
     check_modes(cfg, method, trainer_class.update_rule, current_ranks().world)
     seed_everything(cfg.EXPERIMENT.SEED)
     with current_ranks().one_first():  # data may have to be downloaded or decoded, once for all ranks

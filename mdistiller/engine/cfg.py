@@ -17,7 +17,7 @@ from yacs.config import CfgNode as CN
 from ..distillers import distiller_dict, method_defaults, method_ranges
 from ..errors import UserError
 from ..paths import expanded, find_file
-from ..ranges import NOT_NEGATIVE, PATH, POSITIVE, WHOLE, Range, interval, list_of, one_of, whole
+from ..ranges import NOT_NEGATIVE, PATH, POSITIVE, TEXT, WHOLE, Range, interval, list_of, one_of, whole
 from ..user_files import read_yaml
 from .overrides import merge, override_pairs, setting, shown
 from .utils import log_msg
@@ -54,10 +54,36 @@ CFG.EXPERIMENT.DEVICE = "auto"
 CFG.EXPERIMENT.DETERMINISTIC = False
 
 CFG.DATASET = CN()
-# "digits", "cifar100", "tiny_imagenet" or "imagenet".
+# "digits", "cifar100", "tiny_imagenet" or "imagenet"; "folder" (class folders of your own), "images" (images without
+# labels), "torchvision/NAME", "hf" or "hf/NAME" (Hugging Face datasets).
 CFG.DATASET.TYPE = "cifar100"
-# The folder that contains the folders cifar-100-python, tiny-imagenet-200 and imagenet.
+# The folder that contains the folders cifar-100-python, tiny-imagenet-200 and imagenet; for "folder" and "images", that
+# of the images, for "hf" the saved data set.
 CFG.DATASET.ROOT = "./data"
+# For "folder": the folders of the training and of the validation images, relative to ROOT. Empty: train, and val or
+# test.
+CFG.DATASET.TRAIN = ""
+CFG.DATASET.VAL = ""
+# For "hf": the columns of images and labels. Empty: found by their types.
+CFG.DATASET.IMAGE_COLUMN = ""
+CFG.DATASET.LABEL_COLUMN = ""
+# For data of any size and any classes. The number of classes; 0: as the data tells.
+CFG.DATASET.NUM_CLASSES = 0
+# Height and width of the images that the student sees; 0: those that it was made for.
+CFG.DATASET.IMAGE_SIZE = 0
+# By which the images are normalised, one number a channel, of values in [0, 1]; empty: the student's own.
+CFG.DATASET.MEAN = []
+CFG.DATASET.STD = []
+# Decode the images once and keep them in memory if they take at most this much, in GiB; else workers read them.
+CFG.DATASET.MEMORY_GIB = 4.0
+# Augmentation of the training images: "crop_flip", "resized_crop", "randaugment" or "trivialaugment"; empty: the data
+# set's own.
+CFG.DATASET.AUGMENT = ""
+# Parameter of the Beta distribution from which the share of a mixed image is drawn; 0: no mixing.
+CFG.DATASET.MIXUP = 0.0
+CFG.DATASET.CUTMIX = 0.0
+# Probability with which a rectangle of an image is erased.
+CFG.DATASET.ERASING = 0.0
 # Processes that read training images, for all ranks on a machine together; 0: the training processes read them. A rank
 # starts NUM_WORKERS / (ranks on its machine), at least one and at most the CPUs that it may use, and a quarter as many,
 # at least one, for validation. Data sets held in memory ignore this.
@@ -75,14 +101,27 @@ CFG.DATASET.TEST.BATCH_SIZE = 64
 CFG.DISTILLER = CN()
 # The method, such as "KD"; "NONE" trains the student without a teacher.
 CFG.DISTILLER.TYPE = "NONE"
-# The name of the teacher network, one of those in mdistiller/models for the data set.
+# The teacher network: the name of one in mdistiller/models for the data set; or timm/NAME, torchvision/NAME,
+# hf-hub:USER/REPO or path/to/file.py:FUNCTION.
 CFG.DISTILLER.TEACHER = "ResNet50"
 # The teacher's checkpoint file; empty: the published one under download_ckpts, for ImageNet torchvision's weights.
 CFG.DISTILLER.TEACHER_CKPT = ""
+# Without TEACHER_CKPT: the teacher has the weights that its source publishes.
+CFG.DISTILLER.TEACHER_PRETRAINED = True
+# The modules of a teacher of another library whose outputs are its feature maps, from shallow to deep, such as
+# [layer1, layer2]. Empty: found.
+CFG.DISTILLER.TEACHER_FEATS = []
+# Height and width to which images are resized for the teacher; 0: it sees them as the student does.
+CFG.DISTILLER.TEACHER_SIZE = 0
 # Score the teacher on the validation images at the start of a new run, and warn if it is no better than chance.
 CFG.DISTILLER.SCORE_TEACHER = False
-# The name of the student network, likewise.
+# The student network, likewise.
 CFG.DISTILLER.STUDENT = "resnet32"
+# The checkpoint from which the student starts; empty: none.
+CFG.DISTILLER.STUDENT_CKPT = ""
+# The student starts from the weights that its source publishes.
+CFG.DISTILLER.STUDENT_PRETRAINED = False
+CFG.DISTILLER.STUDENT_FEATS = []
 # For methods that compare feature maps: which, as [[student's map, teacher's map], ...], counted from 0 (the stem's),
 # from shallow to deep, such as [[1, 1], [2, 3]]. Empty: the teacher's stages, paired from the deepest up.
 CFG.DISTILLER.PAIRS = []
@@ -123,6 +162,8 @@ CFG.SOLVER.LR_MIN = 0.0
 CFG.SOLVER.WARMUP_EPOCHS = 0
 # Half precision: "none"; "bf16" or "fp16" (with loss scaling); for the teacher only: "bf16-teacher", "fp16-teacher".
 CFG.SOLVER.AMP = "none"
+# Share of the label that is spread over all classes, in the cross-entropy with the labels.
+CFG.SOLVER.LABEL_SMOOTHING = 0.0
 # Compile student, teacher and loss with torch.compile.
 CFG.SOLVER.COMPILE = False
 # On a GPU, record the whole step of a full batch as one CUDA graph, and replay it: "auto", where method and settings
@@ -237,10 +278,24 @@ def _expand_paths(node: CN, above: str = "") -> None:
 
 # Of a method's setting without another limit: its square must fit into a float32.
 _LARGEST = 1e18
+_PATHS = (
+    "DATASET.ROOT", "DATASET.TRAIN", "DATASET.VAL", "DISTILLER.TEACHER_CKPT", "DISTILLER.STUDENT_CKPT",
+    "DISTILLER.TEACHER_CACHE", "LOG.PREFIX",
+)  # fmt: skip
+_CHANNELS = list_of(NOT_NEGATIVE)
 # The engine's settings and their allowed values; `method_ranges` has those of the methods.
 _RANGES: dict[str, Range] = {
     "EXPERIMENT.SEED": Range("a whole number from 0 to 2**63 - 1", lambda v: whole(0).holds(v) and v < 2**63, 2**63),
-    **dict.fromkeys(("DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DISTILLER.TEACHER_CACHE", "LOG.PREFIX"), PATH),
+    **dict.fromkeys(_PATHS, PATH),
+    "DATASET.NUM_CLASSES": whole(0),
+    "DATASET.IMAGE_SIZE": whole(0),
+    "DATASET.MEAN": _CHANNELS,
+    "DATASET.STD": _CHANNELS,
+    "DATASET.MEMORY_GIB": NOT_NEGATIVE,
+    "DATASET.AUGMENT": one_of("", "crop_flip", "resized_crop", "randaugment", "trivialaugment"),
+    "DATASET.MIXUP": NOT_NEGATIVE,
+    "DATASET.CUTMIX": NOT_NEGATIVE,
+    "DATASET.ERASING": interval(0, 1, "[]"),
     "DATASET.NUM_WORKERS": whole(0),
     "DATASET.TRAIN_FRACTION": interval(0, 1, "(]"),
     "DATASET.VAL_FRACTION": interval(0, 1, "[)"),
@@ -248,6 +303,10 @@ _RANGES: dict[str, Range] = {
     "SOLVER.BATCH_SIZE": whole(1),
     "SOLVER.EPOCHS": whole(1),
     "DISTILLER.PAIRS": list_of(list_of(WHOLE, 2)),
+    "DISTILLER.TEACHER_FEATS": list_of(TEXT),
+    "DISTILLER.STUDENT_FEATS": list_of(TEXT),
+    "DISTILLER.TEACHER_SIZE": whole(0),
+    "SOLVER.LABEL_SMOOTHING": interval(0, 1, "[)"),
     "DISTILLER.TEACHER_CACHE_DTYPE": one_of("fp16", "fp32"),
     "DISTILLER.TEACHER_CACHE_GIB": POSITIVE,
     "DISTILLER.TEACHER_CACHE_DEVICE": one_of("auto", "device", "host"),

@@ -16,7 +16,7 @@ from .teacher.cache import cache_wanted
 # Settings that say where and how a run is executed, not what it computes. They do not enter its name, and may differ
 # between a plan and the finished run that it finds.
 _MACHINE_KEYS = re.compile(
-    r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|NUM_WORKERS|TEST\.BATCH_SIZE)$"
+    r"LOG\.|EXPERIMENT\.(PROJECT|NAME|TAG|DEVICE)$|DATASET\.(ROOT|MEMORY_GIB|NUM_WORKERS|TEST\.BATCH_SIZE)$"
     r"|DISTILLER\.(TEACHER_CACHE(_GIB|_DEVICE)?|SCORE_TEACHER)$"
 )
 # Bytes that are left of a name which is too long for a folder.

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from yacs.config import CfgNode as CN
 
 from ...console import note
-from ...dataset import dataset_info
+from ...dataset import info_of
 from ...distillers import Distiller
 from ...distributed.ranks import current_ranks
 from ...models.copies import copy_without_hooks, has_hooks
@@ -188,7 +188,7 @@ def _check_outputs(owner: str, network: nn.Module, outputs: Sequence[str] | None
 
 def _example(network: nn.Module, cfg: CN) -> Tensor:
     """A random image (1, 3, H, W) of the data set's size, on the network's device."""
-    size = dataset_info[cfg.DATASET.TYPE].image_size
+    size = info_of(cfg).image_size
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     return image.to(next(network.parameters()))
 
