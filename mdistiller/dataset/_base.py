@@ -110,6 +110,9 @@ class Split(Protocol):
     def select(self, keep: Tensor) -> Split:
         """The images with the indices `keep` (K,) int64, in that order."""
 
+    def augmented(self, name: str, size: int) -> Split:
+        """The same images, augmented in training by DATASET.AUGMENT `name`, for networks that see `size` pixels."""
+
     def loader(self, batch_size: int, num_workers: int, train: bool, seed: int = 0) -> Loader:
         """Batches of this split; see `Loader`."""
 
@@ -140,9 +143,11 @@ class Loader(ABC):
         batch_size: B, over all ranks together in training.
         epoch: of the last pass that began, from 1, or what `set_epoch` has chosen.
         rank, world: this process's rank and the number of processes that share the images; see `shard`.
+        augmentation: the DATASET.AUGMENT that its images have; empty: the data set's own.
         variants: how many different images augmentation can make of one image, if they are few; else None.
     """
 
+    augmentation: str = ""
     variants: int | None = None
 
     def __init__(
@@ -303,6 +308,7 @@ def get_dataloaders(
     train_fraction: float = 1.0,
     val_fraction: float = 0.0,
     skip_broken: bool = False,
+    augment: str = "",
 ) -> tuple[Loader, Loader, int]:
     """Training loader, validation loader and number of training images of data set `name`.
 
@@ -315,13 +321,14 @@ def get_dataloaders(
         val_fraction: when > 0, this fixed fraction of every class of the training set, in [0, 1), is held out first
             and used for validation instead of the test set.
         skip_broken: skip images that cannot be read, and warn with their number.
+        augment: how the training images are augmented, see `augmentation`; empty: as the data set says.
 
     Raises:
         UserError: no such data set, data missing or unreadable, nothing to hold out, or two lists of classes.
     """
     return loaders_of(
         dataset_dict[name], name, batch_size, val_batch_size, num_workers, root, seed, train_fraction, val_fraction,
-        skip_broken,
+        skip_broken, augment,
     )  # fmt: skip
 
 
@@ -336,6 +343,7 @@ def loaders_of(
     train_fraction: float = 1.0,
     val_fraction: float = 0.0,
     skip_broken: bool = False,
+    augment: str = "",
 ) -> tuple[Loader, Loader, int]:
     """`get_dataloaders` of the data set `info`, which messages call `name`."""
     folder = Path(expanded(root))
@@ -349,8 +357,11 @@ def loaders_of(
         val = info.read(folder, False, skip_broken)
     if train_fraction < 1:
         train = train.select(stratified_split(train.targets, train_fraction)[0])
+    if augment:
+        train = train.augmented(augment, info.image_size)
     train_workers, val_workers = worker_counts(num_workers)
     train_loader = train.loader(batch_size, train_workers, train=True, seed=seed)
+    train_loader.augmentation = augment
     val_loader = val.loader(val_batch_size, val_workers, train=False)
     check_class_names(train_loader, val_loader)
     return train_loader, val_loader, len(train.targets)

@@ -1,4 +1,7 @@
-"""Random crops, rotations and mirrorings of whole batches of small uint8 images, bit for bit as in torchvision."""
+"""Random crops, rotations and mirrorings of whole batches of small uint8 images, as in torchvision.
+
+All bit for bit, but for `ResizedCrop`.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batch import to_device
+from .boxes import UNIFORMS, random_boxes
+
 
 class Augment(Protocol):
-    """A random augmentation of a batch of training images. A frozen dataclass: its repr identifies it in cache keys."""
+    """A random augmentation of a batch of training images. A frozen dataclass: its repr identifies it in cache keys.
+
+    One whose images have another size than before has the attribute `size`, their height and width; one whose `apply`
+    reads its last draws on the CPU has `host_draws`, the number of these.
+    """
 
     @property
     def variants(self) -> int | None:
@@ -21,7 +31,7 @@ class Augment(Protocol):
         """The random draws for `count` images: tensors (count, ...) on the CPU."""
 
     def apply(self, images: Tensor, *draws: Tensor) -> Tensor:
-        """Images (B, H, W, C) uint8, augmented by their draws (B, ...); the same shape."""
+        """Images (B, H, W, C) uint8, augmented by their draws (B, ...)."""
 
     def variant(self, *draws: Tensor) -> Tensor:
         """(B,) int64 in [0, variants): the same number on the same image gives the same result."""
@@ -143,3 +153,61 @@ class RotateFlip:
     def variant(self, *draws: Tensor) -> Tensor:
         """Must not be called: `variants` is None."""
         raise AssertionError("rotations are not numbered")
+
+
+@dataclass(frozen=True)
+class ResizedCrop:
+    """Torchvision's RandomResizedCrop(size), antialiased, and its RandomHorizontalFlip().
+
+    The pixels are within one level (of 256) of torchvision's, whose arithmetic is that of whole numbers.
+    """
+
+    size: int
+    area: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    variants = None
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The uniform numbers (count, UNIFORMS) of each image's part, and whether it is mirrored."""
+        uniform = torch.rand((count, UNIFORMS), generator=generator, dtype=torch.float64)
+        return uniform, torch.rand(count, generator=generator) < 0.5
+
+    def boxes(self, uniform: Tensor, height: int, width: int) -> Tensor:
+        """(B, 4) int64: first row, first column, height and width of each image's part, see `random_boxes`.
+
+        Where no attempt fits, it is the largest central part of an allowed ratio.
+        """
+        box, found = random_boxes(uniform, height, width, self.area, self.ratio, smaller=False)
+        rows = min(height, round(width / self.ratio[0]))
+        columns = min(width, round(height * self.ratio[1]))
+        central = torch.tensor([(height - rows) // 2, (width - columns) // 2, rows, columns])
+        return torch.where(found[:, None], box, to_device(central, box.device))
+
+    def apply(self, images: Tensor, *draws: Tensor) -> Tensor:
+        """Images (B, H, W, C) uint8 -> (B, size, size, C)."""
+        uniform, mirrored = draws
+        count, height, width, channels = images.shape
+        top, left, rows, columns = self.boxes(uniform, height, width).unbind(1)
+        down, across = _weights(top, rows, self.size, height), _weights(left, columns, self.size, width)
+        across = torch.where(mirrored[:, None, None], across.flip(1), across)
+        high = (down @ images.reshape(count, height, -1).float()).view(count, self.size, width, channels)
+        wide = across[:, None] @ high  # (B, 1, size, W) @ (B, size, W, C)
+        return wide.round_().clamp_(0, 255).to(torch.uint8)
+
+    def variant(self, *draws: Tensor) -> Tensor:
+        """Must not be called: `variants` is None."""
+        raise AssertionError("resized crops are not numbered")
+
+
+def _weights(start: Tensor, length: Tensor, size: int, pixels: int) -> Tensor:
+    """(B, size, pixels) float32: by which each of `size` values is the mean of the pixels in [start, start + length).
+
+    A triangle as wide as the step from value to value, or two pixels wide where that is less than one.
+    """
+    start, length = start[:, None, None].float(), length[:, None, None].float()
+    step = length / size
+    place = torch.arange(pixels, device=start.device) + 0.5
+    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
+    weights = (1 - (place - centre).abs() / step.clamp(min=1)).clamp_(min=0)
+    weights = weights * ((place > start) & (place < start + length))
+    return weights / weights.sum(dim=2, keepdim=True)

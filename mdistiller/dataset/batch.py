@@ -17,6 +17,8 @@ from .workers import started
 
 # The items of a loader without `fields`: what the original's loaders yield.
 FIELDS = ("image", "target", "index")
+# Two views of each image, which a loader with `with_views()` yields where a method asks for them.
+VIEWS = ("image_weak", "image_strong")
 
 
 def fields_of(loader: Any) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import UserError
 from ._base import Batch, Loader, mix_seed
-from .batch import HostIndex, to_device, with_host_index
+from .augmentation import FileView, View, file_view, view_by, weak_and_strong_views
+from .batch import FIELDS, VIEWS, HostIndex, to_device, with_host_index
 from .image_file import BrokenImageError, silent_pillow, warn_of_broken
 from .in_memory import Normalize
 from .listing import LabelledFiles, class_folders, labelled_files
@@ -25,8 +26,6 @@ from .worker_failures import RefusedError
 from .workers import started
 
 __all__ = ["FolderLoader", "ImageFiles", "class_folders", "cpu_seed", "labelled_files"]
-
-View = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,10 @@ class ImageFiles:
         """The images with the indices `keep`."""
         return replace(self, paths=self.paths[keep.numpy()], targets=self.targets[keep])
 
+    def augmented(self, name: str, size: int) -> ImageFiles:
+        """The same images, augmented as DATASET.AUGMENT `name` says, for networks that see `size` pixels."""
+        return replace(self, train_view=view_by(name, self.train_view, size))
+
     def loader(self, batch_size: int, num_workers: int, train: bool, seed: int = 0) -> FolderLoader:
         """Batches, read by `num_workers` processes, or by this one if 0."""
         return FolderLoader(self, batch_size, num_workers, train, seed)
@@ -88,10 +91,13 @@ class _Batches(Dataset[tuple[Batch | UserError, dict[str, str]]]):
 
     Returns the batch (image, target, index) with images (B, H, W, 3) uint8, or () if no file could be read, and what
     is wrong with each broken file, by path. In place of a batch, the error of a view that returns no such image.
+
+    Args:
+        other: another view of each training image, which comes last in the batch; None: there is none.
     """
 
-    def __init__(self, data: ImageFiles, train: bool, seed: int) -> None:
-        self.data, self.train, self.seed = data, train, seed
+    def __init__(self, data: ImageFiles, train: bool, seed: int, other: FileView | None = None) -> None:
+        self.data, self.train, self.seed, self.other = data, train, seed, other
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[Batch | UserError, dict[str, str]]:
         try:
@@ -111,10 +117,13 @@ class _Batches(Dataset[tuple[Batch | UserError, dict[str, str]]]):
                     return (), broken
         if not shown:
             return (), broken
-        places, images = torch.tensor([place for place, _ in shown]), [image for _, image in shown]
-        self._check(places, images)
-        stacked = default_collate(images)  # by a worker, in shared memory
-        return (stacked, self.data.targets[places], places), broken
+        places = torch.tensor([place for place, _ in shown])
+        image, *others = zip(*(images for _, images in shown))
+        for images in (image, *others):
+            self._check(places, list(images))
+        # By a worker, in shared memory.
+        stacked, *others = (default_collate(list(images)) for images in (image, *others))
+        return (stacked, self.data.targets[places], places, *others), broken
 
     def _check(self, places: Tensor, images: list[Tensor]) -> None:
         """Refuse what a view has returned unless all are (H, W, 3) uint8 of one size."""
@@ -128,24 +137,31 @@ class _Batches(Dataset[tuple[Batch | UserError, dict[str, str]]]):
                     "of a batch must have one size: crop or resize them in the view"
                 )
 
-    def _show(self, epoch: int, index: int, broken: dict[str, str]) -> list[tuple[int, Tensor]]:
-        """Index and view of image `index`, or in training of the first intact one after it; [] if there is none."""
+    def _show(self, epoch: int, index: int, broken: dict[str, str]) -> list[tuple[int, list[Tensor]]]:
+        """Index and views of image `index`, or in training of the first intact one after it; [] if there is none."""
         count = len(self.data.paths)
         for step in range(count if self.train and self.data.skip_broken else 1):
             place = (index + step) % count
             path = os.fsdecode(self.data.paths[place])
             try:
-                return [(place, self._view(epoch, index, path))]
+                return [(place, self._views(epoch, index, path))]
             except BrokenImageError as error:
                 broken[path] = str(error)
         return []
 
-    def _view(self, epoch: int, index: int, path: str) -> Tensor:
+    def _views(self, epoch: int, index: int, path: str) -> list[Tensor]:
+        """The view of an image, and the other one if there is one; the file is read once."""
         if not self.train:
-            return self.data.val_view(path)
+            return [self.data.val_view(path)]
+        view = file_view(self.data.train_view)
+        image = view.read(path)
         # index + 1, because trailing zeros do not change a seed, and (seed, epoch) alone seeds the order.
         with cpu_seed(mix_seed(self.seed, epoch, index + 1)):
-            return self.data.train_view(path)
+            shown = [view.show(image)]
+        if self.other is not None:
+            with cpu_seed(mix_seed(self.seed, epoch, index + 1, 1)):
+                shown.append(self.other.show(image))
+        return shown
 
 
 class FolderLoader(Loader):
@@ -168,12 +184,29 @@ class FolderLoader(Loader):
         self._normalize: Normalize | None = None
         self._keys: list[tuple[int, np.ndarray]] = []
         self._num_workers = num_workers
+        self._views: tuple[FileView, FileView] | None = None
+
+    @property
+    def _image_is_weak(self) -> bool:
+        """Whether `image` is the weak view."""
+        return not file_view(self._data.train_view).policy
+
+    def with_views(self) -> FolderLoader:
+        """Yield `image_weak` and `image_strong` too from now on, see `augmentation`; returns self.
+
+        One of them is `image`. The other one's draws come from the same seed, epoch and index.
+        """
+        self._views = weak_and_strong_views(self._data.train_view)
+        self.fields = (*FIELDS, *VIEWS)
+        self.__dict__.pop("_loader", None)
+        return self
 
     @cached_property
     def _loader(self) -> DataLoader[Any]:
         """Made at the first pass, when the device is known: only a GPU takes batches from pinned memory."""
+        other = self._views[self._image_is_weak] if self._views else None
         return DataLoader(
-            _Batches(self._data, self.train, self.seed),
+            _Batches(self._data, self.train, self.seed, other),
             sampler=self._keys,
             batch_size=None,
             num_workers=self._num_workers,
@@ -224,14 +257,20 @@ class FolderLoader(Loader):
             return started(self._loader, "DATASET.NUM_WORKERS")
 
     def _on_device(self, fields: Batch, foreseen: Tensor) -> Batch:
-        image, target, index = fields
-        image, target = to_device(image, self.device), to_device(target, self.device)
-        if self._normalize is None:
-            self._normalize = Normalize(self._data.mean, self._data.std, pixels=image[0, :, :, 0].numel())
-        image = self._normalize.to(self.device)(image)
+        image, target, index, *others = fields
+        image, *others = (self._normalized(images) for images in (image, *others))
+        target = to_device(target, self.device)
         if not self.train:
             return image, target
-        return image, target, with_host_index(to_device(index, self.device), HostIndex(index, foreseen))
+        index = with_host_index(to_device(index, self.device), HostIndex(index, foreseen))
+        views = [image, *others] if self._image_is_weak else [*others, image]
+        return (image, target, index, *views) if others else (image, target, index)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        images = to_device(images, self.device)
+        if self._normalize is None:
+            self._normalize = Normalize(self._data.mean, self._data.std, pixels=images[0, :, :, 0].numel())
+        return self._normalize.to(self.device)(images)
 
     def _order(self) -> Tensor:
         count = len(self.targets)

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from ..paths import expanded
 from ._base import Loader, get_dataloaders, missing, register
 from ._original import dataloaders_with_negatives, to_normalized
+from .augmentation import FileView, PixelTransform
 from .folders import ImageFiles
 from .image_file import read_image, read_pixels, to_pixels
 from .listing import class_list, files_of_split
@@ -26,9 +27,8 @@ TRAIN = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
 VAL = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
 
 
-def train_view(path: str) -> Tensor:
-    """A random crop of the image, mirrored at random, resized as a tensor: (224, 224, 3) uint8."""
-    return TRAIN(read_pixels(path).permute(2, 0, 1)).permute(1, 2, 0)
+# A random crop of the image, mirrored at random, resized as a tensor: (224, 224, 3) uint8.
+train_view = FileView(read_pixels, PixelTransform(TRAIN))
 
 
 def val_view(path: str) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ._base import Batch, Loader, mix_seed
 from .augment import Augment, CropFlip
-from .batch import HostIndex, to_device, with_host_index
+from .augmentation import batch_augment, weak_and_strong
+from .batch import FIELDS, VIEWS, HostIndex, to_device, with_host_index
 from .pixels import check_pixels
 
 CROP_AND_FLIP = CropFlip()
@@ -70,6 +71,10 @@ class ImageArray:
         """The images with the indices `keep`."""
         return replace(self, images=self.images[keep], targets=self.targets[keep])
 
+    def augmented(self, name: str, size: int) -> ImageArray:
+        """The same images, augmented as DATASET.AUGMENT `name` says, for networks that see `size` pixels."""
+        return replace(self, augment=batch_augment(name, self.augment, size))
+
     def loader(self, batch_size: int, num_workers: int, train: bool, seed: int = 0) -> InMemoryLoader:
         """Batches; `num_workers` is ignored."""
         return InMemoryLoader(self, batch_size, train, seed)
@@ -78,7 +83,8 @@ class ImageArray:
 class InMemoryLoader(Loader):
     """Batches of an `ImageArray`, in training augmented on the device.
 
-    An epoch's random draws are all made at its start, on the CPU for every device: about 30 bytes an image.
+    An epoch's random draws are all made at its start, on the CPU for every device: about 30 bytes an image, 200 for
+    resized crops.
     """
 
     def __init__(self, data: ImageArray, batch_size: int, train: bool, seed: int = 0) -> None:
@@ -88,8 +94,11 @@ class InMemoryLoader(Loader):
         self._recipe = f"{data.mean} {data.std} {data.augment if train else None}"
         self._images = data.images.contiguous()
         self._labels = data.targets
-        self._normalize = Normalize(data.mean, data.std, pixels=data.images.shape[1:3].numel())
+        size = getattr(data.augment, "size", 0) if train else 0
+        self._normalize = Normalize(data.mean, data.std, pixels=size * size or data.images.shape[1:3].numel())
         self._drawn: tuple[tuple[int, int], tuple[Tensor, ...]] | None = None
+        self._views: tuple[Augment, Augment] | None = None
+        self._drawn_view: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device | str) -> InMemoryLoader:
         """Move the images to `device` and work there from now on; returns self."""
@@ -106,12 +115,37 @@ class InMemoryLoader(Loader):
         return torch.randperm(count, generator=generator), *self.augment.draw(count, generator)
 
     def _draws(self) -> tuple[Tensor, ...]:
-        """`draw()`, made once an epoch: the order on the CPU, the rest on the device."""
+        """`draw()`, made once an epoch: the order on the CPU, and the rest where the augmentation reads it."""
         key = self.seed, self.epoch
         if self._drawn is None or self._drawn[0] != key:
             order, *draws = self.draw()
-            self._drawn = key, (order, *(to_device(t, self.device) for t in draws))
+            self._drawn = key, (order, *self._placed(self.augment, draws))
+            if self._views is not None:
+                other = self._other_view
+                # (seed, epoch) alone seeds the order, and trailing zeros do not change a seed.
+                generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch, 1))
+                self._drawn_view = self._placed(other, other.draw(len(self.targets), generator))
         return self._drawn[1]
+
+    def _placed(self, augment: Augment, draws: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """An augmentation's draws where it reads them: on the device, but for its `host_draws`."""
+        on_device = len(draws) - getattr(augment, "host_draws", 0)
+        return *(to_device(drawn, self.device) for drawn in draws[:on_device]), *draws[on_device:]
+
+    def with_views(self) -> InMemoryLoader:
+        """Yield `image_weak` and `image_strong` too from now on, see `augmentation`; returns self.
+
+        One of them is `image`. The other one's draws come from the same seed, epoch and index.
+        """
+        self._views, self._drawn = weak_and_strong(self.augment), None
+        self.fields = (*FIELDS, *VIEWS)
+        return self
+
+    @property
+    def _other_view(self) -> Augment:
+        """The augmentation of the view that is not `image`."""
+        assert self._views is not None
+        return next(view for view in self._views if view is not self.augment)
 
     def variant(self, index: Tensor) -> Tensor:
         """Which of the `variants` each image of `index` (B,) has in this epoch: (B,) int64 on the device.
@@ -129,11 +163,13 @@ class InMemoryLoader(Loader):
     def augmented(self, index: Tensor) -> Tensor:
         """(B, 3, H, W) float32: the images of `index` (B,) as they come in this epoch's batches, bit for bit."""
         index = index.to(self.device)
-        return self._made(index, [drawn[index] for drawn in self._draws()[1:]])
+        draws = self._draws()[1:]
+        host = index.cpu() if getattr(self.augment, "host_draws", 0) else index
+        return self._made(index, self.augment, [_taken(drawn, index, host) for drawn in draws])
 
-    def _made(self, index: Tensor, draws: Sequence[Tensor]) -> Tensor:
+    def _made(self, index: Tensor, augment: Augment, draws: Sequence[Tensor]) -> Tensor:
         """The images of `index` (B,), augmented by their draws (B, ...), and normalised."""
-        return self._normalize(self.augment.apply(self._images[index], *draws))
+        return self._normalize(augment.apply(self._images[index], *draws))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -151,11 +187,27 @@ class InMemoryLoader(Loader):
     def _train_batches(self, shares: list[slice], order: Tensor, *draws: Tensor) -> Iterator[Batch]:
         on_device = to_device(order, self.device)
         # In the epoch's order, so that a batch takes slices, which are no operations on the device.
-        labels, *ordered = (every[on_device] for every in (self._labels, *draws))
+        labels, *ordered = (_taken(every, on_device, order) for every in (self._labels, *draws))
+        view = [_taken(every, on_device, order) for every in self._drawn_view] if self._views else None
         for share, following in zip(shares, [*shares[1:], slice(0)]):
             index = with_host_index(on_device[share], HostIndex(order[share], order[following]))
-            yield self._made(index, [drawn[share] for drawn in ordered]), labels[share], index
+            image = self._made(index, self.augment, [drawn[share] for drawn in ordered])
+            if view is None:
+                yield image, labels[share], index
+            else:
+                other = self._made(index, self._other_view, [drawn[share] for drawn in view])
+                yield image, labels[share], index, *self._in_order(image, other)
+
+    def _in_order(self, image: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """The weak and the strong view."""
+        assert self._views is not None
+        return (image, other) if self._views[0] is self.augment else (other, image)
 
     def _val_batches(self, shares: list[slice]) -> Iterator[Batch]:
         for share in shares:
             yield self._normalize(self._images[share]), self._labels[share]
+
+
+def _taken(every: Tensor, index: Tensor, host: Tensor) -> Tensor:
+    """The entries of `every` at `index` (B,), which is also known on the CPU."""
+    return every[index if every.device == index.device else host]

@@ -259,6 +259,8 @@ class CRD(Distiller):
     needs_run = ("num_data", "image_size")
     needs_batch = ("index", "contrastive_index")
     teacher_outputs = ("pooled_feat",)
+    soft_labels = True
+    reads_labels = True  # a mixed image is of two classes, and has no row of its own in the banks
     compares_images = True  # a micro-batch would update the bank before the next one is compared with it
 
     def __init__(
@@ -297,7 +299,7 @@ class CRD(Distiller):
             kwargs["contrastive_index"],
         )
         return logits_student, {
-            "loss_ce": self.ce_loss_weight * F.cross_entropy(logits_student, target),
+            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
             "loss_kd": self.feat_loss_weight * loss_crd,
         }
 

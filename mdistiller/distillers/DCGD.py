@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
@@ -69,6 +68,7 @@ class DCGD(Distiller):
             `cfg.DCGD.GROUPS`, or the base method, the head or the branch mode is unknown.
     """
 
+    soft_labels = True
     student: GroupedStudent
     # The base method, if the subclass fixes it; None: `cfg.DCGD.BASE`.
     base: ClassVar[str | None] = None
@@ -106,7 +106,8 @@ class DCGD(Distiller):
         # The base method and the branches share one forward pass of the teacher.
         self._teacher_kept = _Kept(self.teacher)
         method.run_frozen_by("teacher", self._teacher_kept.of)
-        for attribute in ("needs_batch", "teacher_in_train_mode", "compares_images", "compares_maps"):
+        of_loss = "compares_images", "compares_maps", "soft_labels", "reads_labels"
+        for attribute in ("needs_batch", "teacher_in_train_mode", *of_loss):
             setattr(self, attribute, getattr(method, attribute))
         self.untrained = tuple(map(_name_in_dcgd, method.untrained))
         outputs = method.frozen["teacher"]
@@ -189,7 +190,7 @@ class DCGD(Distiller):
         return logits_single, {
             **losses,
             "loss_multi_kd": self.kd_loss_weight * loss_kd,
-            "loss_multi_ce": self.ce_loss_weight * F.cross_entropy(logits_grouped, target),
+            "loss_multi_ce": self.ce_loss_weight * self.cross_entropy(logits_grouped, target, **kwargs),
         }
 
     def forward_heads(self, image: Tensor) -> dict[str, Tensor]:

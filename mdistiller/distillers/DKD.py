@@ -91,6 +91,8 @@ class DKD(Distiller):
     """
 
     teacher_outputs = ("logits",)
+    soft_labels = True
+    reads_labels = True  # its two terms are for one target class and for the others
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher)
@@ -105,6 +107,6 @@ class DKD(Distiller):
         logits_teacher, _ = self.teacher_forward(image)
         loss_dkd = dkd_loss(logits_student, logits_teacher, target, self.alpha, self.beta, self.temperature)
         return logits_student, {
-            "loss_ce": self.ce_loss_weight * F.cross_entropy(logits_student, target),
+            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
             "loss_kd": warm_up(kwargs["epoch"], self.warmup) * loss_dkd,
         }

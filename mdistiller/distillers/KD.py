@@ -52,6 +52,7 @@ class KD(Distiller):
     """Cross-entropy with the labels and `kd_loss` with the teacher."""
 
     teacher_outputs = ("logits",)
+    soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher)
@@ -63,6 +64,6 @@ class KD(Distiller):
         logits_student, _ = self.student(image)
         logits_teacher, _ = self.teacher_forward(image)
         return logits_student, {
-            "loss_ce": self.ce_loss_weight * F.cross_entropy(logits_student, target),
+            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
             "loss_kd": self.kd_loss_weight * kd_loss(logits_student, logits_teacher, self.temperature),
         }

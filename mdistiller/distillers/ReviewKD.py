@@ -207,6 +207,7 @@ class ReviewKD(Distiller):
 
     needs_run = ("image_size",)
     teacher_outputs = ("preact_feats", "pooled_feat")
+    soft_labels = True
     compares_maps = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
@@ -253,7 +254,7 @@ class ReviewKD(Distiller):
         results = review(self.abfs, maps_s, [m.shape[-2:] for m in maps_t])
         weight = self.cfg.REVIEWKD_WEIGHT * warm_up(kwargs["epoch"], self.cfg.WARMUP_EPOCHS)
         return logits_student, {
-            "loss_ce": self.cfg.CE_WEIGHT * F.cross_entropy(logits_student, target),
+            "loss_ce": self.cfg.CE_WEIGHT * self.cross_entropy(logits_student, target, **kwargs),
             "loss_kd": weight * hcl_loss(results, maps_t),
         }
 

@@ -70,6 +70,14 @@ class Distiller(nn.Module):
     distills: ClassVar[bool] = True
     # It compares the feature maps that DISTILLER.PAIRS names.
     compares_maps: ClassVar[bool] = False
+    # Its cross-entropy with the labels is `self.cross_entropy(logits, target, **kwargs)`, which knows labels that are
+    # smoothed or mixed. Not inherited by a class with a forward_train of its own, which may compute it in another way.
+    soft_labels: ClassVar[bool] = False
+    # Beside the cross-entropy, its loss needs the one class, or the one image of the training set, that an image shows.
+    # So mixed images (DATASET.MIXUP, CUTMIX) are refused.
+    reads_labels: ClassVar[bool] = False
+    # SOLVER.LABEL_SMOOTHING; `smooth_labels` sets it.
+    label_smoothing: float = 0.0
     # Names of parameters, or of modules, that require gradients but are not to be trained.
     untrained: tuple[str, ...] = ()
 
@@ -80,6 +88,8 @@ class Distiller(nn.Module):
         super().__init_subclass__(**kwargs)
         if "teacher_outputs" not in cls.__dict__:
             cls.teacher_outputs = None
+        if "forward_train" in cls.__dict__ and "soft_labels" not in cls.__dict__:
+            cls.soft_labels = False
         for name in ("needs_run", "needs_batch", "teacher_outputs", "untrained"):
             value = getattr(cls, name)
             if not (isinstance(value, (tuple, list)) or (value is None and name == "teacher_outputs")):
@@ -157,7 +167,7 @@ class Distiller(nn.Module):
 
     @classmethod
     def judged_as(cls, cfg: CN) -> type[Distiller]:
-        """The class that declares `compares_images`, `compares_maps` and `teacher_in_train_mode` for a run of `cfg`."""
+        """The class that declares what the loss compares and reads, and the teacher's mode, for a run of `cfg`."""
         return cls
 
     @classmethod
@@ -233,6 +243,34 @@ class Distiller(nn.Module):
     def teacher_forward(self, image: Tensor) -> tuple[Tensor, Features]:
         """`frozen_forward` of the teacher."""
         return self.frozen_forward("teacher", image)
+
+    def smooth_labels(self, share: float) -> None:
+        """Let `cross_entropy` spread this share of each label over all classes, here and in a base method."""
+        for part in self.modules():
+            if isinstance(part, Distiller):
+                part.label_smoothing = share
+
+    def cross_entropy(self, logits: Tensor, target: Tensor, **batch: Any) -> Tensor:
+        """Cross-entropy with the labels, averaged over the batch: () in nats.
+
+            loss = mean_B[ s * CE(z, y) + (1 - s) * CE(z, y') ]
+
+        where the second label y' and the share s of the first come from mixed images; without them s = 1. Each CE is
+        smoothed by SOLVER.LABEL_SMOOTHING e: with the distribution 1 - e on the label, plus e / C on every class.
+
+        Args:
+            logits: (B, C), before softmax.
+            target: (B,) int64.
+            batch: the other fields of the batch, of which `mixed_target` (B,) int64 and `target_share` (B,) are read.
+        """
+        other, smoothing = batch.get("mixed_target"), self.label_smoothing
+        if other is None:
+            return F.cross_entropy(logits, target, label_smoothing=smoothing)
+        first, second = (
+            F.cross_entropy(logits, label, reduction="none", label_smoothing=smoothing) for label in (target, other)
+        )
+        share = batch["target_share"].to(first.dtype)
+        return (share * first + (1 - share) * second).mean()
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         """One training step's logits and losses; see the class."""
@@ -326,6 +364,8 @@ class FeatureDistiller(Distiller):
         cfg: the method's own section, with LOSS.CE_WEIGHT and LOSS.FEAT_WEIGHT.
     """
 
+    soft_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.LOSS.CE_WEIGHT
@@ -338,7 +378,7 @@ class FeatureDistiller(Distiller):
         logits_student, feature_student = self.student(image)
         _, feature_teacher = self.teacher_forward(image)
         return logits_student, {
-            "loss_ce": self.ce_loss_weight * F.cross_entropy(logits_student, target),
+            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
             "loss_kd": self.feat_loss_weight * self.feature_loss(feature_student, feature_teacher),
         }
 
@@ -349,6 +389,7 @@ class Vanilla(Distiller):
 
     needs_teacher = False
     distills = False
+    soft_labels = True
     teacher_outputs = ()
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None, cfg: CN | None = None) -> None:
@@ -356,4 +397,4 @@ class Vanilla(Distiller):
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits_student, _ = self.student(image)
-        return logits_student, {"ce": F.cross_entropy(logits_student, target)}
+        return logits_student, {"ce": self.cross_entropy(logits_student, target, **kwargs)}

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ..dataset.batch import batch_on_device, fields_of, host_index, image_and_label, named_batch
+from ..dataset.batch import VIEWS, batch_on_device, fields_of, host_index, image_and_label, named_batch
 from ..dataset.contrastive import ContrastiveSampler
 from ..dataset.labels import check_labels, form
+from ..dataset.mixing import Erasing, Mixing
 from ..dataset.workers import started
 from ..distillers import Distiller
 from ..errors import UserError
@@ -66,8 +67,18 @@ class DrawnAhead:
         return drawn
 
 
+def batch_changes(cfg: CN) -> list[Callable[[Fields, int], Fields]]:
+    """What the settings change in whole batches, as functions of (fields, epoch): erasing first, then mixing."""
+    data, seed = cfg.DATASET, cfg.EXPERIMENT.SEED
+    erasing = [Erasing(data.ERASING, seed)] if data.ERASING else []
+    mixing = [Mixing(data.MIXUP, data.CUTMIX, seed)] if data.MIXUP or data.CUTMIX else []
+    return [*erasing, *mixing]
+
+
 class BatchReader:
     """Turns the batches of a training loader into named tensors, and adds the fields that only the trainer provides.
+
+    It also mixes and erases the images, where DATASET.MIXUP, CUTMIX and ERASING ask for it; see `dataset.mixing`.
 
     Args:
         distiller: its `needs_batch` is checked.
@@ -79,15 +90,21 @@ class BatchReader:
         classes: C, to refuse labels that are no class; 0 if the labels of all images have been checked.
 
     Raises:
-        UserError: nobody provides a field that the method needs; the message suggests near names.
+        UserError: nobody provides a field that the method needs; the message suggests near names. Or the loader does
+            not augment its images as DATASET.AUGMENT says.
     """
 
     def __init__(self, distiller: Distiller, loader: Any, device: torch.device, cfg: CN) -> None:
         self.method, self.needs = type(distiller).__name__, distiller.needs_batch
+        _check_augmentation(loader, cfg.DATASET.AUGMENT)
+        views = set(VIEWS).intersection(self.needs).difference(fields_of(loader))
+        if views and hasattr(loader, "with_views"):
+            loader.with_views()
+        self.changes = batch_changes(cfg)
         self.fields, self.device = fields_of(loader), device
         self.classes = 0
         self.contiguous = not cfg.SOLVER.CHANNELS_LAST
-        if self.needs and not hasattr(loader, "fields"):
+        if (self.needs or self.changes) and not hasattr(loader, "fields"):
             self.fields = _fields_of_first(loader, self.fields)
         missing = [name for name in self.needs if name not in self.fields]
         for name in missing:
@@ -113,14 +130,31 @@ class BatchReader:
                     f"{self.method} needs the field {name!r} of the batch as a tensor; the loader's batch has "
                     f"{', '.join(named) or 'none'}"
                 )
-        index = fields["index"] if "index" in self.needs else target
+        if self.changes and "index" not in fields:
+            raise UserError(
+                "DATASET.MIXUP, CUTMIX and ERASING are drawn for each image's index, but a batch has only "
+                f"{', '.join(named)}; let the loader yield index, each image's place in the training set, or set them "
+                "to 0"
+            )
+        index = fields["index"] if "index" in self.needs or self.changes else target
         if index.shape != target.shape or (index is not target and index.is_floating_point()):
             raise UserError(f"a batch's index is {form(index)}, not each image's place in the training set, (B,) int64")
+        for change in self.changes:
+            fields = change(fields, epoch)
         if self.contiguous:
-            fields["image"] = fields["image"].contiguous()
+            fields |= {name: fields[name].contiguous() for name in ("image", *VIEWS) if name in fields}
         for name, make in self.added.items():
             fields[name] = make(fields, epoch)
         return fields
+
+
+def _check_augmentation(loader: Any, wanted: str) -> None:
+    """Refuse a loader that does not augment its images as DATASET.AUGMENT says: one of the user's own."""
+    if wanted and getattr(loader, "augmentation", "") != wanted:
+        raise UserError(
+            f"DATASET.AUGMENT {wanted} is for the data sets of this library, and the training images come from a "
+            f"{type(loader).__name__} of your own; let it augment them, and leave DATASET.AUGMENT empty"
+        )
 
 
 def _fields_of_first(loader: Any, fields: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from yacs.config import CfgNode as CN
 
+from ..dataset.batch import VIEWS
 from ..distillers import Distiller
 from ..errors import UserError
 from ..models.outputs import feature_of
@@ -25,6 +26,8 @@ from .update import DotUpdate, SumUpdate
 # A whole step that is recorded and replayed, see `graphed_step`.
 GRAPH = "a step as one CUDA graph"
 _NO_GRAPH = "set SOLVER.CUDA_GRAPH auto or never"
+# Values of DATASET.AUGMENT that make more images of one than can be numbered.
+_ENDLESS = ("resized_crop", "randaugment", "trivialaugment")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,18 @@ class Setup:
     def share(self) -> int:
         """Images of a full batch on each process."""
         return self.cfg.SOLVER.BATCH_SIZE // self.world
+
+    @property
+    def endless(self) -> str:
+        """What makes more images of one than can be numbered, in words; empty if nothing that is known yet does."""
+        data = self.cfg.DATASET
+        for key in ("MIXUP", "CUTMIX", "ERASING"):
+            if data[key]:
+                return f"DATASET.{key} {data[key]}"
+        if data.AUGMENT in _ENDLESS:
+            return f"DATASET.AUGMENT {data.AUGMENT}"
+        of_loader = self.loader is not None and not getattr(self.loader, "variants", None)
+        return f"DATASET.TYPE {data.TYPE}" if of_loader else ""
 
     @property
     def unstored(self) -> str:
@@ -150,6 +165,14 @@ MODES = (
     _equal("teacher cache in memory", "DISTILLER.TEACHER_CACHE_DEVICE", "device"),
     _unlike("chosen pairs of maps", "DISTILLER.PAIRS", [], [[1, 1]]),
     _unlike("held-out images", "DATASET.VAL_FRACTION", 0, 0.1),
+    _equal("crops and mirroring", "DATASET.AUGMENT", "crop_flip"),
+    _equal("resized crops", "DATASET.AUGMENT", "resized_crop"),
+    _equal("RandAugment", "DATASET.AUGMENT", "randaugment"),
+    _equal("TrivialAugment", "DATASET.AUGMENT", "trivialaugment"),
+    _unlike("MixUp", "DATASET.MIXUP", 0, 0.8),
+    _unlike("CutMix", "DATASET.CUTMIX", 0, 1.0),
+    _unlike("erasing", "DATASET.ERASING", 0, 0.25),
+    _unlike("label smoothing", "SOLVER.LABEL_SMOOTHING", 0, 0.1),
     _equal("broken images skipped", "DATASET.SKIP_BROKEN", True),
     _unlike("loader workers", "DATASET.NUM_WORKERS", 0, 2),
     _unlike("saving within epochs", "LOG.SAVE_CHECKPOINT_ITERS", 0, 1),
@@ -180,13 +203,25 @@ TRAITS = (
         "{name}, which runs its teacher in training mode",
     ),
     Side(
+        "methods without `soft_labels`", lambda run: not run.judged.soft_labels,
+        "{name}, which does not take its cross-entropy from self.cross_entropy (`soft_labels`)",
+    ),
+    Side(
+        "methods with `reads_labels`", lambda run: run.judged.reads_labels,
+        "{name}, whose loss reads the label or the index of each image",
+    ),
+    Side(
+        "methods that need two views", lambda run: not {*VIEWS}.isdisjoint(run.judged.needs_batch),
+        "{name}, which needs two views of each image",
+    ),
+    Side(
         "methods with other `teacher_outputs`", lambda run: run.method.needs_teacher and bool(run.unstored),
         "{name}, which reads {unstored} of its teacher",
     ),
     Side(
         "images without a finite number of crops",
-        lambda run: run.loader is not None and not getattr(run.loader, "variants", None),
-        "DATASET.TYPE {cfg.DATASET.TYPE}, whose images have no finite number of crops",
+        lambda run: bool(run.endless),
+        "{endless}, whose images have no finite number of crops",
     ),
     Side(
         "optimizers of one gradient",
@@ -230,8 +265,26 @@ _CACHE_RULES = (
         ("methods with `teacher_in_train_mode`", "its outputs depend on the whole batch"),
         ("methods with other `teacher_outputs`", "it stores logits and pooled features"),
         ("images without a finite number of crops", "it stores the outputs for every crop"),
+        ("methods that need two views", "it stores the outputs for one image of each index"),
     )
 )
+
+# What labels of several classes do not go with.
+_LABEL_RULES = (
+    *(
+        Rule(mixing, that, reason, f"set {key} 0")
+        for mixing, key in (("MixUp", "DATASET.MIXUP"), ("CutMix", "DATASET.CUTMIX"))
+        for that, reason in (
+            ("methods without `soft_labels`", "it would learn one label of a mixed image alone"),
+            ("methods with `reads_labels`", "a mixed image shows two of the training set"),
+            ("methods that need two views", "the labels are of the mixed image, and the views are not mixed"),
+        )
+    ),
+    Rule(
+        "label smoothing", "methods without `soft_labels`", "it would learn the label as it is",
+        "set SOLVER.LABEL_SMOOTHING 0",
+    ),
+)  # fmt: skip
 
 RULES = (
     Rule(
@@ -267,6 +320,7 @@ RULES = (
         "use SOLVER.TRAINER base",
     ),
     *_CACHE_RULES,
+    *_LABEL_RULES,
     Rule(GRAPH, "several ranks", "they exchange gradients within the step", _NO_GRAPH),
     Rule(GRAPH, "steps skipped at NaN", "the host reads the losses before it lets the step go on", _NO_GRAPH),
     Rule(GRAPH, "a teacher cache in files alone", "the host reads them within the step", _NO_GRAPH),
@@ -296,7 +350,8 @@ def obstacle(name: str, run: Setup) -> str:
 
 def _filled(text: str, run: Setup) -> str:
     """A text of the table for a run."""
-    return text.format(cfg=run.cfg, name=run.name, world=run.world, share=run.share, unstored=run.unstored)
+    of_run = {name: getattr(run, name) for name in ("cfg", "name", "world", "share", "unstored", "endless")}
+    return text.format(**of_run)
 
 
 def check_modes(

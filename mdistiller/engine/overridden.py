@@ -40,6 +40,8 @@ _CALLS_INHERITED = {
 _GONE = {"tf_writer": "let log(lr, epoch, log_dict) pass what is to be logged to super().log(lr, epoch, log_dict)"}
 # Settings that a train_iter in the original's manner would not obey: the values that ask nothing of it.
 _OBEYED_BY_OUR_STEP = {
+    "DATASET.MIXUP": (0,),
+    "DATASET.CUTMIX": (0,),
     "SOLVER.AMP": ("none", "bf16-teacher", "fp16-teacher"),
     "SOLVER.ACCUMULATE": (1,),
     "SOLVER.CLIP_GRAD_NORM": (0,),

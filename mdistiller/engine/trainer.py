@@ -94,6 +94,7 @@ class BaseTrainer:
         check_distiller(plain)
         check_class_names(train_loader, val_loader)
         check_modes(cfg, plain, self.update_rule, self.ranks.world, train_loader)
+        plain.smooth_labels(cfg.SOLVER.LABEL_SMOOTHING)
         self.distiller: Distiller = placed(plain, self.device, self.ranks, cfg)
         self.train_loader, self.val_loader = (
             own_share(loader, self.device, self.ranks) for loader in (counted(train_loader), val_loader)

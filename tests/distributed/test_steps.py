@@ -68,10 +68,18 @@ STOPPED = {
 }
 
 
+# Erasing is the same on ranks and alone; of mixed images, each rank's first one has another partner.
+AUGMENTED = ("DATASET.AUGMENT", "randaugment", "DATASET.ERASING", "0.5", "SOLVER.LABEL_SMOOTHING", "0.1")
+MIXED = {
+    "mixed": case(32, *AUGMENTED, "DATASET.MIXUP", "0.5", "DATASET.CUTMIX", "1.0", steps=5, still=True),
+    "erased": case(32, *AUGMENTED, "SOLVER.ACCUMULATE", "2", steps=5, still=True),
+}
+
+
 @pytest.fixture(scope="module")
 def ranks(teacher, tmp_path_factory):
     """What both ranks have done in every case."""
-    return run(2, teacher, SPLIT | SKIPPED | STOPPED, tmp_path_factory.mktemp("ranks"))
+    return run(2, teacher, SPLIT | SKIPPED | STOPPED | MIXED, tmp_path_factory.mktemp("ranks"))
 
 
 def test_ranks_stay_together_in_micro_batches(teacher, ranks, tmp_path):
@@ -87,6 +95,17 @@ def test_ranks_stay_together_in_micro_batches(teacher, ranks, tmp_path):
         for step in range(steps):
             for key, value in parameters(one[name]["states"][step]).items():
                 torch.testing.assert_close(alone[name]["states"][step][key], value, rtol=1e-9, atol=1e-11)
+
+
+def test_ranks_stay_together_on_augmented_and_mixed_images(teacher, ranks, tmp_path):
+    one, two = ranks
+    (alone,) = run(1, teacher, MIXED, tmp_path)
+    for name in MIXED:
+        assert one[name]["taken"] == two[name]["taken"] == [16, 16, 16, 16, 7]
+        assert same(parameters(one[name]["states"][-1]), parameters(two[name]["states"][-1])), name
+        assert not same(parameters(one[name]["states"][0]), parameters(one[name]["states"][-1])), name
+    for key, value in parameters(one["erased"]["states"][4]).items():
+        torch.testing.assert_close(alone["erased"]["states"][4][key], value, rtol=1e-9, atol=1e-11)
 
 
 def test_nan_on_one_rank_skips_the_step_on_both_without_effect(ranks):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mdistiller.dataset import get_dataset
-from mdistiller.distillers import KD, OFD, RKD, Distiller, ReviewKD, Vanilla, distiller_dict
+from mdistiller.distillers import CRD, DKD, KD, OFD, RKD, Distiller, ReviewKD, Vanilla, distiller_dict
 from mdistiller.engine import build
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.modes import MODES, RULES, SIDES, TRAITS, Setup, broken_rule, check_modes
@@ -16,6 +16,16 @@ from .._networks import Net
 
 FINITE, ENDLESS = type("Finite", (), {"variants": 81})(), type("Endless", (), {"variants": None})()
 IN_MEMORY = "DISTILLER.TEACHER_CACHE_DEVICE device"
+
+MIXUP, CUTMIX, SMOOTHING = "DATASET.MIXUP 0.8", "DATASET.CUTMIX 1.0", "SOLVER.LABEL_SMOOTHING 0.1"
+
+
+class Views(KD):
+    """Needs two views."""
+
+    teacher_outputs = ("logits",)
+    needs_batch = ("image_weak", "image_strong")
+
 
 IN_FILES = "DISTILLER.TEACHER_CACHE c DISTILLER.TEACHER_CACHE_DEVICE host"
 
@@ -40,12 +50,29 @@ REFUSED = [
     (IN_MEMORY, OFD, SumUpdate, 1, FINITE, IN_MEMORY, "OFD, which runs its teacher in training mode"),
     (IN_MEMORY, ReviewKD, SumUpdate, 1, FINITE, IN_MEMORY, "ReviewKD, which reads preact_feats of"),
     (IN_MEMORY, KD, SumUpdate, 1, ENDLESS, IN_MEMORY, "DATASET.TYPE digits"),
+    ("DISTILLER.TEACHER_CACHE c", Views, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "Views, which needs two"),
+    (IN_MEMORY, Views, SumUpdate, 1, FINITE, IN_MEMORY, "Views, which needs two views of each image"),
+    (MIXUP, Distiller, SumUpdate, 1, None, MIXUP, "Distiller, which does not take its cross-entropy from"),
+    (MIXUP, CRD, SumUpdate, 1, None, MIXUP, "CRD, whose loss reads the label or the index"),
+    (MIXUP, Views, SumUpdate, 1, None, MIXUP, "Views, which needs two views"),
+    (CUTMIX, Distiller, SumUpdate, 1, None, CUTMIX, "Distiller, which does not take its cross-entropy from"),
+    (CUTMIX, DKD, SumUpdate, 1, None, CUTMIX, "DKD, whose loss reads the label or the index"),
+    (CUTMIX, Views, SumUpdate, 1, None, CUTMIX, "Views, which needs two views"),
+    (SMOOTHING, Distiller, SumUpdate, 1, None, SMOOTHING, "Distiller, which does not take its cross-entropy from"),
+    *(
+        (f"{setting} {cache}", KD, SumUpdate, 1, FINITE, cache, f"{setting}, whose images have no finite number of")
+        for cache in ("DISTILLER.TEACHER_CACHE c", IN_MEMORY)
+        for setting in (
+            MIXUP, CUTMIX, "DATASET.ERASING 0.25", "DATASET.AUGMENT resized_crop", "DATASET.AUGMENT randaugment",
+            "DATASET.AUGMENT trivialaugment",
+        )
+    ),
     ("DISTILLER.PAIRS [[1,1]]", KD, SumUpdate, 1, None, "DISTILLER.PAIRS [[1, 1]]", "KD, which compares no pairs"),
     ("SOLVER.CUDA_GRAPH always", KD, SumUpdate, 2, None, "SOLVER.CUDA_GRAPH always", "2 processes"),
     ("SOLVER.CUDA_GRAPH always SOLVER.NAN_POLICY skip", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "NAN_POLICY skip"),
     (f"SOLVER.CUDA_GRAPH always {IN_FILES}", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "TEACHER_CACHE_DEVICE"),
     ("SOLVER.CUDA_GRAPH always EXPERIMENT.DEVICE cpu", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "DEVICE cpu"),
-]
+]  # fmt: skip
 ACCEPTED = [
     ("", KD, DotUpdate, 2, FINITE),
     ("SOLVER.ACCUMULATE 32", KD, SumUpdate, 2, ENDLESS),
@@ -56,6 +83,9 @@ ACCEPTED = [
     (IN_MEMORY, RKD, DotUpdate, 2, FINITE),
     ("DISTILLER.TEACHER_CACHE_DEVICE host", OFD, SumUpdate, 1, ENDLESS),
     ("DISTILLER.PAIRS [[1,1]]", ReviewKD, SumUpdate, 1, None),
+    (f"{MIXUP} {CUTMIX} {SMOOTHING} DATASET.ERASING 0.25 DATASET.AUGMENT randaugment", RKD, DotUpdate, 2, ENDLESS),
+    (f"{SMOOTHING} DATASET.AUGMENT crop_flip DISTILLER.TEACHER_CACHE c", KD, SumUpdate, 1, FINITE),
+    (f"{SMOOTHING} DATASET.ERASING 0.25", CRD, SumUpdate, 1, FINITE),
     ("SOLVER.AMP fp16 SOLVER.TYPE AdamW SOLVER.CLIP_GRAD_NORM 1.0", Vanilla, SumUpdate, 1, ENDLESS),
 ]
 
@@ -155,5 +185,6 @@ def test_a_trainer_built_by_hand_refuses_it_too(tmp_path):
 
 def test_every_method_declares_what_the_rules_read():
     for method in distiller_dict.values():
-        for declaration in ("compares_images", "compares_maps", "distills", "needs_teacher", "teacher_in_train_mode"):
+        loss = "compares_images", "compares_maps", "distills", "soft_labels", "reads_labels"
+        for declaration in (*loss, "needs_teacher", "teacher_in_train_mode"):
             assert isinstance(getattr(method, declaration), bool), (method, declaration)

@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torchvision
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
@@ -33,8 +34,9 @@ aten = torch.ops.aten
 _undispatched: Any = torch._C._DisableTorchDispatch
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ROOT = Path(mdistiller.__file__).parent.parent
+_LIBRARIES = (Path(torch.__file__).parent, Path(torchvision.__file__).parent, Path(sysconfig.get_path("stdlib")))
 # Not where a wait is caused: torch, Python's library, and the files of this folder that are not tests.
-_ELSEWHERE = (f"{Path(torch.__file__).parent}/", f"{sysconfig.get_path('stdlib')}/", f"{Path(__file__).parent}/_", "<")
+_ELSEWHERE = (*(f"{library}/" for library in _LIBRARIES), f"{Path(__file__).parent}/_", "<")
 
 
 @dataclass(frozen=True)

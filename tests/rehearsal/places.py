@@ -4,6 +4,7 @@ A wait stops the host until the GPU has done all its work, so a step has none, b
 """
 
 _ENGINE, _TEACHER = "mdistiller/engine", "mdistiller/engine/teacher"
+_POLICIES = "mdistiller/dataset/policies.py _changed"
 
 # At the start of an epoch, where the teacher's outputs are kept in the device's memory.
 _ROWS = {
@@ -56,6 +57,8 @@ STEP = {
         f"{_TEACHER}/file_cache.py look_up": "the host looks the rows up in a file",
         f"{_TEACHER}/file_cache.py __call__": "the host reads the rows from a file, and writes them to it",
     },
+    "RandAugment": {_POLICIES: "torchvision copies the constants of its operations to the device"},
+    "TrivialAugment": {_POLICIES: "torchvision copies the constants of its operations to the device"},
     "KDSVD": {"mdistiller/distillers/KDSVD.py _eigenvectors": "torch.linalg.eigh waits, to check its solver's result"},
     # Every so many steps, as the settings say.
     "losses read": {f"{_ENGINE}/nan_watch.py check": "NAN_POLICY stop reads them every 50 steps"},

@@ -56,6 +56,7 @@ class Anything(Distiller):
     """A method that every mode goes with, in place of one that a case leaves open."""
 
     compares_maps = True
+    soft_labels = True
     teacher_outputs = ("logits",)
 
 
