@@ -41,14 +41,22 @@ def _is_local(layer: nn.Module, device: torch.device) -> bool:
     """Whether it is a BatchNorm that can be synchronised on `device`, and is not yet."""
     if device.type == "cuda":
         return isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
-    return type(layer) is nn.BatchNorm2d
+    followed = isinstance(layer, nn.BatchNorm2d) and any(True for _ in layer.children())
+    return type(layer) is nn.BatchNorm2d or (followed and not isinstance(layer, HostSyncBatchNorm2d))
 
 
 def _synchronized(layer: Any, device: torch.device) -> nn.Module:
-    """A layer with the tensors of `layer`."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(layer)
-    return HostSyncBatchNorm2d.like(layer)
+    """A layer with the tensors, the layers and the forward hooks of `layer`."""
+    own: nn.Module
+    if any(True for _ in layer.children()):
+        own = (_SyncThen if device.type == "cuda" else _HostSyncThen).like(layer)
+    elif device.type == "cuda":
+        own = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+    else:
+        own = HostSyncBatchNorm2d.like(layer)
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        getattr(own, name).update(getattr(layer, name))
+    return own
 
 
 class HostSyncBatchNorm2d(nn.BatchNorm2d):
@@ -94,6 +102,36 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean), momentum)
         self.running_var.lerp_(unbiased_variance.to(self.running_var), momentum)
+
+
+class _Then:
+    """A BatchNorm with further layers in it, which it calls one after another, such as timm's with its activation."""
+
+    @classmethod
+    def like(cls, other: Any) -> Any:
+        """As `HostSyncBatchNorm2d.like`; the layers are shared too."""
+        own: Any = cls(other.num_features, other.eps, other.momentum, other.affine, other.track_running_stats)  # type: ignore[call-arg]
+        own.weight, own.bias = other.weight, other.bias
+        for name, buffer in other.named_buffers(recurse=False):
+            setattr(own, name, buffer)
+        for name, layer in other.named_children():
+            own.add_module(name, layer)
+        own.training = other.training
+        return own
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)  # type: ignore[misc]
+        for layer in self.children():  # type: ignore[attr-defined]
+            x = layer(x)
+        return x
+
+
+class _SyncThen(_Then, nn.SyncBatchNorm):  # type: ignore[misc]
+    pass
+
+
+class _HostSyncThen(_Then, HostSyncBatchNorm2d):  # type: ignore[misc]
+    pass
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -16,6 +16,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
+from .taps import Tap, others
+
 Hook = Callable[..., Any]
 # Attributes of nn.Module: the hooks of a forward or backward pass by their numbers, and facts about hooks by number.
 PASS_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -31,10 +33,13 @@ _STATE_HOOKS = (
 def has_hooks(network: nn.Module) -> bool:
     """Whether a forward or backward hook or pre-hook runs with `network`: of a submodule, or of all torch modules.
 
-    torch.nn.utils.weight_norm and spectral_norm work by such hooks; torch.nn.utils.parametrizations does not.
+    torch.nn.utils.weight_norm and spectral_norm work by such hooks; torch.nn.utils.parametrizations does not. A tap of
+    a wrapped network is not counted, see `taps`.
     """
     # Without map and attrgetter, which torch.compile cannot follow.
-    return has_hooks_everywhere() or any(getattr(layer, name) for layer in network.modules() for name in PASS_HOOKS)
+    return has_hooks_everywhere() or any(
+        others(getattr(layer, name)) for layer in network.modules() for name in PASS_HOOKS
+    )
 
 
 def has_hooks_everywhere() -> bool:
@@ -45,9 +50,10 @@ def has_hooks_everywhere() -> bool:
 def copy_without_hooks(network: nn.Module) -> nn.Module:
     """A deep copy of `network` without the hooks that others have registered on it. `network` keeps all of them.
 
-    Forward and backward hooks and pre-hooks are left out, and so is what they hold. Two kinds stay, because without
+    Forward and backward hooks and pre-hooks are left out, and so is what they hold. Three kinds stay, because without
     them the copy would compute something else: those of torch.nn.utils (weight_norm, spectral_norm, pruning), which
-    compute a layer's weights, and methods of the network's own modules, which become methods of the copy.
+    compute a layer's weights, methods of the network's own modules, which become methods of the copy, and the taps of
+    a wrapped network, which become taps of its copy.
 
     The hooks of state dicts stay, as the checkpoints are those of the network. One of another owner is shared.
     """
@@ -77,10 +83,12 @@ def _copy_own_hooks(layer: nn.Module, layers: Sequence[nn.Module], memo: dict[in
 
 
 def _is_own(hook: Hook, layers: Sequence[nn.Module]) -> bool:
-    """Whether a hook is a method of one of `layers`, or comes from torch.nn.utils or a class derived from its classes.
+    """Whether a hook is a tap, a method of one of `layers`, or from torch.nn.utils or a class derived from its classes.
 
     A pruning method of the user's is such a class.
     """
+    if isinstance(hook, Tap):
+        return True
     method = hook.func if isinstance(hook, partial) else hook
     owner = getattr(method, "__self__", None)
     origins = [getattr(origin, "__module__", None) or "" for origin in (hook, *type(hook).__mro__)]

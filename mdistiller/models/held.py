@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .copies import PASS_HOOKS
+from .taps import others
 
 # These ask a layer in C: in a network of a hundred layers, loops in Python would take a millisecond.
 _held = attrgetter("_parameters", "_buffers", "_modules")
@@ -33,6 +34,7 @@ class Held:
         self._layers = [*self._network.modules()]
         self._dicts = [*chain.from_iterable(map(_held, self._layers))]
         self.hooks = [*chain.from_iterable(map(_hooks, self._layers))]
+        self._hooked, self._bare = [*filter(None, self.hooks)], [own for own in self.hooks if not own]
         self._empty = [own for own in self._dicts if not own]
         self._full = [own for own in self._dicts if own]
         self._entries = self._present()
@@ -45,6 +47,10 @@ class Held:
             return False
         entries = self._present()
         return len(entries) == len(self._entries) and all(map(is_, entries, self._entries))
+
+    def hooked(self) -> bool:
+        """Whether a hook of a pass is registered on a layer; a tap of a wrapped network is not counted."""
+        return any(self._bare) or any(map(others, self._hooked))
 
     def _present(self) -> list[object]:
         return [*chain.from_iterable(map(_values, self._full))]

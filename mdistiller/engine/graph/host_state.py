@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ...models.held import Held
+from ...models.taps import Tap
 
 HostState = dict[str, Any]
 
@@ -59,9 +60,9 @@ class Watch:
         return not self._held.same() or self._then != self._now()
 
     def hooks(self) -> bool:
-        """Whether a hook other than torch's own is called in a pass; nobody calls it in a replay."""
+        """Whether a hook other than torch's and our own is called in a pass; nobody calls it in a replay."""
         own = (hook for hooks in self._held.hooks for hook in hooks.values())
-        return any(not _module_of(hook).startswith("torch.") for hook in own)
+        return any(not _module_of(hook).startswith(("torch.", Tap.__module__)) for hook in own)
 
     def _now(self) -> tuple[Any, ...]:
         tensors = self._held.tensors

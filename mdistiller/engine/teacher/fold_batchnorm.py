@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ...console import reason
 from ...models.copies import copy_without_hooks
 from ...models.outputs import restricted
+from ...models.taps import TapTracer
 
 _FOLDED: dict[Any, Any] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
 _FRESH = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)  # layers whose output is a new tensor
@@ -59,7 +60,8 @@ def fold_batchnorm(network: nn.Module, image: Tensor, features: Sequence[str] | 
 
 def _without_batchnorms(network: nn.Module) -> fx.GraphModule:
     """A traced copy in which each convolution has taken over the BatchNorm that alone reads it."""
-    folded = fx.symbolic_trace(copy_without_hooks(network))
+    own = copy_without_hooks(network)
+    folded = fx.GraphModule(own, TapTracer().trace(own))
     calls = Counter(node.target for node in folded.graph.nodes if node.op == "call_module")
     for node in list(folded.graph.nodes):
         before = node.args[0] if node.op == "call_module" and node.args else None

@@ -35,7 +35,7 @@ class Original:
             self._held.refresh()
         if self._versions() != self._versions_then or (thoroughly and self._sums() != self._sums_then):
             return "its weights change during training"
-        return "it has hooks, which stored outputs skip" if has_hooks_everywhere() or any(self._held.hooks) else ""
+        return "it has hooks, which stored outputs skip" if has_hooks_everywhere() or self._held.hooked() else ""
 
     def _versions(self) -> list[tuple[int, int]]:
         return list(zip(map(_pointer, self._held.tensors), map(_version, self._held.tensors)))
