@@ -90,7 +90,7 @@ class AT(FeatureDistiller):
         image_size: of the run.
 
     Raises:
-        UserError: a network has vectors instead of maps.
+        UserError: a network has vectors instead of maps, or every pair of maps has one of 1x1.
     """
 
     needs_run = ("image_size",)
@@ -101,6 +101,7 @@ class AT(FeatureDistiller):
         super().__init__(student, teacher, cfg.AT)
         self.p = cfg.AT.P
         self.pairs = MapPairs.probed(student, teacher, cfg, image_size, "AT")
+        self.pairs.require_positions("AT")
         self.reads_only("teacher", self.pairs.outputs)
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..grouping import load_groups
 from ..models.eval_mode import eval_mode
 from ..models.grouped import GroupedStudent
+from ..models.naming import network_name
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, PATH, TEMPERATURE
 from ..registry import unknown_name
@@ -263,7 +264,7 @@ def group_student(student: nn.Module, cfg: CN) -> GroupedStudent:
         return student
     if not source:
         raise UserError(
-            f"DCGD needs groups for the plain student {type(student).__name__}: set DCGD.GROUPS to a file that "
+            f"DCGD needs groups for the plain student {network_name(student)}: set DCGD.GROUPS to a file that "
             "tools/group_classes.py wrote, or to the name of a published grouping"
         )
     return GroupedStudent(student, load_groups(source), cfg.DCGD.BRANCHES)

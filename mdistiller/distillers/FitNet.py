@@ -11,10 +11,11 @@ from yacs.config import CfgNode as CN
 
 from ..errors import UserError
 from ..models.cost import count_parameters
+from ..models.naming import network_name
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, WHOLE, list_of, whole
 from ._base import FeatureDistiller, Features, Losses, register
-from ._feature_maps import ConvReg, configured_pairs, input_size, probe_pair, require_maps
+from ._feature_maps import OTHER_MAPS, configured_pairs, input_size, probe_pair, regressor, require_maps
 
 DEFAULTS = CN(
     {
@@ -41,7 +42,8 @@ class FitNet(FeatureDistiller):
 
         loss_kd = FEAT_WEIGHT * mean[ (regressor(feats_s[HINT_LAYER]) - feats_t[HINT_LAYER])^2 ]
 
-    A pair in DISTILLER.PAIRS, [[guided layer, hint layer]], replaces HINT_LAYER.
+    HINT_LAYER counts in both networks' lists, from the stem's map, or from the deepest one if it is negative. A pair in
+    DISTILLER.PAIRS, [[guided layer, hint layer]], replaces it. The regressor takes maps of any sizes, see `regressor`.
 
     During the first INIT_EPOCHS epochs the cross-entropy has weight 0: the paper's first stage, in which the hint
     alone trains the student up to the guided layer. `loss_ce` is then 0, and the layers above the guided one get zero
@@ -52,7 +54,7 @@ class FitNet(FeatureDistiller):
 
     Raises:
         UserError: HINT_LAYER is not the index of a feature map in both networks, DISTILLER.PAIRS names several pairs,
-            no regressor fits the shapes, or INPUT_SIZE contradicts the run.
+            the two are not maps, or INPUT_SIZE contradicts the run.
 
     Reference: Romero et al. 2015, arXiv 1412.6550, section 2.2.
     """
@@ -67,14 +69,11 @@ class FitNet(FeatureDistiller):
         self.init_epochs = cfg.FITNET.INIT_EPOCHS
         size = input_size(cfg.FITNET.INPUT_SIZE, image_size, cfg, "FITNET.INPUT_SIZE")
         maps_s, maps_t = (features["feats"] for features in probe_pair(student, teacher, size))
-        self.guided, self.hint = _layers(cfg, len(maps_s), len(maps_t))
+        self.guided, self.hint = _layers(cfg, len(maps_s), len(maps_t), (student, teacher))
         self.reads_only("teacher", [f"feats[{self.hint}]"])
         hint = maps_s[self.guided].shape, maps_t[self.hint].shape
-        require_maps([hint], "FITNET")
-        try:
-            self.conv_reg = ConvReg(*hint)
-        except UserError as error:
-            raise UserError(f"{error}; FITNET.HINT_LAYER or DISTILLER.PAIRS names other maps") from None
+        require_maps([hint], "FITNET", (student, teacher))
+        self.conv_reg = regressor(*hint)
 
     def get_learnable_parameters(self) -> list[nn.Parameter | Group]:
         return super().get_learnable_parameters() + list(self.conv_reg.parameters())
@@ -93,7 +92,7 @@ class FitNet(FeatureDistiller):
         return logits_student, losses
 
 
-def _layers(cfg: CN, count_s: int, count_t: int) -> tuple[int, int]:
+def _layers(cfg: CN, count_s: int, count_t: int, networks: tuple[nn.Module, nn.Module]) -> tuple[int, int]:
     """The indices of the guided and of the hint layer among the networks' maps."""
     pairs = configured_pairs(cfg, count_s, count_t)
     if len(pairs) > 1:
@@ -102,5 +101,9 @@ def _layers(cfg: CN, count_s: int, count_t: int) -> tuple[int, int]:
         return pairs[0]
     layer, count = cfg.FITNET.HINT_LAYER, min(count_s, count_t)
     if not -count <= layer < count:
-        raise UserError(f"FITNET.HINT_LAYER is {layer}, the networks have feature maps 0 to {count - 1}")
+        student, teacher = map(network_name, networks)
+        have = f"feature maps 0 to {count - 1}" if count else "no feature maps"
+        raise UserError(
+            f"FITNET.HINT_LAYER is {layer}, the networks have {have} ({student} and {teacher}); {OTHER_MAPS}"
+        )
     return layer, layer

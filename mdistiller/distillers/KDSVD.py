@@ -27,6 +27,7 @@ _MATRICES = Registry(
         "channels": lambda f: f.flatten(2).mT,  # (B, HW, C), as in the paper's code
     },
 )
+_TOO_MANY = "KDSVD.K {k} is more than the {smallest} directions of the smallest map; set at most that"
 
 
 def kdsvd_loss(
@@ -66,7 +67,7 @@ def kdsvd_loss(
     stages = [_aligned_directions(f_s, f_t, k, dtype, axis) for f_s, f_t in zip(g_s, g_t)]
     found = {vectors.shape[-1] for stage in stages for vectors in stage}
     if len(found) > 1:
-        raise UserError(f"KDSVD.K {k} is more than the {min(found)} directions of the smallest map; set at most that")
+        raise UserError(_TOO_MANY.format(k=k, smallest=min(found)))
     changes = [(_change(s0, s1) - _change(t0, t1)).square().sum() for (s0, t0), (s1, t1) in pairwise(stages)]
     return torch.stack(changes).sum() / len(g_s[0])
 
@@ -180,6 +181,14 @@ def _require_equal_channels(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
             )
 
 
+def _require_directions(k: int, axis: str, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    """Refuse more directions than a map has: as many as its columns, or as its channels."""
+    dim = -1 if axis == "columns" else 1
+    smallest = min(min(shape_s[dim], shape_t[dim]) for shape_s, shape_t in pairs)
+    if k > smallest:
+        raise UserError(_TOO_MANY.format(k=k, smallest=smallest))
+
+
 @register(
     "KDSVD",
     CN({"K": 1, "AXIS": "columns", "LOSS": CN({"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0})}),
@@ -198,7 +207,7 @@ class KDSVD(FeatureDistiller):
 
     Raises:
         UserError: there are fewer than two pairs, or a network has vectors instead of maps; for "channels", the maps
-            of a pair differ in their number of channels.
+            of a pair differ in their number of channels; a map has fewer than K directions, or all are 1x1.
         UserError: AXIS is unknown.
     """
 
@@ -215,6 +224,9 @@ class KDSVD(FeatureDistiller):
         self.reads_only("teacher", self.pairs.outputs)
         if self.axis == "channels":
             _require_equal_channels(self.pairs.shapes)
+        else:
+            self.pairs.require_positions("KDSVD")
+        _require_directions(self.k, self.axis, self.pairs.shapes)
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:
         pairs: Any = zip(*self.pairs(feature_student, feature_teacher))

@@ -83,7 +83,7 @@ class NST(FeatureDistiller):
         image_size: of the run.
 
     Raises:
-        UserError: a network has vectors instead of maps.
+        UserError: a network has vectors instead of maps, or every pair of maps has one of 1x1.
     """
 
     needs_run = ("image_size",)
@@ -93,6 +93,7 @@ class NST(FeatureDistiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.NST)
         self.pairs = MapPairs.probed(student, teacher, cfg, image_size, "NST")
+        self.pairs.require_positions("NST")
         self.reads_only("teacher", self.pairs.outputs)
 
     def feature_loss(self, feature_student: Features, feature_teacher: Features) -> Tensor:

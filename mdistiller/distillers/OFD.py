@@ -17,6 +17,7 @@ from yacs.config import CfgNode as CN
 
 from ..errors import UserError
 from ..models.cost import count_parameters
+from ..models.naming import network_name
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, ODD
 from ._base import FeatureDistiller, Features, register
@@ -127,7 +128,7 @@ class OFD(FeatureDistiller):
     """Cross-entropy with the labels and `feat_loss` over the last stages, each with half the weight of the next.
 
     The stages are paired by `MapPairs`, as many as the teacher returns BatchNorms for. The teacher's maps are
-    average-pooled to the student's size.
+    average-pooled to the student's size. Of the teacher only the BatchNorms are in training mode; dropout stays off.
 
     Args:
         image_size: of the run.
@@ -138,6 +139,7 @@ class OFD(FeatureDistiller):
     """
 
     needs_run = ("image_size",)
+    teacher_outputs = ("preact_feats",)
     compares_maps = True
     # As in the paper's code: the targets are normalised by the statistics of the batch.
     teacher_in_train_mode = True
@@ -157,6 +159,13 @@ class OFD(FeatureDistiller):
     def margins(self) -> list[Tensor]:
         """(1, C, 1, 1) for each paired stage."""
         return [self.get_buffer(f"margin{i}") for i in range(len(self.connectors.connectors))]
+
+    def train(self, mode: bool = True) -> OFD:
+        """Of the teacher, the network itself and its BatchNorms get the mode; all its other layers evaluate."""
+        super().train(mode)
+        for layer in self.teacher.modules():
+            layer.training = mode and (layer is self.teacher or isinstance(layer, _BATCHNORMS))
+        return self
 
     def teacher_forward(self, image: Tensor) -> tuple[Tensor, Features]:
         """As in the base class, but the teacher's buffers do not change: training mode would update them."""
@@ -206,11 +215,8 @@ def _paired_batchnorms(student: nn.Module, teacher: nn.Module, pairs: MapPairs) 
     Raises:
         UserError: see `OFD`.
     """
-    name = type(teacher).__name__
-    if not hasattr(teacher, "get_bn_before_relu"):
-        raise UserError(f"OFD needs a teacher with get_bn_before_relu(), its stages' last BatchNorms; {name} has none")
-    bns: list[nn.BatchNorm2d] = teacher.get_bn_before_relu()  # type: ignore[operator]
-    pairs.keep_deepest(len(bns), "OFD", f"{name} returns {len(bns)} BatchNorms before the ReLU")
+    bns = _batchnorms(student, teacher)
+    pairs.keep_deepest(len(bns), "OFD", f"{network_name(teacher)} has {len(bns)} BatchNorms before the ReLU")
     listed = [len(net.get_stage_channels()) - 1 for net in (student, teacher) if hasattr(net, "get_stage_channels")]  # type: ignore[operator]
     if listed and not pairs.configured:
         pairs.keep_deepest(min(listed), "OFD", "get_stage_channels() lists no stage")
@@ -223,3 +229,14 @@ def _paired_batchnorms(student: nn.Module, teacher: nn.Module, pairs: MapPairs) 
             f"teacher's BatchNorms before the ReLU have {widths}"
         )
     return paired
+
+
+def _batchnorms(student: nn.Module, teacher: nn.Module) -> list[nn.BatchNorm2d]:
+    """The teacher's BatchNorms before the ReLU, by stage; the last belongs to its last map."""
+    name = network_name(teacher)
+    if not hasattr(teacher, "get_bn_before_relu"):
+        raise UserError(f"OFD needs a teacher with get_bn_before_relu(), its stages' last BatchNorms; {name} has none")
+    try:
+        return teacher.get_bn_before_relu()  # type: ignore[operator, no-any-return]
+    except UserError as error:
+        raise UserError(f"the student {network_name(student)} cannot learn by OFD: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,15 @@ from yacs.config import CfgNode as CN
 from ..console import one_line
 from ..errors import UserError
 from ..models.eval_mode import eval_mode
+from ..models.naming import network_name
 from ..models.returned import FORM, ReturnedFeatures, described
 from ._base import Features
 from .facts import image_size_of
+
+# The next step for maps that a method cannot compare.
+OTHER_MAPS = (
+    "DISTILLER.PAIRS names other pairs of maps, STUDENT_FEATS and TEACHER_FEATS other layers of networks from elsewhere"
+)
 
 
 def probe(model: nn.Module, input_size: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
@@ -41,10 +48,10 @@ def probe_pair(student: nn.Module, teacher: nn.Module, image_size: int | Sequenc
 
 
 def _probed(model: nn.Module, size: Sequence[int], role: str) -> Features:
-    name = f"the {role} {type(model).__name__}"
+    name = f"the {role} {network_name(model)}"
     try:
         output = probe(model, size)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # a vision transformer asserts that an image has its size
         raise ValueError(f"{name} cannot take an image of {size[0]}x{size[1]}: {one_line(error)}") from error
     if not (isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], Mapping)):
         raise UserError(f"{name} must return (logits, features by name), it returns {described(output)}; {FORM}")
@@ -138,11 +145,12 @@ class MapPairs:
         self.configured = configured_pairs(cfg, *self.counts)
         self.indices = self.configured or pair_stages(*self.counts, int(getattr(teacher, "stem_in_feats", True)))
         self.shapes = [(maps_s[i].shape, maps_t[j].shape) for i, j in self.indices]
-        require_maps(self.shapes, method)
+        require_maps(self.shapes, method, (student, teacher))
         if len(self.indices) < least:
             raise UserError(
                 f"{method} needs {least} or more pairs of feature maps; of the student's {self.counts[0]} maps and the "
-                f"teacher's {self.counts[1]}, {len(self.indices)} can be paired (DISTILLER.PAIRS names others)"
+                f"teacher's {self.counts[1]}, {len(self.indices)} can be paired "
+                f"({network_name(student)} and {network_name(teacher)}); {OTHER_MAPS}"
             )
 
     @classmethod
@@ -164,6 +172,19 @@ class MapPairs:
             raise UserError(f"{method} cannot compare the pairs {self.indices} of feature maps: {why}")
         self.indices, self.shapes = map(list, zip(*kept))
 
+    def require_positions(self, method: str) -> None:
+        """Refuse pairs all of which have a map of 1x1, for a method that compares where in a map the activations are.
+
+        Raises:
+            UserError: its loss would have no gradient for any images.
+        """
+        if all(min(math.prod(s[2:]), math.prod(t[2:])) == 1 for s, t in self.shapes):
+            raise UserError(
+                f"{method} compares where in a map the activations are, but every pair of maps has one of 1x1, so that "
+                f"its loss has no gradient: the student's {[tuple(s) for s, _ in self.shapes]}, the teacher's "
+                f"{[tuple(t) for _, t in self.shapes]}; use larger images, or DISTILLER.PAIRS with earlier maps"
+            )
+
     @property
     def outputs(self) -> tuple[str, ...]:
         """The teacher's maps that are compared, as `Distiller.reads_only` takes them."""
@@ -174,7 +195,7 @@ class MapPairs:
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         for kind, own, network in zip(self.kinds, features, networks):
             if kind not in own:
-                raise UserError(f"{method} compares feature maps, but {type(network).__name__} returns no {kind!r}")
+                raise UserError(f"{method} compares feature maps, but {network_name(network)} returns no {kind!r}")
         return features[0][self.kinds[0]], features[1][self.kinds[1]]
 
     def __call__(self, features_s: Features, features_t: Features) -> tuple[list[Tensor], list[Tensor]]:
@@ -212,17 +233,20 @@ def configured_pairs(cfg: CN, count_s: int, count_t: int) -> list[tuple[int, int
     return pairs
 
 
-def require_maps(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], method: str) -> None:
+def require_maps(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], method: str, networks: tuple[nn.Module, nn.Module]
+) -> None:
     """Refuse (student's, teacher's) shapes that are not both (B, C, H, W).
 
     Raises:
-        UserError: names the method and both shapes.
+        UserError: names the method, both shapes and both networks.
     """
     for shape_s, shape_t in pairs:
         if len(shape_s) != 4 or len(shape_t) != 4:
+            student, teacher = map(network_name, networks)
             raise UserError(
                 f"{method} compares feature maps (B, C, H, W), these are not both maps: the student's "
-                f"{tuple(shape_s)}, the teacher's {tuple(shape_t)}"
+                f"{tuple(shape_s)}, the teacher's {tuple(shape_t)} ({student} and {teacher}); {OTHER_MAPS}"
             )
 
 
@@ -263,6 +287,44 @@ class ConvReg(nn.Module):
         """(B, C_student, H, W) -> (B, C_teacher, H', W')."""
         x = self.bn(self.conv(x))
         return self.relu(x) if self.use_relu else x
+
+
+class ResizedReg(ConvReg):
+    """`ConvReg` for two maps of any sizes: the student's is resized to the teacher's size, then a 1x1 convolution.
+
+    Where the student's map is larger it is average-pooled, where it is smaller it is interpolated linearly.
+
+    Args:
+        s_shape, t_shape, use_relu: see `ConvReg`.
+    """
+
+    def __init__(self, s_shape: Sequence[int], t_shape: Sequence[int], use_relu: bool = True) -> None:
+        super().__init__((*s_shape[:2], *t_shape[2:]), t_shape, use_relu)
+        self.size = t_shape[2], t_shape[3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_student, H, W) -> (B, C_teacher, H', W')."""
+        x = _pooled_to(x, (min(x.shape[-2], self.size[0]), min(x.shape[-1], self.size[1])))
+        if x.shape[-2:] != self.size:
+            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False)
+        return super().forward(x)
+
+
+# Positions of the largest kernel by which a regressor shrinks a map. Beyond it, the kernel would have more weights than
+# most students: 30 million from 64 channels of 56x56 to 256 of 14x14.
+_WIDEST_KERNEL = 8
+
+
+def regressor(s_shape: Sequence[int], t_shape: Sequence[int]) -> ConvReg:
+    """A regressor from a student's map (B, C, H, W) to a teacher's, of any sizes.
+
+    `ConvReg` where it takes both shapes: one convolution, of stride 2, transposed, or whose kernel of at most 8x8 is as
+    much larger than 1x1 as the student's map is larger than the teacher's. `ResizedReg` for all other shapes.
+    """
+    (s_h, s_w), (t_h, t_w) = s_shape[2:], t_shape[2:]
+    half, twice = (s_h, s_w) == (2 * t_h, 2 * t_w), (t_h, t_w) == (2 * s_h, 2 * s_w)
+    shrinks = all(0 <= s - t < _WIDEST_KERNEL for s, t in ((s_h, t_h), (s_w, t_w)))
+    return (ConvReg if half or twice or (shrinks and s_h != 2 * t_h) else ResizedReg)(s_shape, t_shape)
 
 
 def align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

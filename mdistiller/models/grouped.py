@@ -21,6 +21,7 @@ from ._network import Network
 from ._staged import Maps, StagedNet
 from .cifar.resnet import NARROW, ResNet
 from .copies import has_hooks
+from .naming import network_name
 
 BRANCH_MODES = ("auto", "loop", "together")
 
@@ -50,8 +51,8 @@ class GroupedStudent(Network):
         super().__init__()
         if not isinstance(base, StagedNet):
             raise UserError(
-                f"{type(base).__name__} has no last stage to split off, so DCGD cannot group it; "
-                "use a ResNet, WRN or VGG as the student"
+                f"{network_name(base)} has no last stage to split off, so DCGD cannot group it; use a ResNet, WRN or "
+                "VGG of this library as the student, such as resnet20; any network can be the teacher"
             )
         classifier = base.get_classifier()
         check_groups([list(group) for group in groups], classifier.out_features)

@@ -11,12 +11,14 @@ from mdistiller.distillers import _common, distiller_dict, method_defaults
 from mdistiller.distillers._feature_maps import (
     ConvReg,
     MapPairs,
+    ResizedReg,
     align,
     get_feat_shapes,
     input_size,
     pair_stages,
     probe,
     probe_pair,
+    regressor,
 )
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
 
@@ -122,6 +124,16 @@ def test_pairs_that_cannot_be(pairs, message):
         map_pairs(pairs=pairs)
 
 
+class Asserting(nn.Linear):
+    def forward(self, x):
+        torch._assert(x.shape[-1] == 224, "Wrong image height!")
+
+
+def test_a_network_that_asserts_its_image_size_is_named():
+    with pytest.raises(ValueError, match="the teacher Asserting cannot take an image of 32x32: Wrong image height!"):
+        probe_pair(net("resnet8"), Asserting(3, 2), 32)
+
+
 def test_maps_that_cannot_be_paired_are_refused():
     with pytest.raises(ValueError, match=r"AT compares .* student's \(1, 8, 4, 4\), the teacher's \(1, 8\)"):
         map_pairs(maps_t=[*MAPS[:2], (8,)])
@@ -203,16 +215,43 @@ def test_the_size_of_the_probing_image():
 )
 @pytest.mark.parametrize("use_relu", [True, False])
 def test_regressor_returns_the_teachers_shape(size_s, size_t, use_relu):
-    regressor = ConvReg((2, 3, *size_s), (2, 5, *size_t), use_relu)
-    out = regressor(torch.randn(2, 3, *size_s))
+    own = ConvReg((2, 3, *size_s), (2, 5, *size_t), use_relu)
+    out = own(torch.randn(2, 3, *size_s))
     assert out.shape == (2, 5, *size_t)
     assert out.ge(0).all() == use_relu
-    assert {k.split(".")[0] for k in regressor.state_dict()} == {"conv", "bn"}
+    assert {k.split(".")[0] for k in own.state_dict()} == {"conv", "bn"}
 
 
 def test_no_regressor_to_a_larger_map():
     with pytest.raises(ValueError, match=r"\(1, 3, 4, 4\) to a teacher map of \(1, 3, 7, 7\)"):
         ConvReg((1, 3, 4, 4), (1, 3, 7, 7))
+
+
+@pytest.mark.parametrize("size_s, size_t", [((8, 8), (4, 4)), ((4, 4), (8, 8)), ((8, 8), (8, 8)), ((8, 8), (2, 2))])
+def test_sizes_of_the_originals_networks_keep_the_originals_regressor(size_s, size_t):
+    assert type(regressor((1, 3, *size_s), (1, 5, *size_t))) is ConvReg
+
+
+@pytest.mark.parametrize(
+    "size_s, size_t", [((4, 4), (7, 7)), ((56, 56), (14, 14)), ((5, 9), (9, 5)), ((8, 6), (4, 4)), ((1, 1), (16, 16))]
+)
+def test_other_sizes_are_resized(size_s, size_t):
+    own = regressor((2, 3, *size_s), (2, 5, *size_t)).train()
+    assert type(own) is ResizedReg and own.conv.weight.shape == (5, 3, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = own(torch.randn(2, 3, *size_s))
+    low.float().sum().backward()
+    assert low.shape == (2, 5, *size_t)
+    assert {k.split(".")[0] for k in own.state_dict()} == {"conv", "bn"}
+
+
+def test_a_resized_map_is_the_pooled_or_interpolated_one():
+    own = ResizedReg((1, 1, 4, 4), (1, 1, 2, 2), use_relu=False).eval()
+    nn.init.ones_(own.conv.weight), nn.init.zeros_(own.conv.bias)
+    own.bn.eps = 0.0
+    assert own(torch.arange(16.0).reshape(1, 1, 4, 4)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    own.size = (1, 4)
+    assert own(torch.tensor([[[[0.0, 4.0]]]])).flatten().tolist() == [0.0, 1.0, 3.0, 4.0]
 
 
 def test_align_pools_the_larger():
