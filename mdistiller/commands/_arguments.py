@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..arguments import PathArgument, with_numbers
+from ..dataset import DatasetInfo
 from ..errors import UserError
 
 # Settings that messages about data and networks name, and what the commands that read no configuration have instead.
@@ -72,18 +73,29 @@ def trained_network_arguments(parser: argparse.ArgumentParser, batch_size: int, 
     )  # fmt: skip
     parser.add_argument(
         "-d", "--dataset", default=None if of_run else "cifar100",
-        help="cifar100 (default), tiny_imagenet, imagenet or digits",
+        help="cifar100 (default), tiny_imagenet, imagenet or digits; folder: class folders of your own (docs/data.md)",
     )  # fmt: skip
     parser.add_argument(
         "-bs", "--batch-size", type=int, default=batch_size, help=f"images in a batch (default: {batch_size})"
     )
     parser.add_argument(
-        "--data-root", action=PathArgument, default="./data",
-        help="the folder that holds the data sets (default: ./data)",
+        "--data-root", action=PathArgument,
+        help="the folder that holds the data sets, or the images themselves (default: ./data"
+        + ("; without -m that of the run)" if of_run else ")"),
     )  # fmt: skip
     parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images (default: 2)")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read, and warn")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+
+
+def check_labelled(info: DatasetInfo, dataset: str) -> None:
+    """Refuse to score on images without labels.
+
+    Raises:
+        UserError: they have none.
+    """
+    if not info.labelled:
+        raise UserError(f"the images of -d {dataset} have no labels to score by; class folders (-d folder) have them")
 
 
 def check_batch_size(batch_size: int) -> None:

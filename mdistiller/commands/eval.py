@@ -15,16 +15,24 @@ from pathlib import Path
 
 import torch.nn as nn
 from torch import Tensor
+from yacs.config import CfgNode as CN
 
 from ..arguments import PathArgument
 from ..console import tool
-from ..dataset import dataset_info, get_val_loader
+from ..dataset import get_val_loader, info_of
 from ..engine.build import load_deployed, load_trained
+from ..engine.cfg import elsewhere, settings_for
 from ..engine.scores import Heads, evaluate, model_heads
 from ..errors import UserError
 from ..models.cost import network_cost
 from ..registry import unknown_name
-from ._arguments import check_batch_size, command_parser, options_for_settings, trained_network_arguments
+from ._arguments import (
+    check_batch_size,
+    check_labelled,
+    command_parser,
+    options_for_settings,
+    trained_network_arguments,
+)
 
 
 def evaluate_checkpoint(
@@ -34,7 +42,7 @@ def evaluate_checkpoint(
     batch_size: int,
     head: str | None = None,
     groups: str = "",
-    data_root: str = "./data",
+    data_root: str | None = None,
     num_workers: int = 2,
     device: str = "auto",
     skip_broken: bool = False,
@@ -45,6 +53,7 @@ def evaluate_checkpoint(
         model: its name; None for what the run deploys, by the config.yaml beside `ckpt`.
         ckpt: its checkpoint, or "pretrain" for the published one.
         dataset: cifar100 by default or, without `model`, that of the run.
+        data_root: the data set's folder; None: ./data or, without `model`, that of the run.
         groups: for a plain network that DCGD trained with groups, DCGD.GROUPS of its run.
         skip_broken: leave out images that cannot be read.
 
@@ -57,13 +66,17 @@ def evaluate_checkpoint(
     check_batch_size(batch_size)
     networks: dict[str, nn.Module]
     if model is None:
-        networks, heads, dataset = _deployed(ckpt, head, dataset, groups, device)
+        networks, heads, cfg = _deployed(ckpt, head, dataset, groups, data_root, device)
+        info = info_of(cfg)
+        check_labelled(info, cfg.DATASET.TYPE)
     else:
-        dataset = dataset or "cifar100"
-        net = load_trained(dataset, model, ckpt, groups, device)
+        cfg = settings_for(dataset or "cifar100", data_root, model)
+        info = info_of(cfg)
+        check_labelled(info, cfg.DATASET.TYPE)
+        net = load_trained(info, model, ckpt, groups, device)
         networks, heads = {model: net}, model_heads(net, head)
     where = next(next(iter(networks.values())).parameters()).device
-    loader = get_val_loader(dataset, data_root, batch_size, num_workers, skip_broken=skip_broken).to(where)
+    loader = get_val_loader(info, cfg.DATASET.ROOT, batch_size, num_workers, skip_broken=skip_broken).to(where)
     started = time.perf_counter()
     scores = evaluate(loader, heads, where)
     seconds = time.perf_counter() - started
@@ -73,15 +86,15 @@ def evaluate_checkpoint(
         for name, s in scores.items()
     ]
     lines.append(f"{images} images in {seconds:.1f} s, {images / seconds:.0f} images/s on {where}")
-    size = dataset_info[dataset].image_size
+    size = info.image_size
     lines += [f"{name}: {network_cost(net, size)} at {size}x{size}" for name, net in networks.items()]
     return "\n".join(lines)
 
 
 def _deployed(
-    ckpt: str, head: str | None, dataset: str | None, groups: str, device: str
-) -> tuple[dict[str, nn.Module], Heads, str]:
-    """What the run of a checkpoint deploys, by name; the logits of its heads (or of `head`); its data set."""
+    ckpt: str, head: str | None, dataset: str | None, groups: str, data_root: str | None, device: str
+) -> tuple[dict[str, nn.Module], Heads, CN]:
+    """What the run of a checkpoint deploys, by name; the logits of its heads (or of `head`); its settings."""
     if ckpt == "pretrain":
         raise UserError(
             "name the network, such as -m resnet20, or a run's checkpoint, such as -c output/.../student_best"
@@ -91,11 +104,12 @@ def _deployed(
     distiller, names, cfg = load_deployed(Path(ckpt), device)
     if dataset not in (None, cfg.DATASET.TYPE):
         raise UserError(f"{ckpt} was trained on {cfg.DATASET.TYPE}, not on {dataset}; leave out -d, or name -m")
+    cfg = cfg if data_root is None else elsewhere(cfg, data_root)
     networks = {name: network for name, network in distiller.deployments().items() if name in names}
     if len(distiller.deployments()) == 1:
         if head is not None:
             raise UserError(f"{ckpt} has one head; leave out --head {head}")
-        return networks, distiller.forward_heads, cfg.DATASET.TYPE
+        return networks, distiller.forward_heads, cfg
     if head is not None and head not in names:
         raise unknown_name(f"head of {ckpt}", head, names)
     scored = names if head is None else [head]
@@ -104,7 +118,7 @@ def _deployed(
         logits = distiller.forward_heads(image)
         return {name: logits[name] for name in scored}
 
-    return networks, heads, cfg.DATASET.TYPE
+    return networks, heads, cfg
 
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:

@@ -7,18 +7,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from yacs.config import CfgNode as CN
+
 from ..arguments import PathArgument
 from ..console import tool
-from ..dataset import dataset_info
+from ..dataset import info_of
 from ..engine.build import model_dict
+from ..engine.cfg import load_cfg, settings_for
 from ..engine.files.checkpoint import load_checkpoint, load_state, model_state, save_checkpoint
 from ..errors import UserError
 from ..models import build_model
 from ..models.grouped import published_students
-from ..user_files import read_yaml, writing
+from ..user_files import writing
 from ._arguments import command_parser
 
 PREFIX = "base."
@@ -39,8 +43,9 @@ def export_head(ckpt: Path, out: Path, model: str | None = None, dataset: str | 
             published students, whose plain head is not an ordinary ResNet.
     """
     grouped = model_state(load_checkpoint(ckpt), ckpt)
-    run_model, run_dataset = _run_of(ckpt)
-    model, dataset = model or run_model, dataset or run_dataset or "cifar100"
+    run = _run_of(ckpt)
+    run_model = None if run is None else run.DISTILLER.STUDENT
+    model = model or run_model
     if model is None:
         raise UserError(f"no config.yaml next to {ckpt} names its network; give the plain one, such as -m resnet20")
     published = next((name for name in (model, run_model) if name in published_students), None)
@@ -53,19 +58,22 @@ def export_head(ckpt: Path, out: Path, model: str | None = None, dataset: str | 
     state = {name.removeprefix(PREFIX): tensor for name, tensor in grouped.items() if name.startswith(PREFIX)}
     if not state:
         raise UserError(f"{ckpt} holds no grouped student (no entry begins with {PREFIX!r})")
-    load_state(build_model(model_dict(dataset), model, dataset_info[dataset].num_classes), state, ckpt)
+    if run is None or dataset not in (None, run.DATASET.TYPE):
+        run = settings_for(dataset or "cifar100", model=model)
+    info = info_of(run)
+    load_state(build_model(model_dict(info, model), model, info.num_classes), state, ckpt)
     with writing(out):
         save_checkpoint({"model": state}, out)
-    return f"wrote {out}; score it with tools/eval.py -m {model} -d {dataset} -c {out}"
+    return f"wrote {out}; score it with tools/eval.py -m {model} -d {run.DATASET.TYPE} -c {out}"
 
 
-def _run_of(ckpt: Path) -> tuple[str | None, str | None]:
-    """DISTILLER.STUDENT and DATASET.TYPE in the config.yaml next to `ckpt`; None for both if it cannot be read."""
+def _run_of(ckpt: Path) -> CN | None:
+    """The settings in the config.yaml next to `ckpt`; None if it cannot be read, or is of a version without them."""
+    source = ckpt.parent / "config.yaml"
     try:
-        cfg = read_yaml(ckpt.parent / "config.yaml", "config", "name the network by -m")
-        return cfg["DISTILLER"]["STUDENT"], cfg["DATASET"]["TYPE"]
-    except (UserError, KeyError, TypeError):
-        return None, None
+        return load_cfg(source) if os.path.isfile(source) else None
+    except UserError:
+        return None
 
 
 def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ..arguments import PathArgument
 from ..console import tool, warn
-from ..dataset import Loader, dataset_info, get_val_loader, stratified_split
+from ..dataset import DatasetInfo, Loader, get_val_loader, info_of, stratified_split
 from ..dataset.batch import labelled
 from ..engine.build import load_trained
+from ..engine.cfg import settings_for
 from ..errors import UserError
 from ..grouping import (
     count_confusions,
@@ -38,7 +39,13 @@ from ..grouping import (
 )
 from ..grouping.cifar100 import SUPERCLASS, SUPERCLASS_NAMES
 from ..registry import unknown_name
-from ._arguments import check_batch_size, command_parser, options_for_settings, trained_network_arguments
+from ._arguments import (
+    check_batch_size,
+    check_labelled,
+    command_parser,
+    options_for_settings,
+    trained_network_arguments,
+)
 
 SPLITS = ("train", "heldout", "kfold", "test")
 # Super-class of each class, and the super-classes' names, of the data sets that have them.
@@ -62,7 +69,7 @@ def group_classes(
     val_fraction: float = 0.1,
     folds: int = 5,
     batch_size: int = 256,
-    data_root: str = "./data",
+    data_root: str | None = None,
     num_workers: int = 2,
     device: str = "auto",
     skip_broken: bool = False,
@@ -85,7 +92,9 @@ def group_classes(
     """
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
-    info = dataset_info[dataset]
+    cfg = settings_for(dataset, data_root, model)
+    info = info_of(cfg)
+    check_labelled(info, dataset)
     superclass, names = SUPERCLASSES.get(dataset, (None, None))
     if single_classes or superclass is None:
         superclass, names = list(range(info.num_classes)), [str(c) for c in range(info.num_classes)]
@@ -96,8 +105,8 @@ def group_classes(
         warn(LEAK)
 
     check_batch_size(batch_size)
-    teacher = load_trained(dataset, model, ckpt, device=device)
-    loader = _loader(dataset, split, val_fraction, data_root, batch_size, num_workers, skip_broken)
+    teacher = load_trained(info, model, ckpt, device=device)
+    loader = _loader(info, split, val_fraction, cfg.DATASET.ROOT, batch_size, num_workers, skip_broken)
     loader.to(next(teacher.parameters()).device)
     if split == "kfold":
         features, targets = _run(teacher, loader, "pooled_feat")
@@ -141,14 +150,15 @@ def group_classes(
 
 
 def _loader(
-    dataset: str, split: str, val_fraction: float, data_root: str, batch_size: int, num_workers: int, skip_broken: bool
-) -> Loader:
+    info: DatasetInfo, split: str, val_fraction: float, data_root: str, batch_size: int, num_workers: int,
+    skip_broken: bool,
+) -> Loader:  # fmt: skip
     """The images of `split`, in order and not augmented."""
     if split != "heldout":
-        return get_val_loader(dataset, data_root, batch_size, num_workers, split != "test", skip_broken)
+        return get_val_loader(info, data_root, batch_size, num_workers, split != "test", skip_broken)
     if not 0 < val_fraction < 1:
         raise UserError(f"--val-fraction must be between 0 and 1, not {val_fraction}")
-    train = dataset_info[dataset].read(Path(data_root), True, skip_broken)
+    train = info.read(Path(data_root), True, skip_broken)
     _, held_out = stratified_split(train.targets, 1 - val_fraction)
     return train.select(held_out).loader(batch_size, num_workers, train=False)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from yacs.config import CfgNode as CN
 
 from ..analysis.measures import (
     Calibration,
@@ -32,14 +33,21 @@ from ..analysis.outputs import Outputs, collect, tsne
 from ..analysis.plots.networks import cka_figure, matrices_figure, reliability_figure, tsne_figure
 from ..arguments import PathArgument
 from ..console import tool
-from ..dataset import get_val_loader
+from ..dataset import get_val_loader, info_of
 from ..distillers import distiller_dict
 from ..engine.build import load_trained
+from ..engine.cfg import elsewhere, settings_for
 from ..errors import UserError
 from ..experiments.runs import read_run
 from ..grouping import count_confusions
 from ..user_files import writing
-from ._arguments import check_batch_size, command_parser, options_for_settings, trained_network_arguments
+from ._arguments import (
+    check_batch_size,
+    check_labelled,
+    command_parser,
+    options_for_settings,
+    trained_network_arguments,
+)
 
 
 def run_networks(folder: Path) -> dict[str, str]:
@@ -69,25 +77,30 @@ def network_outputs(
     ckpt: str,
     dataset: str,
     batch_size: int = 256,
-    data_root: str = "./data",
+    data_root: str | None = None,
     num_workers: int = 2,
     device: str = "auto",
     head: str | None = None,
     groups: str = "",
     skip_broken: bool = False,
+    settings: CN | None = None,
 ) -> Outputs:
     """The outputs of a trained network on a data set's test images.
 
     Args:
         ckpt: its checkpoint, or "pretrain" for the published one.
         groups: for a plain network that DCGD trained with groups, DCGD.GROUPS of its run.
+        settings: describe the images as the network is to see them; None: as it was made for.
 
     Raises:
         UserError: an unknown name, missing data, a checkpoint that does not fit.
     """
     check_batch_size(batch_size)
-    net = load_trained(dataset, model, ckpt, groups, device)
-    loader = get_val_loader(dataset, data_root, batch_size, num_workers, skip_broken=skip_broken)
+    cfg = settings or settings_for(dataset, data_root, model)
+    info = info_of(cfg)
+    check_labelled(info, dataset)
+    net = load_trained(info, model, ckpt, groups, device)
+    loader = get_val_loader(info, cfg.DATASET.ROOT, batch_size, num_workers, skip_broken=skip_broken)
     return collect(net, loader.to(next(net.parameters()).device), head)
 
 
@@ -108,6 +121,7 @@ def inspect_network(
     tsne_images: int = 1000,
     bins: int = 15,
     seed: int = 0,
+    run: Path | None = None,
     **loading: Any,
 ) -> str:
     """Write plots of a network, and of how it differs from its teacher, with their values into the folder `out`.
@@ -121,6 +135,7 @@ def inspect_network(
         tsne_images: number of test images in the t-SNE, from the first one; 0 for no t-SNE.
         bins: number of bins of the reliability diagram.
         seed: random seed of t-SNE.
+        run: the folder of the run whose settings describe the images; else both networks see them as `model` does.
         loading: arguments of `network_outputs`: batch_size, data_root, num_workers, device, skip_broken.
 
     Returns:
@@ -133,6 +148,7 @@ def inspect_network(
         raise UserError(
             f"--tsne-images must be at least 0, and --seed from 0 to 2**32 - 1; they are {tsne_images} and {seed}"
         )
+    loading["settings"] = _settings(run, dataset, loading.get("data_root"), model)
     nets = {model: network_outputs(model, ckpt, dataset, head=head, groups=groups, **loading)}
     if teacher:
         name = teacher if teacher != model else f"{teacher} (teacher)"
@@ -158,6 +174,14 @@ def inspect_network(
     lines = [f"{name}: top-1 {v['top1']:.2f}, ECE {v['ece']:.2f} %" for name, v in values["networks"].items()]
     lines += [f"agreement with the teacher: {values['agreement']:.2f} %"] if teacher else []
     return "\n".join([*lines, f"{len(targets)} images; plots and values are in {out}"])
+
+
+def _settings(run: Path | None, dataset: str, data_root: str | None, model: str) -> CN:
+    """The settings that describe the images."""
+    if run is None:
+        return settings_for(dataset, data_root, model)
+    cfg = read_run(run).cfg
+    return cfg if data_root in (None, cfg.DATASET.ROOT) else elsewhere(cfg, data_root)
 
 
 def _compare(out: Path, student: tuple[str, Outputs], teacher: tuple[str, Outputs]) -> dict[str, Any]:
@@ -236,9 +260,7 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     )  # fmt: skip
     networks = run_networks(run.run) if run.run else {}
     from_run = [f"--{name.replace('_', '-')}={value}" for name, value in networks.items()]
-    args = parser.parse_args([*from_run, *rest])
-    del args.run
-    return args
+    return parser.parse_args([*from_run, *rest], run)
 
 
 @tool()

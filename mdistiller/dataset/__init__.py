@@ -7,7 +7,7 @@ from pathlib import Path
 from yacs.config import CfgNode as CN
 
 from ..paths import expanded
-from . import digits  # noqa: F401  (it registers itself)
+from . import digits, folder, unlabelled  # noqa: F401  (they register themselves)
 from ._base import (
     DatasetInfo,
     Loader,
@@ -74,7 +74,8 @@ def get_val_loader(
         UserError: no such data set, or its data is missing or unreadable.
     """
     info: DatasetInfo = dataset_dict[name] if isinstance(name, str) else name
-    split = info.read(Path(expanded(root)), train, skip_broken)
+    where, scored = Path(expanded(root)), None if train else info.scored
+    split = info.read(where, train, skip_broken) if scored is None else scored(where, skip_broken)
     return split.loader(batch_size, num_workers, train=False)
 
 

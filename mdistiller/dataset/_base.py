@@ -16,10 +16,11 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..errors import UserError
+from ..models.native import NativeInput
 from ..paths import expanded
 from ..registry import Registry, unknown_name
 from .batch import FIELDS
-from .labels import check_labels
+from .labels import check_labels, without_labels
 from .workers import worker_counts
 
 Batch = tuple[Tensor, ...]
@@ -42,6 +43,9 @@ class DatasetInfo:
             size, where the image size chooses.
         read: (root, train, skip_broken) -> the training or the test split.
         mean, std: per channel, of values in [0, 1], by which its images are normalised; empty if not stated.
+        at: the same images as networks with another native input see them; None where the images have one size.
+        labelled: whether its images have labels; see `labels.NO_LABEL`.
+        scored: (root, skip_broken) -> the images on which a network is scored outside of a run; None: the test split.
     """
 
     num_classes: int
@@ -50,6 +54,9 @@ class DatasetInfo:
     read: Read
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
+    at: Callable[[NativeInput], DatasetInfo] | None = None
+    scored: Callable[[Path, bool], Split] | None = None
+    labelled: bool = True
 
 
 # Data sets whose facts are fixed.
@@ -73,8 +80,29 @@ def info_of(cfg: CN) -> DatasetInfo:
         return configured(cfg)
     if name not in dataset_dict:
         raise unknown_name("data set", name, [*dataset_dict, *configured_dict])
+    refuse_unused(cfg)
     info: DatasetInfo = dataset_dict[name]
     return info
+
+
+# Settings that describe data; empty or 0 unless they are set.
+_DESCRIBING = ("TRAIN", "VAL", "IMAGE_COLUMN", "LABEL_COLUMN", "NUM_CLASSES", "IMAGE_SIZE", "MEAN", "STD")
+
+
+def refuse_unused(cfg: CN, *used: str) -> None:
+    """Refuse a setting that describes data of another kind: the run would ignore it.
+
+    Args:
+        used: those of the settings TRAIN, VAL, IMAGE_COLUMN, ... of DATASET that this data set reads.
+
+    Raises:
+        UserError: names the setting and its value.
+    """
+    for key in _DESCRIBING if "DATASET" in cfg else ():
+        value = cfg.DATASET.get(key)
+        if value and key not in used:
+            empty = "leave it out" if isinstance(value, (str, list)) else "set it to 0"
+            raise UserError(f"DATASET.{key} {value} has no effect on DATASET.TYPE {cfg.DATASET.TYPE}; {empty}")
 
 
 def register(
@@ -138,6 +166,7 @@ class Loader(ABC):
 
     Attributes:
         targets: (N,) int64 labels of all images, on the CPU.
+        labelled: whether the images have labels; else each target is `labels.NO_LABEL`.
         class_names: the name of every class, by label; empty if they are unknown.
         mean, std: per channel, of values in [0, 1], by which the images are normalised; empty if unknown.
         batch_size: B, over all ranks together in training.
@@ -162,7 +191,9 @@ class Loader(ABC):
     ) -> None:
         if batch_size < 1:
             raise UserError(f"the batch size must be at least 1, it is {batch_size}")
-        check_labels(targets, f"the targets of {type(self).__name__}")
+        self.labelled = not without_labels(targets)
+        if self.labelled:
+            check_labels(targets, f"the targets of {type(self).__name__}")
         self.targets = targets
         self.class_names = tuple(class_names)
         if self.class_names and len(targets) and int(targets.max()) >= len(self.class_names):
@@ -267,9 +298,10 @@ def stratified_split(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """
     # RandomState, because its stream is the same in every NumPy release.
     shuffled = torch.from_numpy(np.random.RandomState(0).permutation(len(targets)))
-    by_class = shuffled[targets[shuffled].argsort(stable=True)]
+    labels = targets.clamp(min=0)  # images without labels are of one class
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
     chosen = torch.zeros(len(targets), dtype=torch.bool)
-    for members in by_class.split(targets.bincount().tolist()):
+    for members in by_class.split(labels.bincount().tolist()):
         chosen[members[: max(1, round(fraction * len(members)))]] = True
     return chosen.nonzero()[:, 0], chosen.logical_not().nonzero()[:, 0]
 

@@ -90,6 +90,16 @@ def read_pixels(path: str, upright: bool = False) -> Tensor:
     return to_pixels(read_image(path, upright))
 
 
+def decoded_bytes(path: str) -> int:
+    """The size of an image's pixels in memory, in bytes, by its header alone.
+
+    Raises:
+        BrokenImageError, RefusedError: see `read_image`.
+    """
+    with _opened(path) as image:
+        return 3 * image.width * image.height
+
+
 def to_pixels(image: Image.Image) -> Tensor:
     """(H, W, 3) uint8 of an RGB image."""
     return torch.from_numpy(np.array(image))

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..errors import UserError
 
+# The target of an image without a label. No loss takes it: a method that reads it by mistake fails in its first step.
+NO_LABEL = -1
+
 _ONE_NUMBER = "a label is one whole number for each image, (N,) int64"
 
 
@@ -22,6 +25,11 @@ def as_labels(target: Tensor) -> Tensor:
     if target.dtype == torch.int64 or target.is_floating_point() or target.is_complex():
         return target
     return target.long()
+
+
+def without_labels(targets: Any) -> bool:
+    """Whether the images of `targets` (N,) have no labels: every one is `NO_LABEL`."""
+    return isinstance(targets, Tensor) and targets.ndim == 1 and len(targets) > 0 and bool((targets == NO_LABEL).all())
 
 
 def check_labels(labels: Any, whose: str, classes: int = 0) -> None:

@@ -86,7 +86,9 @@ def class_folders(folder: Path, num_classes: int) -> list[str]:
 
 
 def _counted(folder: Path, names: list[str], num_classes: int) -> list[str]:
-    if len(names) != num_classes:
+    if not names and not num_classes:
+        raise UserError(f"{folder} has no class folders, one for each class{_loose(folder)}")
+    if num_classes and len(names) != num_classes:
         counted = f"{len(names)} class folders, expected {num_classes} (empty folders count too)"
         raise UserError(f"{folder} has {counted}{_unlike(names)}{_loose(folder)}")
     return names
@@ -103,11 +105,12 @@ def class_list(
     A split without any folder is not compared.
 
     Args:
+        num_classes: 0: however many there are.
         listed: the file that lists the classes, and what it lists, sorted; else the first split tells them.
         besides: folders that are no classes.
 
     Raises:
-        UserError: a split has other class folders, or there are not `num_classes`.
+        UserError: a split has other class folders, or there are not `num_classes`, or none.
     """
     names = {split: [n for n in folders_in(split) if n not in besides] for split in splits if os.path.isdir(split)}
     found = {split: own for split, own in names.items() if own}
@@ -219,6 +222,39 @@ def files_of_split(
     return files
 
 
+def files_of_folder(folder: Path, classes: Sequence[str], other: Path | None = None) -> LabelledFiles:
+    """The files of `folder`/<class>, which is a split of which nothing is known before.
+
+    Args:
+        other: the other split, if there is one.
+
+    Raises:
+        UserError: see `labelled_files`; or a class has images in one of the two splits only.
+    """
+    files = labelled_files(folder, classes)
+    if other is not None:
+        here, there = set(files.of_class), _with_images(other, classes)
+        _check_coverage(folder, here, other, there)
+        _check_coverage(other, there, folder, here)
+    return files
+
+
+def files_below(folder: Path) -> list[str]:
+    """The paths of the images at any depth below `folder`; a folder's own come before those of its folders.
+
+    Raises:
+        UserError: a folder or a link cannot be read, or there is no image.
+    """
+    walk = _Walk(folder)
+    above = _with_parents(os.path.dirname(os.path.realpath(folder)))
+    found = LabelledFiles(((path, 0) for path in walk.images_below(str(folder), above)), [str(folder)])
+    if not found:
+        others = f"; {_counts(walk.passed)} are not read as images" if walk.passed else ""
+        raise UserError(f"no image in {folder}{others}")
+    walk.report(found)
+    return [path for path, _ in found]
+
+
 class _Walk:
     """A walk through class folders.
 
@@ -271,7 +307,11 @@ class _Walk:
     def images(self, name: str) -> Iterator[str]:
         """The paths of the images at any depth below the class folder `name`: a folder's files, then its folders."""
         top = os.path.join(self.folder, name)
-        pending = [(top, self._folders_above(top))]
+        return self.images_below(top, self._folders_above(top))
+
+    def images_below(self, top: str, lies_in: frozenset[Identity]) -> Iterator[str]:
+        """Likewise below the folder `top`, which lies in the folders `lies_in`."""
+        pending = [(top, lies_in)]
         while pending:
             where, above = pending.pop()
             here = _identity(where)

@@ -145,6 +145,16 @@ class DCGD(Distiller):
         """The base method."""
         return cls.base_method(cfg).judged_as(cfg)
 
+    @classmethod
+    def label_weights(cls, cfg: CN) -> tuple[str, ...] | None:
+        """Those of the base method, and its own."""
+        of_base = cls.base_method(cfg).label_weights(cfg)
+        return None if of_base is None else (*of_base, "DCGD.LOSS.CE_WEIGHT")
+
+    def train_without_labels(self) -> None:
+        super().train_without_labels()
+        self.method.train_without_labels()
+
     def run_frozen_by(self, name: str, runner: Callable[[Tensor], Any] | None) -> None:
         own, _, of_method = name.partition("method.")
         if own:

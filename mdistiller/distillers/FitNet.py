@@ -62,6 +62,7 @@ class FitNet(FeatureDistiller):
     needs_run = ("image_size",)
     teacher_outputs = ("feats",)
     soft_labels = True
+    label_weight = "LOSS.CE_WEIGHT"
     compares_maps = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:

@@ -53,6 +53,7 @@ class KD(Distiller):
 
     teacher_outputs = ("logits",)
     soft_labels = True
+    label_weight = "LOSS.CE_WEIGHT"
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher)

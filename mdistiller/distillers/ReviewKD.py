@@ -208,6 +208,7 @@ class ReviewKD(Distiller):
     needs_run = ("image_size",)
     teacher_outputs = ("preact_feats", "pooled_feat")
     soft_labels = True
+    label_weight = "CE_WEIGHT"
     compares_maps = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:

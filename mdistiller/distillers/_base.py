@@ -78,6 +78,9 @@ class Distiller(nn.Module):
     reads_labels: ClassVar[bool] = False
     # SOLVER.LABEL_SMOOTHING; `smooth_labels` sets it.
     label_smoothing: float = 0.0
+    # The setting of its section that weighs its use of the labels, such as "LOSS.CE_WEIGHT": with 0 it needs none.
+    # Empty: it always needs them. Not inherited by a class with its own forward_train, which may read them otherwise.
+    label_weight: ClassVar[str] = ""
     # Names of parameters, or of modules, that require gradients but are not to be trained.
     untrained: tuple[str, ...] = ()
 
@@ -90,6 +93,8 @@ class Distiller(nn.Module):
             cls.teacher_outputs = None
         if "forward_train" in cls.__dict__ and "soft_labels" not in cls.__dict__:
             cls.soft_labels = False
+        if "forward_train" in cls.__dict__ and "label_weight" not in cls.__dict__:
+            cls.label_weight = ""
         for name in ("needs_run", "needs_batch", "teacher_outputs", "untrained"):
             value = getattr(cls, name)
             if not (isinstance(value, (tuple, list)) or (value is None and name == "teacher_outputs")):
@@ -106,6 +111,7 @@ class Distiller(nn.Module):
         self._compiled: CompiledForward | None = None
         self._in_step = False
         self._output_checked = False
+        self._without_labels = False
         self.student = student
         self.add_frozen("teacher", teacher, self.teacher_outputs)
 
@@ -174,6 +180,15 @@ class Distiller(nn.Module):
     def config_sections(cls, cfg: CN) -> set[str]:
         """The sections of the config tree that the method reads."""
         return {cls.config_section}
+
+    @classmethod
+    def label_weights(cls, cfg: CN) -> tuple[str, ...] | None:
+        """The settings that weigh its use of the labels; None if it always needs them. See `label_weight`."""
+        return (f"{cls.config_section}.{cls.label_weight}",) if cls.label_weight else None
+
+    def train_without_labels(self) -> None:
+        """The training images have no labels from now on: `cross_entropy` is 0, as its weight is."""
+        self._without_labels = True
 
     @property
     def module(self) -> Distiller:
@@ -257,12 +272,15 @@ class Distiller(nn.Module):
 
         where the second label y' and the share s of the first come from mixed images; without them s = 1. Each CE is
         smoothed by SOLVER.LABEL_SMOOTHING e: with the distribution 1 - e on the label, plus e / C on every class.
+        It is 0 for images without labels; see `train_without_labels`.
 
         Args:
             logits: (B, C), before softmax.
             target: (B,) int64.
             batch: the other fields of the batch, of which `mixed_target` (B,) int64 and `target_share` (B,) are read.
         """
+        if self._without_labels:
+            return 0.0 * logits.float().sum()
         other, smoothing = batch.get("mixed_target"), self.label_smoothing
         if other is None:
             return F.cross_entropy(logits, target, label_smoothing=smoothing)
@@ -365,6 +383,7 @@ class FeatureDistiller(Distiller):
     """
 
     soft_labels = True
+    label_weight = "LOSS.CE_WEIGHT"
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher)

@@ -13,16 +13,17 @@ import torch.nn as nn
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ..dataset import dataset_dict, dataset_info, get_dataset, info_of
+from ..dataset import DatasetInfo, dataset_dict, dataset_info, get_dataset, info_of
 from ..distillers import Distiller, RunFacts, distiller_dict
 from ..distillers.contract import check_scores
 from ..distributed.ranks import current_ranks
 from ..errors import UserError
 from ..grouping import load_groups
-from ..models import build_model, cifar_model_dict, imagenet_model_dict, teacher_checkpoint, tiny_imagenet_model_dict
+from ..models import build_model, teacher_checkpoint
 from ..models.copies import has_hooks
 from ..models.cost import network_cost
 from ..models.grouped import GroupedStudent
+from ..models.native import FAMILIES, family_of
 from ..models.returned import Doubt, explained, tried
 from ..registry import Registry, unknown_name
 from .cfg import load_cfg
@@ -43,13 +44,16 @@ from .runtime.seeds import seed_everything
 from .trainer import BaseTrainer, trainer_dict
 
 
-def model_dict(dataset: str) -> Registry:
-    """The networks of a data set, by name."""
-    families = {"cifar": cifar_model_dict, "tiny_imagenet": tiny_imagenet_model_dict, "imagenet": imagenet_model_dict}
-    return families[dataset_info[dataset].model_family]
+def model_dict(dataset: str | DatasetInfo, network: str = "") -> Registry:
+    """The networks of a data set, by name; for data of any size those among which `network` is."""
+    info: DatasetInfo = dataset_info[dataset] if isinstance(dataset, str) else dataset
+    family = info.model_family if info.model_family != "any" else family_of(network, info.image_size)
+    return FAMILIES[family][0]
 
 
-def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "", groups: str = "") -> nn.Module:
+def build_pretrained(
+    dataset: str | DatasetInfo, name: str, num_classes: int, path: str = "", groups: str = ""
+) -> nn.Module:
     """The network `name` with trained weights.
 
     Args:
@@ -60,7 +64,7 @@ def build_pretrained(dataset: str, name: str, num_classes: int, path: str = "", 
     Raises:
         UserError: no such network, no checkpoint, or a checkpoint of another network.
     """
-    models = model_dict(dataset)
+    models = model_dict(dataset, name)
     entry = models[name]
     published = entry[1] if isinstance(entry, tuple) else None
     if not path and not isinstance(entry, tuple) and _loads_weights(entry):
@@ -78,11 +82,14 @@ def _loads_weights(constructor: Callable[..., nn.Module]) -> bool:
     return any(p.name == "pretrained" or p.kind is Parameter.VAR_KEYWORD for p in parameters)
 
 
-def load_trained(dataset: str, model: str, ckpt: str = "pretrain", groups: str = "", device: str = "auto") -> nn.Module:
+def load_trained(
+    dataset: str | DatasetInfo, model: str, ckpt: str = "pretrain", groups: str = "", device: str = "auto"
+) -> nn.Module:
     """A trained network on `device`, in eval mode, from the names given on a command line.
 
     Args:
-        dataset, model: names; the network has the data set's number of classes.
+        dataset: the name of a data set of fixed facts, or any data set's facts, whose number of classes it has.
+        model: its name.
         ckpt: its checkpoint; "pretrain" is the published one.
         groups: see `build_pretrained`.
 
@@ -91,7 +98,8 @@ def load_trained(dataset: str, model: str, ckpt: str = "pretrain", groups: str =
     """
     where = pick_device(device)
     path = "" if ckpt == "pretrain" else ckpt
-    return build_pretrained(dataset, model, dataset_info[dataset].num_classes, path, groups).to(where).eval()
+    info: DatasetInfo = dataset_info[dataset] if isinstance(dataset, str) else dataset
+    return build_pretrained(info, model, info.num_classes, path, groups).to(where).eval()
 
 
 def build_distiller(cfg: CN, facts: RunFacts, trained: bool = True) -> Distiller:
@@ -102,13 +110,13 @@ def build_distiller(cfg: CN, facts: RunFacts, trained: bool = True) -> Distiller
     """
     method = distiller_dict[cfg.DISTILLER.TYPE]
     # The student is built first, so that with the same seed it starts from the same weights under every method.
-    models, classes = model_dict(cfg.DATASET.TYPE), facts.num_classes
-    student = build_model(models, cfg.DISTILLER.STUDENT, classes)
+    info, classes = info_of(cfg), facts.num_classes
+    student = build_model(model_dict(info, cfg.DISTILLER.STUDENT), cfg.DISTILLER.STUDENT, classes)
     teacher = None
     if method.needs_teacher and trained:
-        teacher = build_pretrained(cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, classes, cfg.DISTILLER.TEACHER_CKPT)
+        teacher = build_pretrained(info, cfg.DISTILLER.TEACHER, classes, cfg.DISTILLER.TEACHER_CKPT)
     elif method.needs_teacher:
-        teacher = build_model(models, cfg.DISTILLER.TEACHER, classes)
+        teacher = build_model(model_dict(info, cfg.DISTILLER.TEACHER), cfg.DISTILLER.TEACHER, classes)
     found = [_tried(network, role, cfg, facts) for role, network in (("student", student), ("teacher", teacher))]
     with explained([doubt for doubt in found if isinstance(doubt, Doubt)]):
         return method.from_run(student, teacher, cfg, facts)
@@ -193,17 +201,40 @@ def step_lines(trainer: BaseTrainer) -> list[str]:
     return [f"step: {trainer.take_step.words}"] if trainer.take_step.words else []
 
 
+def teacher_classes(cfg: CN, info: DatasetInfo) -> int:
+    """How many classes the teacher's trained weights tell.
+
+    Raises:
+        UserError: no such teacher, no checkpoint, or one that does not tell.
+    """
+    name = cfg.DISTILLER.TEACHER
+    models = model_dict(info, name)
+    entry = models[name]
+    published = entry[1] if isinstance(entry, tuple) else None
+    path = teacher_checkpoint(cfg.DISTILLER.TEACHER_CKPT or published, name)
+    # What depends on the number of classes is the classifier, whatever its name.
+    two, three = (build_model(models, name, count).state_dict() for count in (2, 3))
+    state = model_state(load_checkpoint(path), path)
+    for key, tensor in two.items():
+        if tensor.shape != three[key].shape and key in state and state[key].ndim == tensor.ndim:
+            axis = next(axis for axis, size in enumerate(tensor.shape) if size != three[key].shape[axis])
+            return int(state[key].shape[axis])
+    raise UserError(f"{path} does not tell how many classes {name} knows; set DATASET.NUM_CLASSES")
+
+
 def resolved(cfg: CN) -> CN:
     """The configuration with what its data tells written into it: classes, image size and normalisation.
 
     So that a run's config.yaml describes its networks without the data. The facts of a fixed data set are not settings.
 
     Raises:
-        UserError: see `info_of`.
+        UserError: see `info_of`; or images without labels, and a teacher that does not tell how many classes it knows.
     """
     info = info_of(cfg)
     if cfg.DATASET.TYPE in dataset_dict:
         return cfg
+    if not info.labelled and not info.num_classes:
+        info = replace(info, num_classes=teacher_classes(cfg, info))
     told = cfg.clone()
     told.defrost()
     told.DATASET.NUM_CLASSES, told.DATASET.IMAGE_SIZE = info.num_classes, info.image_size
@@ -223,8 +254,8 @@ def build_trainer(cfg: CN, overrides: Sequence[str] = (), name: str | None = Non
     """
     # Unknown names, and what does not go together, are reported first: loading the data may take minutes.
     trainer_class, method = trainer_dict[cfg.SOLVER.TRAINER], distiller_dict[cfg.DISTILLER.TYPE]
-    cfg = resolved(cfg)
     check_modes(cfg, method, trainer_class.update_rule, current_ranks().world)
+    cfg = resolved(cfg)
     seed_everything(cfg.EXPERIMENT.SEED)
     with current_ranks().one_first():  # data may have to be downloaded or decoded, once for all ranks
         train_loader, val_loader, *_ = get_dataset(cfg)

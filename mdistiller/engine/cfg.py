@@ -230,6 +230,31 @@ def load_cfg(path: str | Path, overrides: Sequence[str] = ()) -> CN:
     return cfg
 
 
+def settings_for(dataset: str, data_root: str | None = None, model: str | None = None) -> CN:
+    """The settings of a command that names data set, folder and network, but has no configuration; see `info_of`.
+
+    Args:
+        dataset: as DATASET.TYPE.
+        data_root: as DATASET.ROOT; None: the default.
+        model: the network that sees the images, as DISTILLER.STUDENT; None: the default.
+    """
+    cfg = CFG.clone()
+    cfg.DATASET.TYPE = dataset
+    cfg.DATASET.ROOT = expanded(data_root or cfg.DATASET.ROOT)
+    cfg.DISTILLER.STUDENT = model or cfg.DISTILLER.STUDENT
+    cfg.freeze()
+    return cfg
+
+
+def elsewhere(cfg: CN, data_root: str) -> CN:
+    """The configuration of a run with its data in another folder, laid out as usual."""
+    own = cfg.clone()
+    own.defrost()
+    own.DATASET.ROOT, own.DATASET.TRAIN, own.DATASET.VAL = expanded(data_root), "", ""
+    own.freeze()
+    return own
+
+
 def show_cfg(cfg: CN) -> None:
     """Print `cfg_text` in the original's form."""
     print(log_msg(f"CONFIG:\n{cfg_text(cfg)}", "INFO"))

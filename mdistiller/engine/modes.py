@@ -12,6 +12,7 @@ from typing import Any
 
 from yacs.config import CfgNode as CN
 
+from ..dataset import info_of
 from ..dataset.batch import VIEWS
 from ..distillers import Distiller
 from ..errors import UserError
@@ -74,6 +75,17 @@ class Setup:
             return f"DATASET.AUGMENT {data.AUGMENT}"
         of_loader = self.loader is not None and not getattr(self.loader, "variants", None)
         return f"DATASET.TYPE {data.TYPE}" if of_loader else ""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the training images have labels."""
+        return info_of(self.cfg).labelled if self.loader is None else getattr(self.loader, "labelled", True)
+
+    @property
+    def zeros(self) -> str:
+        """What to set so that no loss of the method reads labels; empty if none does, or if one always does."""
+        weights = self.method.label_weights(self.cfg) or ()
+        return " and ".join(f"{key} 0" for key in weights if setting(self.cfg, key))
 
     @property
     def unstored(self) -> str:
@@ -233,6 +245,15 @@ TRAITS = (
         lambda run: not abs(run.cfg.SOLVER.DOT.DELTA) <= run.cfg.SOLVER.MOMENTUM < 1 - abs(run.cfg.SOLVER.DOT.DELTA),
         "SOLVER.DOT.DELTA {cfg.SOLVER.DOT.DELTA} with SOLVER.MOMENTUM {cfg.SOLVER.MOMENTUM}",
     ),
+    Side(
+        "images without labels", lambda run: not run.labelled, "DATASET.TYPE {cfg.DATASET.TYPE}, which has no labels,",
+    ),
+    Side("a weighted loss of the labels", lambda run: bool(run.zeros), "{name}, whose loss reads labels"),
+    Side(
+        "a loss of the labels without a weight", lambda run: run.method.label_weights(run.cfg) is None,
+        "{name}, whose loss reads labels",
+    ),
+    Side("the teacher's accuracy", lambda run: run.cfg.DISTILLER.SCORE_TEACHER, "DISTILLER.SCORE_TEACHER True"),
     Side(GRAPH, lambda run: run.cfg.SOLVER.CUDA_GRAPH == "always", "SOLVER.CUDA_GRAPH always"),
     Side(
         "a teacher cache in files alone",
@@ -321,6 +342,15 @@ RULES = (
     ),
     *_CACHE_RULES,
     *_LABEL_RULES,
+    Rule("images without labels", "a weighted loss of the labels", "there are none to read", "set {run.zeros}"),
+    Rule(
+        "images without labels", "a loss of the labels without a weight", "there are none to read",
+        "take a method that can do without, such as KD with KD.LOSS.CE_WEIGHT 0",
+    ),
+    Rule(
+        "images without labels", "the teacher's accuracy", "there are no labels to score it by",
+        "set DISTILLER.SCORE_TEACHER False",
+    ),
     Rule(GRAPH, "several ranks", "they exchange gradients within the step", _NO_GRAPH),
     Rule(GRAPH, "steps skipped at NaN", "the host reads the losses before it lets the step go on", _NO_GRAPH),
     Rule(GRAPH, "a teacher cache in files alone", "the host reads them within the step", _NO_GRAPH),
@@ -351,7 +381,7 @@ def obstacle(name: str, run: Setup) -> str:
 def _filled(text: str, run: Setup) -> str:
     """A text of the table for a run."""
     of_run = {name: getattr(run, name) for name in ("cfg", "name", "world", "share", "unstored", "endless")}
-    return text.format(**of_run)
+    return text.format(run=run, **of_run)
 
 
 def check_modes(

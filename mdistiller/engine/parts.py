@@ -118,7 +118,8 @@ def _check_loaders(parts: Parts, batch: Mapping[str, Any]) -> None:
 
 def _check_images(parts: Parts, batch: Mapping[str, Any]) -> None:
     image = batch["image"]
-    check_labels(batch["target"], _FIRST)
+    if _labelled(parts.train_loader):
+        check_labels(batch["target"], _FIRST)
     if image.ndim < 2:
         raise UserError(
             f"a batch's image is {form(image)}, not float32 (B, 3, H, W); do the loader's `fields` name its items in "
@@ -154,15 +155,21 @@ def _check_networks(parts: Parts, batch: Mapping[str, Any]) -> None:
 
 
 def _check_labels(parts: Parts, batch: Mapping[str, Any]) -> None:
-    check_labels(batch["target"], _FIRST, parts.classes)
+    if _labelled(parts.train_loader):
+        check_labels(batch["target"], _FIRST, parts.classes)
     for loader, words in ((parts.train_loader, "training"), (parts.val_loader, "validation")):
-        targets = getattr(loader, "targets", ())
+        targets = getattr(loader, "targets", ()) if _labelled(loader) else ()
         try:
             known = np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets)
         except ValueError:  # lists of different lengths
             continue
         if known.ndim == 1 and known.dtype.kind in "iu":
             check_labels(torch.from_numpy(known.astype(np.int64)), f"the {words} loader's targets", parts.classes)
+
+
+def _labelled(loader: Any) -> bool:
+    """Whether a loader's images have labels, as they do where it does not say."""
+    return bool(getattr(loader, "labelled", True))
 
 
 def _check_index(parts: Parts, batch: Mapping[str, Any]) -> None:

@@ -25,11 +25,58 @@ Heads = Callable[[Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Score:
-    """Mean over a data set: top-1 and top-5 accuracy in percent, cross-entropy in nats."""
+    """Mean over a data set: top-1 and top-5 accuracy in percent, cross-entropy in nats.
+
+    Without labels, the teacher's prediction takes the place of the label: top-1 is the share of images on which both
+    predict the same class, top-5 that of those whose class of the teacher's is among the five highest; and the loss is
+    the KL divergence from the teacher's prediction.
+    """
 
     top1: float
     top5: float
     loss: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a `Score` is of.
+
+    Attributes:
+        name: of its top-1, in words.
+        key, loss: of its top-1 and its loss, in the names of metrics.
+        labelled: whether the training images have labels, so that training has an accuracy.
+    """
+
+    name: str
+    key: str
+    loss: str
+    labelled: bool = True
+
+    @classmethod
+    def of(cls, train_loader: Any, val_loader: Any) -> Measure:
+        """That of a run."""
+        train, val = (getattr(loader, "labelled", True) for loader in (train_loader, val_loader))
+        named = ("accuracy", "acc", "loss") if val else ("agreement", "agreement", "kl")
+        return cls(*named, labelled=train)
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether validation compares with the teacher."""
+        return self.key == "agreement"
+
+    def of_steps(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of steps, without accuracies where there are no labels."""
+        return {name: mean for name, mean in means.items() if self.labelled or not name.startswith("train_acc")}
+
+    def epoch_line(self, metrics: Mapping[str, float]) -> str:
+        """An epoch's main metrics for the terminal."""
+        train = f"train_acc {metrics['train_acc']:.2f}, " if self.labelled else ""
+        test = f"test_{self.key} {metrics[f'test_{self.key}']:.2f}"
+        kl = f", test_kl {metrics['test_kl']:.4f}" if self.unlabelled else ""
+        return f"{train}train_loss {metrics['train_loss']:.4f}, {test}{kl}"
+
+
+ACCURACY = Measure("accuracy", "acc", "loss")
 
 
 def correct_counts(logits: Tensor, target: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
@@ -68,27 +115,39 @@ def model_heads(model: nn.Module, head: str | None = None) -> Heads:
     return lambda image: {head: heads(image)[head]}
 
 
-def evaluate(loader: Iterable[Any], heads: Heads, device: torch.device, ranks: Ranks | None = None) -> dict[str, Score]:
-    """Score every head on a data set.
+def evaluate(
+    loader: Iterable[Any], heads: Heads, device: torch.device, ranks: Ranks | None = None,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Score]:  # fmt: skip
+    """Score every head on a data set, by its labels or by its agreement with the teacher.
 
     Args:
         loader: batches with an image and a target, by name; see `fields_of`.
         heads: maps an image batch on `device` to logits (B, C) by head name.
         ranks: the processes that share the data set; each gets the scores of the whole data set.
+        teacher: image -> its logits (B, C), for images without labels.
 
     Raises:
-        UserError: a batch has no image or no target, a label is no class, or the loader is empty.
+        UserError: a batch has no image or no target, a label is no class, or the loader is empty; or there are no
+            labels, and no teacher of as many classes.
     """
+    if teacher is None and not getattr(loader, "labelled", True):
+        raise UserError("these images have no labels to score by; class folders (-d folder) tell them")
     totals: dict[str, Tensor] = {}
     count = 0
     with torch.inference_mode():
         for image, target in labelled(loader):
             host, image, target = target, to_device(image, device), to_device(target, device)
             count += len(target)
+            reference = None if teacher is None else teacher(image)
+            target = target if reference is None else reference.argmax(dim=1)
             for name, logits in heads(image).items():
-                if host.device.type == "cpu":  # those of our own loaders on a GPU have been checked as a whole
-                    check_labels(host, "the labels of a validation batch", logits.shape[1])
-                loss = F.cross_entropy(logits.float(), target, reduction="sum").double()
+                if reference is not None:
+                    loss = _divergence(logits, reference)
+                else:
+                    if host.device.type == "cpu":  # those of our own loaders on a GPU have been checked as a whole
+                        check_labels(host, "the labels of a validation batch", logits.shape[1])
+                    loss = F.cross_entropy(logits.float(), target, reduction="sum").double()
                 sums = torch.cat([correct_counts(logits, target).double(), loss[None]])
                 totals[name] = totals[name] + sums if name in totals else sums
     shares = (ranks or Ranks()).gather((count, {name: sums.tolist() for name, sums in totals.items()}))
@@ -97,6 +156,17 @@ def evaluate(loader: Iterable[Any], heads: Heads, device: torch.device, ranks: R
         raise UserError("nothing to evaluate on: the validation set is empty")
     names = next(sums for own, sums in shares if own)
     return {name: _score([sums[name] for own, sums in shares if own], count) for name in names}
+
+
+def _divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL divergence () from the teacher's prediction to the network's, summed over the images."""
+    if logits.shape != reference.shape:
+        raise UserError(
+            f"the network tells {logits.shape[1]} classes and its teacher {reference.shape[1]}, so that they cannot be "
+            f"compared; set DATASET.NUM_CLASSES {reference.shape[1]}"
+        )
+    own, theirs = (F.log_softmax(values.float(), dim=1) for values in (logits, reference))
+    return F.kl_div(own, theirs, reduction="sum", log_target=True).double()
 
 
 def _score(shares: list[list[float]], count: int) -> Score:
@@ -184,14 +254,16 @@ def by_head(name: str, values: Mapping[str, float]) -> dict[str, float]:
     return named
 
 
-def epoch_metrics(means: dict[str, float], scores: dict[str, Score]) -> dict[str, float]:
-    """Training means and validation scores under the original's names."""
-    first = next(iter(scores.values()))
+def epoch_metrics(
+    means: dict[str, float], scores: dict[str, Score], measure: Measure = ACCURACY
+) -> dict[str, float]:
+    """Training means and validation scores under the original's names, or without labels under those of `measure`."""
+    first, means = next(iter(scores.values())), measure.of_steps(means)
     metrics = {
-        "train_acc": means["train_acc"],
+        **({"train_acc": means["train_acc"]} if measure.labelled else {}),
         "train_loss": means["train_loss"],
-        **by_head("test_acc", {name: score.top1 for name, score in scores.items()}),
-        "test_acc_top5": first.top5,
-        "test_loss": first.loss,
+        **by_head(f"test_{measure.key}", {name: score.top1 for name, score in scores.items()}),
+        f"test_{measure.key}_top5": first.top5,
+        f"test_{measure.loss}": first.loss,
     }
     return metrics | {name: mean for name, mean in means.items() if name not in metrics}

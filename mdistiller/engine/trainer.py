@@ -18,7 +18,7 @@ from ..dataset import Loader, check_class_names
 from ..dataset.batch import fields_of, named_batch
 from ..dataset.worker_failures import WorkerError
 from ..dataset.workers import started
-from ..distillers import Distiller
+from ..distillers import Distiller, logits_of
 from ..distillers.contract import check_distiller, learnable_parameters
 from ..distributed.ranks import current_ranks
 from ..errors import UserError
@@ -45,7 +45,7 @@ from .runtime.device import check_compiler, choose_kernels, peak_memory, pick_de
 from .runtime.environment import record_run
 from .runtime.malloc import keep_freed_memory
 from .runtime.signals import Stopped, StopRequest
-from .scores import Score, by_head, epoch_metrics, evaluate, score_teacher
+from .scores import Measure, Score, by_head, epoch_metrics, evaluate, score_teacher
 from .single_images import check_single_images
 from .step import Step
 from .teacher.fast_teacher import FrozenNetworks
@@ -99,6 +99,9 @@ class BaseTrainer:
         self.train_loader, self.val_loader = (
             own_share(loader, self.device, self.ranks) for loader in (counted(train_loader), val_loader)
         )
+        self.measure = Measure.of(self.train_loader, self.val_loader)
+        if not self.measure.labelled:
+            self.distiller.train_without_labels()
         self.prepare_batch = BatchReader(self.distiller, self.train_loader, self.device, cfg)
         if isinstance(self.train_loader, Loader):
             check_single_images(self.distiller, self.prepare_batch, cfg, self.ranks)
@@ -209,7 +212,7 @@ class BaseTrainer:
         for name, best in self.state.best_acc.items():
             label = f" ({name} head)" if name else ""
             last = self.state.last_acc[name]
-            self._say(f"Best accuracy{label}: {best:.2f}, last epoch: {last:.2f}  -> {self.log_path}")
+            self._say(f"Best {self.measure.name}{label}: {best:.2f}, last epoch: {last:.2f}  -> {self.log_path}")
 
     def _score_teacher(self) -> None:
         """With DISTILLER.SCORE_TEACHER: say how accurate the teacher is. No epoch's draws depend on it."""
@@ -244,7 +247,8 @@ class BaseTrainer:
                 self.train_iter(fields, epoch, at.meters, at.recent, at.step, measure=log_now)
             bar.update(lr, at.meters, len(fields["target"]) * self.ranks.world)
             if log_now:
-                self.logger.step((epoch - 1) * steps + at.step, {"lr": lr, **at.recent.over(self.ranks).means()})
+                recent = self.measure.of_steps(at.recent.over(self.ranks).means())
+                self.logger.step((epoch - 1) * steps + at.step, {"lr": lr, **recent})
                 at.recent.reset()
             self._save_or_stop(at)
         bar.close()
@@ -263,7 +267,8 @@ class BaseTrainer:
 
         self.state.save_within(at)  # so that a run that is stopped within validation loses nothing
         scores = self.validate(at)
-        self._end_epoch(epoch, scores, epoch_metrics(means, scores) | at.clock.metrics(steps, whole.count))
+        metrics = epoch_metrics(means, scores, self.measure)
+        self._end_epoch(epoch, scores, metrics | at.clock.metrics(steps, whole.count))
         self._stop_if_asked(self.ranks.maximum(self.stop.signal))
 
     def _end_epoch(self, epoch: int, scores: dict[str, Score], metrics: dict[str, float]) -> None:
@@ -281,11 +286,11 @@ class BaseTrainer:
         self.best_acc = max(self.best_acc, next(iter(self.state.best_acc.values())))
         if epoch == self.cfg.SOLVER.EPOCHS:  # before `latest` marks the run as finished
             best, last = self.state.best_acc, self.state.last_acc
-            self.logger.finish(by_head("best_acc", best) | by_head("last_acc", last))
+            key = self.measure.key
+            self.logger.finish(by_head(f"best_{key}", best) | by_head(f"last_{key}", last))
         self.state.save(epoch, improved)
         self._say(
-            f"epoch {epoch}/{self.cfg.SOLVER.EPOCHS}: lr {lr:g}, train_acc {metrics['train_acc']:.2f}, "
-            f"train_loss {metrics['train_loss']:.4f}, test_acc {metrics['test_acc']:.2f}, "
+            f"epoch {epoch}/{self.cfg.SOLVER.EPOCHS}: lr {lr:g}, {self.measure.epoch_line(metrics)}, "
             f"{metrics['epoch_seconds']:.1f} s, {metrics['images_per_second']:.0f} images/s"
         )
 
@@ -320,7 +325,11 @@ class BaseTrainer:
         rounds = self.ranks.maximum(len(self.val_loader)) if self.ranks.world > 1 else None
         batches = calling(started(self.val_loader), partial(self._save_or_stop, at, save=False), rounds)
         fields = fields_of(self.val_loader)
-        return evaluate((named_batch(batch, fields) for batch in batches), self._heads, self.device, self.ranks)
+        named = (named_batch(batch, fields) for batch in batches)
+        return evaluate(named, self._heads, self.device, self.ranks, self._teacher if self.measure.unlabelled else None)
+
+    def _teacher(self, image: Tensor) -> Tensor:
+        return logits_of(self.distiller.teacher(image))
 
     def _heads(self, image: Tensor) -> dict[str, Tensor]:
         heads = self.distiller.forward_heads(image)

@@ -17,7 +17,8 @@ from ..engine.cfg import load_cfg
 from ..errors import UserError
 from ..paths import expanded
 
-HEAD = "test_acc_head_"
+# The columns of top-1: with labels, and without.
+SCORES = ("test_acc", "test_agreement")
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,23 @@ class Run:
 
     @property
     def heads(self) -> dict[str, str]:
-        """The top-1 columns by head, the head behind `test_acc` first; {"": "test_acc"} for a network with one head."""
-        heads = {c.removeprefix(HEAD): c for c in self.columns if c.startswith(HEAD)}
-        return heads or {"": "test_acc"}
+        """The top-1 columns by head, the head behind `score` first; {"": "test_acc"} for a network with one head."""
+        prefix = f"{self.score}_head_"
+        heads = {c.removeprefix(prefix): c for c in self.columns if c.startswith(prefix)}
+        return heads or {"": self.score}
+
+    @property
+    def score(self) -> str:
+        """The column of the main head's top-1: "test_acc", or "test_agreement" of a run on images without labels."""
+        return next((column for column in SCORES if column in self.columns), SCORES[0])
+
+    def _accuracies(self) -> list[float]:
+        if self.score != "test_acc":
+            raise UserError(
+                f"{self.folder} was trained on images without labels: it has no accuracy, but an agreement with its "
+                "teacher in metrics.csv; name runs on labelled images"
+            )
+        return self.column("test_acc")
 
     @property
     def finished(self) -> bool:
@@ -60,12 +75,12 @@ class Run:
     @property
     def last(self) -> float:
         """Top-1 of the last epoch, in percent."""
-        return self.column("test_acc")[-1]
+        return self._accuracies()[-1]
 
     @property
     def best(self) -> float:
         """Top-1 of the best epoch, in percent; optimistic, as the epoch is chosen on the images it is measured on."""
-        return max(self.column("test_acc"))
+        return max(self._accuracies())
 
     @property
     def seconds(self) -> float:
@@ -96,7 +111,8 @@ def read_run(folder: str | Path) -> Run:
         raise UserError(f"{folder} is no run's folder: it has no metrics.csv") from None
     except (ValueError, TypeError, csv.Error):
         raise UserError(f"{folder / 'metrics.csv'} holds something that is not a number") from None
-    if not epochs or not all({"epoch", "test_acc"} <= row.keys() for row in epochs):
+    scored = next((column for column in SCORES if epochs and column in epochs[0]), SCORES[0])
+    if not epochs or not all({"epoch", scored} <= row.keys() for row in epochs):
         raise UserError(f"{folder / 'metrics.csv'} holds no finished epoch")
     return Run(folder, load_cfg(folder / "config.yaml"), epochs)
 

@@ -4,17 +4,20 @@ import pytest
 import torch
 
 from mdistiller.dataset import get_dataset
-from mdistiller.distillers import CRD, DKD, KD, OFD, RKD, Distiller, ReviewKD, Vanilla, distiller_dict
+from mdistiller.distillers import AT, CRD, DCGD, DKD, KD, OFD, RKD, Distiller, ReviewKD, Vanilla, distiller_dict
 from mdistiller.engine import build
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.modes import MODES, RULES, SIDES, TRAITS, Setup, broken_rule, check_modes
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.update import DotUpdate, SumUpdate
 from mdistiller.errors import UserError
+from mdistiller.models import build_model, cifar_model_dict
 
 from .._networks import Net
 
 FINITE, ENDLESS = type("Finite", (), {"variants": 81})(), type("Endless", (), {"variants": None})()
+UNLABELLED, NO_CE = type("Unlabelled", (), {"labelled": False})(), "KD.LOSS.CE_WEIGHT 0"
+NO_LABELS = "DATASET.TYPE digits, which has no labels,"
 IN_MEMORY = "DISTILLER.TEACHER_CACHE_DEVICE device"
 
 MIXUP, CUTMIX, SMOOTHING = "DATASET.MIXUP 0.8", "DATASET.CUTMIX 1.0", "SOLVER.LABEL_SMOOTHING 0.1"
@@ -71,9 +74,15 @@ REFUSED = [
     ("SOLVER.CUDA_GRAPH always", KD, SumUpdate, 2, None, "SOLVER.CUDA_GRAPH always", "2 processes"),
     ("SOLVER.CUDA_GRAPH always SOLVER.NAN_POLICY skip", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "NAN_POLICY skip"),
     (f"SOLVER.CUDA_GRAPH always {IN_FILES}", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "TEACHER_CACHE_DEVICE"),
+    ("", KD, SumUpdate, 1, UNLABELLED, NO_LABELS, "KD, whose loss reads labels"),
+    ("DCGD.BASE KD", DCGD, SumUpdate, 1, UNLABELLED, NO_LABELS, "set KD.LOSS.CE_WEIGHT 0 and DCGD.LOSS.CE"),
+    ("", DKD, SumUpdate, 1, UNLABELLED, NO_LABELS, "DKD, whose loss reads labels"),
+    (f"{NO_CE} DISTILLER.SCORE_TEACHER True", KD, SumUpdate, 1, UNLABELLED, NO_LABELS, "SCORE_TEACHER True"),
     ("SOLVER.CUDA_GRAPH always EXPERIMENT.DEVICE cpu", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "DEVICE cpu"),
 ]  # fmt: skip
 ACCEPTED = [
+    (NO_CE, KD, SumUpdate, 1, UNLABELLED),
+    ("AT.LOSS.CE_WEIGHT 0", AT, SumUpdate, 1, UNLABELLED),
     ("", KD, DotUpdate, 2, FINITE),
     ("SOLVER.ACCUMULATE 32", KD, SumUpdate, 2, ENDLESS),
     ("SOLVER.DOT.DELTA 0.95 SOLVER.ACCUMULATE 2", KD, SumUpdate, 1, FINITE),
@@ -149,7 +158,7 @@ def test_a_built_method_is_judged_by_what_it_declared_when_it_was_built():
 
 def test_dcgd_is_judged_by_its_base_method(tmp_path):
     torch.manual_seed(0)
-    teacher = build.build_model(build.cifar_model_dict, "resnet8", 10)
+    teacher = build_model(cifar_model_dict, "resnet8", 10)
     torch.save({"model": teacher.state_dict()}, tmp_path / "teacher")
     run = f"""LOG.PREFIX {tmp_path} LOG.WANDB False EXPERIMENT.DEVICE cpu DISTILLER.TYPE DCGD DISTILLER.STUDENT resnet8
     DISTILLER.TEACHER resnet8 DISTILLER.TEACHER_CKPT {tmp_path}/teacher DCGD.GROUPS configs/digits/groups.json

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Up to this many epochs, each one gets a marker.
 MARKED_EPOCHS = 30
+AGREEMENT = "agreement with the teacher (%)"  # of runs on images without labels
 
 
 @dataclass
@@ -30,8 +31,7 @@ class Panel:
 
 def panels_of_runs(runs: Mapping[str, Run]) -> list[Panel]:
     """Panels that compare runs: test accuracy, total loss, each loss term; a line for each run that has the metric."""
-    totals = {"test top-1 (%)": "test_acc", "training loss, sum of its terms (nats)": "train_loss"}
-    columns = {name: totals | {_loss_label(t): c for t, c in run.losses.items()} for name, run in runs.items()}
+    columns = {name: _totals(run) | {_loss_label(t): c for t, c in run.losses.items()} for name, run in runs.items()}
     labels = dict.fromkeys(label for of_run in columns.values() for label in of_run)
     panels = [Panel(label) for label in labels]
     for index, (name, run) in enumerate(runs.items()):
@@ -42,6 +42,11 @@ def panels_of_runs(runs: Mapping[str, Run]) -> list[Panel]:
     return [panel for panel in panels if panel.lines]
 
 
+def _totals(run: Run) -> dict[str, str]:
+    top1 = "test top-1 (%)" if run.score == "test_acc" else AGREEMENT
+    return {top1: run.score, "training loss, sum of its terms (nats)": "train_loss"}
+
+
 def panels_of_run(run: Run) -> list[Panel]:
     """Panels of one run: test and training accuracy, the loss and its terms, the learning rate."""
     heads = {f"test, {head} head" if head else "test": column for head, column in run.heads.items()}
@@ -49,7 +54,7 @@ def panels_of_run(run: Run) -> list[Panel]:
     losses = {"all terms": "train_loss", **run.losses}
     panels = []
     for label, columns, scale in (
-        ("top-1 accuracy (%)", accuracy, "linear"),
+        ("top-1 accuracy (%)" if run.score == "test_acc" else AGREEMENT, accuracy, "linear"),
         ("training loss, weighted (ce in nats)", losses, "linear"),
         ("learning rate", {"learning rate": "lr"}, "log"),
     ):

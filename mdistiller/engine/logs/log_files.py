@@ -59,10 +59,14 @@ class Worklog:
     """worklog.txt in the original's form: a block of `name: value` lines per epoch."""
 
     tries_again = True
-    shown = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
+    shown = (
+        "train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss",
+        "test_agreement", "test_agreement_top5", "test_kl",
+    )  # fmt: skip
+    of_heads = ("test_acc_head_", "test_agreement_head_")
     rule = "-" * 25
     # Whole lines that a trainer's own `log` has written after a block: neither the next block, nor what `finish` wrote.
-    foreign = rf"(?:(?!{rule}\n|(?:best|last)_acc\S*\t)[^\x00-\x08\x0a-\x1f\ufffd]*\n)*"
+    foreign = rf"(?:(?!{rule}\n|(?:best|last)_(?:acc|agreement)\S*\t)[^\x00-\x08\x0a-\x1f\ufffd]*\n)*"
     block = re.compile(rf"^{rule}\nepoch: (\d+)\n(?:.*\n)*?{rule}\n{foreign}", re.MULTILINE)
 
     def __init__(self, folder: Path, start_epoch: int) -> None:
@@ -77,8 +81,8 @@ class Worklog:
     def epoch(self, epoch: int, metrics: Metrics) -> None:
         # The original prints the learning rate with two decimals, so that 0.0005 becomes 0.00.
         lines = [f"epoch: {epoch}", f"lr: {metrics['lr']:g}"]
-        lines += [f"{name}: {metrics[name]:.2f}" for name in self.shown]
-        lines += [f"{name}: {value:.2f}" for name, value in metrics.items() if name.startswith("test_acc_head_")]
+        lines += [f"{name}: {metrics[name]:.2f}" for name in self.shown if name in metrics]
+        lines += [f"{name}: {value:.2f}" for name, value in metrics.items() if name.startswith(self.of_heads)]
         self.file.append("\n".join([self.rule, *lines, self.rule, ""]))
 
     def step(self, step: int, scalars: Metrics) -> None:

@@ -45,7 +45,8 @@ class Wandb:
             self.run = wandb.init(**settings, mode="offline")
         # wandb's own step counts calls, which has no meaning in a resumed run.
         self.run.define_metric("*", step_metric="epoch")
-        self.run.define_metric("test_acc", step_metric="epoch", summary="last,max")
+        for score in ("test_acc", "test_agreement"):
+            self.run.define_metric(score, step_metric="epoch", summary="last,max")
         self.run.define_metric("step/*", step_metric="step/number")
 
     def _id(self, resume: bool) -> str:

@@ -1,0 +1,66 @@
+"""Image files of a user's own as a split: held in memory if they are few, else read by workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode as CN
+
+from ..errors import UserError
+from ..models.native import NativeInput
+from ._base import Split
+from .augment import CropFlip
+from .folders import ImageFiles
+from .held import GIB, Held, decoded, fits
+from .image_file import BrokenImageError, warn_of_broken
+from .in_memory import ImageArray
+from .views import SMALL, DefaultAugment, FileView, ValView, input_of, padding_of, upright
+
+
+def split_of(
+    files: Sequence[tuple[str, int]], cfg: CN, skip_broken: bool = False, once: bool = False,
+    class_names: Sequence[str] = (),
+) -> Split:  # fmt: skip
+    """The images of (path, label) pairs, as the student of `cfg` is to see them.
+
+    Up to `views.SMALL` pixels, they are held in memory as the student sees them. Larger ones are held as they are, so
+    that every crop is what it would be from the file. Where either takes more than DATASET.MEMORY_GIB, files are read.
+
+    Args:
+        once: every image is seen once, so that holding them saves nothing.
+
+    Raises:
+        BrokenImageError: an image that is to be held is broken, unless `skip_broken`.
+    """
+    native, gib = input_of(cfg), cfg.DATASET.MEMORY_GIB
+    paths = [path for path, _ in files]
+    if native.size <= SMALL and len(paths) * 3 * native.size**2 <= gib * GIB:
+        return _array(files, native, skip_broken, class_names)
+    pixels = Held(paths, upright, skip_broken) if not once and fits(paths, gib) else upright
+    views = FileView(pixels, DefaultAugment(native)), ValView(native, pixels)
+    return ImageFiles.of(list(files), *views, native.mean, native.std, skip_broken, class_names)
+
+
+def _array(
+    files: Sequence[tuple[str, int]], native: NativeInput, skip_broken: bool, class_names: Sequence[str]
+) -> ImageArray:
+    """Small images as the network sees them, in memory."""
+    images: list[Tensor] = []
+    labels: list[int] = []
+    broken: dict[str, str] = {}
+    for (path, label), image in zip(files, decoded([path for path, _ in files], ValView(native))):
+        if isinstance(image, BrokenImageError):
+            broken[path] = str(image)
+        else:
+            images.append(image)
+            labels.append(label)
+    if broken and not skip_broken:
+        raise BrokenImageError(next(iter(broken.values())) + ", or set DATASET.SKIP_BROKEN True")
+    if not images:
+        raise UserError(f"none of the {len(files)} images can be read: {next(iter(broken.values()))}")
+    if broken:
+        warn_of_broken(broken, len(files), "were left out (DATASET.SKIP_BROKEN)")
+    augment = CropFlip(padding_of(native.size))
+    return ImageArray(torch.stack(images), torch.tensor(labels), native.mean, native.std, augment, class_names)
