@@ -36,13 +36,13 @@ def convert(source: Path, target: Path, key: str = "") -> str:
     Raises:
         UserError: no such file, no weights in it, or `target` is the same file or cannot be written.
     """
-    state, marks = found_weights(source, key)
+    state, told = found_weights(source, key)
     if os.path.exists(target) and target.samefile(source):
         raise UserError(f"{target} would be written over itself; name another file")
     if target.suffix == SUFFIX:
-        write_safetensors(state, target, marks)
+        write_safetensors(state, target, told)
     else:
-        save_checkpoint({"model": state, **marks}, target)
+        save_checkpoint({"model": state, **told}, target)
     return f"wrote {target}: {len(state)} tensors, {sum(tensor.numel() for tensor in state.values()):,} numbers"
 
 

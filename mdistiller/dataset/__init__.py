@@ -7,7 +7,7 @@ from pathlib import Path
 from yacs.config import CfgNode as CN
 
 from ..paths import expanded
-from . import digits, folder, unlabelled  # noqa: F401  (they register themselves)
+from . import digits, folder, huggingface, torchvision_sets, unlabelled  # noqa: F401  (they register themselves)
 from ._base import (
     DatasetInfo,
     Loader,

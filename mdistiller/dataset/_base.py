@@ -46,6 +46,7 @@ class DatasetInfo:
         at: the same images as networks with another native input see them; None where the images have one size.
         labelled: whether its images have labels; see `labels.NO_LABEL`.
         scored: (root, skip_broken) -> the images on which a network is scored outside of a run; None: the test split.
+        check_validation: (root) -> None; refuses a data set without images to validate on, before any are read.
     """
 
     num_classes: int
@@ -57,6 +58,7 @@ class DatasetInfo:
     at: Callable[[NativeInput], DatasetInfo] | None = None
     scored: Callable[[Path, bool], Split] | None = None
     labelled: bool = True
+    check_validation: Callable[[Path], None] | None = None
 
 
 # Data sets whose facts are fixed.
@@ -169,6 +171,7 @@ class Loader(ABC):
         labelled: whether the images have labels; else each target is `labels.NO_LABEL`.
         class_names: the name of every class, by label; empty if they are unknown.
         mean, std: per channel, of values in [0, 1], by which the images are normalised; empty if unknown.
+        image_size: height and width of the images, in pixels; 0 while it is unknown, or if the two differ.
         batch_size: B, over all ranks together in training.
         epoch: of the last pass that began, from 1, or what `set_epoch` has chosen.
         rank, world: this process's rank and the number of processes that share the images; see `shard`.
@@ -178,6 +181,7 @@ class Loader(ABC):
 
     augmentation: str = ""
     variants: int | None = None
+    image_size: int = 0
 
     def __init__(
         self,
@@ -379,6 +383,8 @@ def loaders_of(
 ) -> tuple[Loader, Loader, int]:
     """`get_dataloaders` of the data set `info`, which messages call `name`."""
     folder = Path(expanded(root))
+    if not val_fraction and info.check_validation is not None:
+        info.check_validation(folder)
     train = info.read(folder, True, skip_broken)
     if val_fraction > 0:
         kept, held_out = stratified_split(train.targets, 1 - val_fraction)

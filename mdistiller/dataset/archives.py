@@ -1,4 +1,7 @@
-"""Tar archives: checked as a whole before a byte is written, then unpacked under another name and renamed."""
+"""Tar archives: checked as a whole before a byte is written, then unpacked under another name and renamed.
+
+Where another library unpacks archives itself, `filtered` keeps it from writing outside of its folder.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
@@ -47,6 +51,24 @@ def unpack(archive: Path, folder: Path, files: Sequence[str]) -> None:
             raise
         reason = one_line(error, 200) or type(error).__name__
         raise ArchiveError(f"{archive} is damaged ({reason}); delete it and fetch it again") from None
+
+
+@contextmanager
+def filtered() -> Iterator[None]:
+    """Within it, tarfile refuses members that lead outside or are no files, for whoever unpacks an archive by it.
+
+    Python before 3.10.12 and 3.11.4 has no filters, and refuses nothing. zipfile always stays inside. Not thread-safe.
+    """
+    own = vars(tarfile.TarFile).get("extraction_filter")
+    data = getattr(tarfile, "data_filter", None)
+    if data is None:
+        yield
+        return
+    tarfile.TarFile.extraction_filter = staticmethod(data)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = own  # type: ignore[assignment]
 
 
 def _chosen(tar: tarfile.TarFile, archive: Path, files: Sequence[str]) -> list[tarfile.TarInfo]:

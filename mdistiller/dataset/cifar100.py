@@ -46,7 +46,7 @@ def read(root: Path, train: bool, skip_broken: bool = False) -> ImageArray:
 def _download(root: Path) -> None:
     """Fetch the archive, check its checksum, and unpack the data set's files."""
     try:
-        with _quiet():
+        with quiet_download():
             download_url(CIFAR100.url, root, CIFAR100.filename, CIFAR100.tgz_md5)
         files = [name for name, _ in CIFAR100.train_list + CIFAR100.test_list] + [CIFAR100.meta["filename"]]
         unpack(root / CIFAR100.filename, root / CIFAR100.base_folder, files)
@@ -56,8 +56,8 @@ def _download(root: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Torchvision's download without its messages, with its bar on a terminal only, and without endless waiting."""
+def quiet_download() -> Iterator[None]:
+    """Torchvision's downloads without its messages, with its bar on a terminal only, and without endless waiting."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:

@@ -269,7 +269,9 @@ class FolderLoader(Loader):
     def _normalized(self, images: Tensor) -> Tensor:
         images = to_device(images, self.device)
         if self._normalize is None:
-            self._normalize = Normalize(self._data.mean, self._data.std, pixels=images[0, :, :, 0].numel())
+            height, width = images.shape[1:3]
+            self._normalize = Normalize(self._data.mean, self._data.std, pixels=height * width)
+            self.image_size = height if height == width else 0
         return self._normalize.to(self.device)(images)
 
     def _order(self) -> Tensor:

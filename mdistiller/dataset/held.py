@@ -17,13 +17,17 @@ GIB = 2**30
 THREADS = 8  # Pillow decodes without Python's lock
 
 
-def fits(paths: Sequence[str], gib: float) -> bool:
-    """Whether the decoded images take at most `gib` GiB; reads headers, and no more of them than are needed."""
+def fits(paths: Sequence[str], gib: float, bytes_of: Callable[[str], int] = decoded_bytes) -> bool:
+    """Whether the decoded images take at most `gib` GiB; reads headers, and no more of them than are needed.
+
+    Args:
+        bytes_of: path -> the size of its pixels in memory, in bytes.
+    """
     left = gib * GIB
     with silent_pillow():
         for path in paths:
             try:
-                left -= decoded_bytes(path)
+                left -= bytes_of(path)
             except BrokenImageError:  # decoding it says so
                 continue
             if left < 0:

@@ -8,6 +8,7 @@ import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -41,12 +42,16 @@ def silent_pillow() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
-    """Open an image and read its header only; any error here or in the `with` block names the file."""
+def _opened(path: str, content: bytes | None = None) -> Iterator[Image.Image]:
+    """Open an image and read its header only; any error here or in the `with` block names the file.
+
+    Args:
+        content: what the file would hold, where the image is none; then `path` is its name.
+    """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if content is None and not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError("it is not a regular file")  # opening a named pipe would block
-        with Image.open(path, formats=formats_of(path)) as image:
+        with Image.open(path if content is None else BytesIO(content), formats=formats_of(path)) as image:
             short, long = sorted(image.size)
             if long > SLIMMEST * short:
                 raise OSError(f"it has {image.width}x{image.height} pixels, too narrow to resize")
@@ -61,10 +66,11 @@ def _opened(path: str) -> Iterator[Image.Image]:
         raise BrokenImageError(f"{path} cannot be read as an image ({reason}); {remedy}") from error
 
 
-def read_image(path: str, upright: bool = False) -> Image.Image:
+def read_image(path: str, upright: bool = False, content: bytes | None = None) -> Image.Image:
     """The image of a file, of whatever mode, as RGB (`pixels.to_rgb`); of several frames, the first one.
 
     Args:
+        content: an image file's bytes, which are read in place of `path`; that is then the image's name.
         upright: turn and mirror it as its EXIF block says, as viewers do. The original's data sets are read without,
             as torchvision's loader reads them. (Pillow itself turns TIFF files, always.)
 
@@ -72,7 +78,7 @@ def read_image(path: str, upright: bool = False) -> Image.Image:
         BrokenImageError: the file is missing, broken, too large or too narrow, or its white is not known.
         RefusedError: too many files are open.
     """
-    with _opened(path) as image:
+    with _opened(path, content) as image:
         image.load()
         rgb = to_rgb(image)
         return _upright(rgb) if upright else rgb
@@ -85,18 +91,18 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def read_pixels(path: str, upright: bool = False) -> Tensor:
+def read_pixels(path: str, upright: bool = False, content: bytes | None = None) -> Tensor:
     """The same image as (H, W, 3) uint8."""
-    return to_pixels(read_image(path, upright))
+    return to_pixels(read_image(path, upright, content))
 
 
-def decoded_bytes(path: str) -> int:
-    """The size of an image's pixels in memory, in bytes, by its header alone.
+def decoded_bytes(path: str, content: bytes | None = None) -> int:
+    """The size of an image's pixels in memory, in bytes, by its header alone; see `read_image`.
 
     Raises:
         BrokenImageError, RefusedError: see `read_image`.
     """
-    with _opened(path) as image:
+    with _opened(path, content) as image:
         return 3 * image.width * image.height
 
 

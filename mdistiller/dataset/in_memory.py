@@ -95,7 +95,9 @@ class InMemoryLoader(Loader):
         self._images = data.images.contiguous()
         self._labels = data.targets
         size = getattr(data.augment, "size", 0) if train else 0
-        self._normalize = Normalize(data.mean, data.std, pixels=size * size or data.images.shape[1:3].numel())
+        height, width = (size, size) if size else data.images.shape[1:3]
+        self._normalize = Normalize(data.mean, data.std, pixels=height * width)
+        self.image_size = height if height == width else 0
         self._drawn: tuple[tuple[int, int], tuple[Tensor, ...]] | None = None
         self._views: tuple[Augment, Augment] | None = None
         self._drawn_view: tuple[Tensor, ...] = ()

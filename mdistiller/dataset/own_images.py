@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..errors import UserError
-from ..models.native import NativeInput
 from ._base import Split
 from .augment import CropFlip
 from .folders import ImageFiles
 from .held import GIB, Held, decoded, fits
-from .image_file import BrokenImageError, warn_of_broken
+from .image_file import BrokenImageError, decoded_bytes, warn_of_broken
 from .in_memory import ImageArray
-from .views import SMALL, DefaultAugment, FileView, ValView, input_of, padding_of, upright
+from .views import SMALL, DefaultAugment, FileView, Pixels, ValView, input_of, padding_of, upright
 
 
 def split_of(
     files: Sequence[tuple[str, int]], cfg: CN, skip_broken: bool = False, once: bool = False,
-    class_names: Sequence[str] = (),
+    class_names: Sequence[str] = (), pixels: Pixels = upright, bytes_of: Callable[[str], int] = decoded_bytes,
+    mirror: bool = True,
 ) -> Split:  # fmt: skip
     """The images of (path, label) pairs, as the student of `cfg` is to see them.
 
@@ -30,6 +30,9 @@ def split_of(
 
     Args:
         once: every image is seen once, so that holding them saves nothing.
+        pixels: path -> (H, W, 3) uint8; where the images are no files, of the names that stand for paths.
+        bytes_of: path -> the size of its pixels in memory, in bytes.
+        mirror: whether the augmentation may mirror them.
 
     Raises:
         BrokenImageError: an image that is to be held is broken, unless `skip_broken`.
@@ -37,20 +40,22 @@ def split_of(
     native, gib = input_of(cfg), cfg.DATASET.MEMORY_GIB
     paths = [path for path, _ in files]
     if native.size <= SMALL and len(paths) * 3 * native.size**2 <= gib * GIB:
-        return _array(files, native, skip_broken, class_names)
-    pixels = Held(paths, upright, skip_broken) if not once and fits(paths, gib) else upright
-    views = FileView(pixels, DefaultAugment(native)), ValView(native, pixels)
+        augment = CropFlip(padding_of(native.size), flip=mirror)
+        return _array(files, ValView(native, pixels), augment, skip_broken, class_names)
+    if not once and fits(paths, gib, bytes_of):
+        pixels = Held(paths, pixels, skip_broken)
+    views = FileView(pixels, DefaultAugment(native, mirror)), ValView(native, pixels)
     return ImageFiles.of(list(files), *views, native.mean, native.std, skip_broken, class_names)
 
 
 def _array(
-    files: Sequence[tuple[str, int]], native: NativeInput, skip_broken: bool, class_names: Sequence[str]
+    files: Sequence[tuple[str, int]], view: ValView, augment: CropFlip, skip_broken: bool, class_names: Sequence[str]
 ) -> ImageArray:
     """Small images as the network sees them, in memory."""
     images: list[Tensor] = []
     labels: list[int] = []
     broken: dict[str, str] = {}
-    for (path, label), image in zip(files, decoded([path for path, _ in files], ValView(native))):
+    for (path, label), image in zip(files, decoded([path for path, _ in files], view)):
         if isinstance(image, BrokenImageError):
             broken[path] = str(image)
         else:
@@ -62,5 +67,5 @@ def _array(
         raise UserError(f"none of the {len(files)} images can be read: {next(iter(broken.values()))}")
     if broken:
         warn_of_broken(broken, len(files), "were left out (DATASET.SKIP_BROKEN)")
-    augment = CropFlip(padding_of(native.size))
+    native = view.native
     return ImageArray(torch.stack(images), torch.tensor(labels), native.mean, native.std, augment, class_names)

@@ -106,9 +106,13 @@ class DefaultAugment:
 
     Above `SMALL` pixels a random crop of 8 to 100 % of the image's area, resized, and mirrored at random. Else the
     validation view, padded, cropped to its old size and mirrored at random, as `CropFlip` does.
+
+    Attributes:
+        mirror: whether to mirror at all.
     """
 
     native: NativeInput
+    mirror: bool = True
 
     @cached_property
     def _steps(self) -> v2.Compose:
@@ -118,7 +122,7 @@ class DefaultAugment:
         else:
             resize = v2.Resize(resized_size(self.native), interpolation=mode, antialias=True)
             crop = [resize, v2.CenterCrop(size), v2.RandomCrop(size, padding=padding_of(size))]
-        return v2.Compose([*crop, v2.RandomHorizontalFlip()])
+        return v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if self.mirror else [])])
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return self._steps(pixels.permute(2, 0, 1)).permute(1, 2, 0)

@@ -29,6 +29,7 @@ from ..registry import Registry, unknown_name
 from .cfg import load_cfg
 from .files.checkpoint import (
     HEAD,
+    check_file_classes,
     distiller_state,
     is_of_run,
     load_checkpoint,
@@ -119,7 +120,17 @@ def build_distiller(cfg: CN, facts: RunFacts, trained: bool = True) -> Distiller
         teacher = build_model(model_dict(info, cfg.DISTILLER.TEACHER), cfg.DISTILLER.TEACHER, classes)
     found = [_tried(network, role, cfg, facts) for role, network in (("student", student), ("teacher", teacher))]
     with explained([doubt for doubt in found if isinstance(doubt, Doubt)]):
-        return method.from_run(student, teacher, cfg, facts)
+        distiller = method.from_run(student, teacher, cfg, facts)
+    if trained:
+        _check_teacher_classes(distiller, cfg, facts)
+    return distiller
+
+
+def _check_teacher_classes(distiller: Distiller, cfg: CN, facts: RunFacts) -> None:
+    """Refuse a teacher that was trained on other classes, unless the method says that it reads features alone."""
+    read = distiller.frozen.get("teacher") if distiller.needs_teacher else ()
+    if cfg.DISTILLER.TEACHER_CKPT and (read is None or "logits" in read):
+        check_file_classes(cfg.DISTILLER.TEACHER_CKPT, facts.class_names)
 
 
 def _tried(network: nn.Module | None, role: str, cfg: CN, facts: RunFacts) -> Tensor | Doubt | None:

@@ -61,7 +61,7 @@ CFG.DATASET.TYPE = "cifar100"
 # of the images, for "hf" the saved data set.
 CFG.DATASET.ROOT = "./data"
 # For "folder": the folders of the training and of the validation images, relative to ROOT. Empty: train, and val or
-# test.
+# test. For "hf" and "torchvision/NAME": their splits, such as "train+validation". Empty: the usual ones.
 CFG.DATASET.TRAIN = ""
 CFG.DATASET.VAL = ""
 # For "hf": the columns of images and labels. Empty: found by their types.

@@ -18,7 +18,17 @@ from ..errors import UserError
 from ..models.tensor_groups import all_finite
 from .ema import EMA
 from .epoch_state import EpochState
-from .files.checkpoint import DEPLOYED, HEAD, SaveError, load_state, save_checkpoint, strip_module
+from .files.checkpoint import (
+    CLASS_NAMES,
+    DEPLOYED,
+    HEAD,
+    SaveError,
+    check_classes,
+    description_by,
+    load_state,
+    save_checkpoint,
+    strip_module,
+)  # fmt: skip
 from .files.run_folder import newest_whole, prune
 from .generators import Generators
 from .nan_watch import NanPolicy, NonFiniteLossError
@@ -51,6 +61,7 @@ class RunState:
         folder: the run's folder.
         distiller, update, ema, nan_policy: the objects whose state is saved.
         facts: see `resume_facts`.
+        train_loader: what it tells of its images and classes goes into every checkpoint, see `description_by`.
 
     Attributes:
         parts: every object with a state of its own, by name.
@@ -62,8 +73,9 @@ class RunState:
 
     def __init__(
         self, folder: Path, distiller: Distiller, update: SumUpdate, ema: EMA | None, nan_policy: NanPolicy,
-        device: torch.device, ranks: Ranks, cfg: CN, facts: Facts,
+        device: torch.device, ranks: Ranks, cfg: CN, facts: Facts, train_loader: Any = None,
     ) -> None:  # fmt: skip
+        self._loader = train_loader
         self.folder, self.distiller, self.ema, self.nan_policy = folder, distiller, ema, nan_policy
         self.ranks, self.log, self.facts = ranks, cfg.LOG, facts
         self.scores, self.position = ScoreRecord(), EpochState(device, ranks)
@@ -115,7 +127,12 @@ class RunState:
         name = head if head in networks else next(iter(networks))
         network = self.distiller.network_to_save(name)
         saved = self.ema.network if self.ema is not None and head == "ema" else network
-        return {"model": saved.state_dict(), **self._deployed(network), **({HEAD: name} if len(networks) > 1 else {})}
+        marks = {**self._deployed(network), **({HEAD: name} if len(networks) > 1 else {})}
+        return self._described({"model": saved.state_dict(), **marks})
+
+    def _described(self, content: dict[str, Any]) -> dict[str, Any]:
+        """`content` and what the training loader tells of its images by now: some know their size after a batch."""
+        return {**content, **description_by(self._loader)}
 
     def _deployed(self, network: nn.Module) -> dict[str, str]:
         """What a checkpoint says of the network that is deployed; nothing if that is the student alone."""
@@ -157,7 +174,7 @@ class RunState:
     def _content(self, epoch: int) -> dict[str, Any]:
         """Everything that resuming needs at the end of `epoch`: the original's keys, and more."""
         deployed = self._deployed(self.distiller.main_network())
-        return {"epoch": epoch, **_states(self.parts), **deployed, _FACTS: self.facts}
+        return self._described({"epoch": epoch, **_states(self.parts), **deployed, _FACTS: self.facts})
 
     def _write(self, files: Mapping[str, Any], here: tuple[int, int]) -> None:
         """Write the checkpoints on the first rank, in their order; the other ranks wait, and learn whether they stand.
@@ -210,6 +227,7 @@ class RunState:
         Returns:
             What has changed since it was saved, in words; "" if nothing has.
         """
+        check_classes(content, path, description_by(self._loader).get(CLASS_NAMES))
         with _fitting(path, "recorded"):
             within = dict(content.get(_WITHIN, {}))
             changed = compare_facts(dict(content.get(_FACTS, {})), self.facts, within.get("step", 0))

@@ -122,7 +122,7 @@ class BaseTrainer:
         self.take_step = GraphedStep(self.step, recorder, required=cfg.SOLVER.CUDA_GRAPH == "always")
         self.state = RunState(
             self.log_path, self.distiller, self.update, self.ema, self.nan_policy, self.device, self.ranks, cfg,
-            facts_of_run(cfg, self.distiller, self.update, self.train_loader, self.ranks),
+            facts_of_run(cfg, self.distiller, self.update, self.train_loader, self.ranks), self.train_loader,
         )  # fmt: skip
         self.best_acc = -1.0
         self.overwrite = self._replace = False

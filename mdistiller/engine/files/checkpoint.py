@@ -2,8 +2,9 @@
 
 A run keeps two kinds. `latest`, `latest_previous` (the one before), `best` and `epoch_N` hold what resuming needs:
 {"epoch", "model" (the distiller's state), "optimizer", "best_acc"}. `student_latest`, `student_best` and `student_N`
-hold {"model": the deployed network's state}. Where that is not the student alone, both say so under `DEPLOYED`. They
-are files of torch.save with a checksum at the end, which torch.load ignores.
+hold {"model": the deployed network's state}. Where that is not the student alone, both say so under `DEPLOYED`. Both
+describe the images that the network was trained on, see `described`. They are files of torch.save with a checksum at
+the end, which torch.load ignores.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ from ...errors import UserError
 from . import inert_pickle
 from .atomic import SaveError, write_whole
 from .checksum import check_seal, seal
+from .description import (
+    CLASS_NAMES,
+    INPUT,
+    check_classes,
+    described,
+    description_by,
+    description_of,
+    from_metadata,
+)
 from .file_kinds import is_safetensors, other_kind
 from .inert_pickle import StandIn
 from .safetensors_file import read_safetensors
@@ -43,7 +53,8 @@ from .states import (
 )
 
 __all__ = [
-    "DEPLOYED", "HEAD", "SaveError", "distiller_state", "found_weights", "is_of_run", "is_state", "load_checkpoint",
+    "CLASS_NAMES", "DEPLOYED", "HEAD", "INPUT", "SaveError", "check_classes", "check_file_classes", "described",
+    "description_by", "description_of", "distiller_state", "found_weights", "is_of_run", "is_state", "load_checkpoint",
     "load_model_weights", "load_state", "marks", "model_state", "save_checkpoint", "strip_module",
 ]  # fmt: skip
 
@@ -67,7 +78,7 @@ def load_checkpoint(path: str | Path) -> Any:
     """The content of `path`, on the CPU, read without running anything of it.
 
     Objects of other classes than tensors, arrays and plain containers are `StandIn`s. A safetensors file is returned as
-    {"model": its tensors} and its `marks`.
+    {"model": its tensors}, its `marks` and its `description_of` the images.
 
     Raises:
         UserError: no such file, or not an intact checkpoint; says what the file looks like.
@@ -82,7 +93,7 @@ def _read(path: Path) -> tuple[Any, bool]:
     try:
         if is_safetensors(path):
             tensors, metadata = read_safetensors(path)
-            return {"model": tensors, **marks(metadata)}, "sha256" in metadata
+            return {"model": tensors, **marks(metadata), **from_metadata(metadata)}, "sha256" in metadata
         ours, kind = check_seal(path), other_kind(path)
         content = None if kind else _load(path)
     except Exception as error:  # a damaged file fails anywhere inside zipfile, pickle or torch
@@ -113,8 +124,21 @@ def _reason(error: Exception) -> str:
     return first[:200] if first and "weights_only" not in str(error) else type(error).__name__
 
 
-def found_weights(path: str | Path, key: str = "") -> tuple[State, dict[str, str]]:
-    """The network's state in the file at `path`, for no network in particular, and the checkpoint's `marks`.
+def check_file_classes(path: str | Path, class_names: Sequence[str] | None) -> None:
+    """`check_classes` of the checkpoint file at `path`.
+
+    Raises:
+        UserError: it was trained on other classes than `class_names`, or cannot be read.
+    """
+    if class_names:
+        check_classes(load_checkpoint(path), path, class_names)
+
+
+def found_weights(path: str | Path, key: str = "") -> tuple[State, dict[str, Any]]:
+    """The network's state in the file at `path`, for no network in particular, and what the checkpoint says of it.
+
+    That is its `marks` and its `description_of` the images; with a `key`, the description alone, and nothing of a
+    teacher, which may have been trained on others.
 
     Counters are left out, and from files of other trainers the attribute that held the network, such as `model.`.
 
@@ -131,7 +155,8 @@ def found_weights(path: str | Path, key: str = "") -> tuple[State, dict[str, str
         names = list(likely(states_in(content)))
         if len(names) > 1 and not key:
             note(f"{path} holds several state dicts: {', '.join(names)}; --key NAME writes another one")
-    return state, {} if key else marks(content)
+    described_too = {} if "teacher" in key.split(".") else description_of(content)
+    return state, described_too if key else {**marks(content), **described_too}
 
 
 def load_model_weights(model: nn.Module, path: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save
@@ -11,19 +12,23 @@ from torch import Tensor
 
 from .atomic import write_whole
 from .checksum import tensors_digest
+from .description import to_metadata
 
 SUFFIX = ".safetensors"
 
 
-def write_safetensors(state: Mapping[str, Tensor], path: Path, marks: Mapping[str, str] | None = None) -> None:
+def write_safetensors(state: Mapping[str, Tensor], path: Path, marks: Mapping[str, Any] | None = None) -> None:
     """Write tensors to `path` atomically, with a checksum and `marks` in the file's metadata.
+
+    Args:
+        marks: what a checkpoint holds beside the weights: its marks and `described`; what is no text becomes JSON.
 
     Raises:
         SaveError: disk full, quota, read-only or vanished folder.
     """
     # Copies, because the format does not allow tensors that share memory.
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    write_whole(save(tensors, {**(marks or {}), "format": "pt", "sha256": tensors_digest(tensors)}), path)
+    write_whole(save(tensors, {**to_metadata(marks or {}), "format": "pt", "sha256": tensors_digest(tensors)}), path)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
