@@ -20,8 +20,9 @@ from yacs.config import CfgNode as CN
 from ..arguments import PathArgument
 from ..console import tool
 from ..dataset import get_val_loader, info_of
-from ..engine.build import load_deployed, load_trained
+from ..engine.build import load_deployed, load_trained, own_view
 from ..engine.cfg import elsewhere, settings_for
+from ..engine.files.checkpoint import check_file_classes
 from ..engine.scores import Heads, evaluate, model_heads
 from ..errors import UserError
 from ..models.cost import network_cost
@@ -73,10 +74,13 @@ def evaluate_checkpoint(
         cfg = settings_for(dataset or "cifar100", data_root, model)
         info = info_of(cfg)
         check_labelled(info, cfg.DATASET.TYPE)
+        info = own_view(info, model, ckpt)
         net = load_trained(info, model, ckpt, groups, device)
         networks, heads = {model: net}, model_heads(net, head)
     where = next(next(iter(networks.values())).parameters()).device
     loader = get_val_loader(info, cfg.DATASET.ROOT, batch_size, num_workers, skip_broken=skip_broken).to(where)
+    if ckpt != "pretrain":
+        check_file_classes(ckpt, loader.class_names)
     started = time.perf_counter()
     scores = evaluate(loader, heads, where)
     seconds = time.perf_counter() - started

@@ -16,11 +16,10 @@ from yacs.config import CfgNode as CN
 from ..arguments import PathArgument
 from ..console import tool
 from ..dataset import info_of
-from ..engine.build import model_dict
 from ..engine.cfg import load_cfg, settings_for
-from ..engine.files.checkpoint import load_checkpoint, load_state, model_state, save_checkpoint
+from ..engine.files.checkpoint import description_of, load_checkpoint, load_state, model_state, save_checkpoint
+from ..engine.networks import Named, fresh
 from ..errors import UserError
-from ..models import build_model
 from ..models.grouped import published_students
 from ..user_files import writing
 from ._arguments import command_parser
@@ -42,7 +41,8 @@ def export_head(ckpt: Path, out: Path, model: str | None = None, dataset: str | 
         UserError: no such file, no grouped student in it, an unknown network, one that does not fit, or one of the
             published students, whose plain head is not an ordinary ResNet.
     """
-    grouped = model_state(load_checkpoint(ckpt), ckpt)
+    content = load_checkpoint(ckpt)
+    grouped = model_state(content, ckpt)
     run = _run_of(ckpt)
     run_model = None if run is None else run.DISTILLER.STUDENT
     model = model or run_model
@@ -61,9 +61,10 @@ def export_head(ckpt: Path, out: Path, model: str | None = None, dataset: str | 
     if run is None or dataset not in (None, run.DATASET.TYPE):
         run = settings_for(dataset or "cifar100", model=model)
     info = info_of(run)
-    load_state(build_model(model_dict(info, model), model, info.num_classes), state, ckpt)
+    named = Named(model, info.model_family, info.num_classes, info.image_size)
+    load_state(fresh(named), state, ckpt)
     with writing(out):
-        save_checkpoint({"model": state}, out)
+        save_checkpoint({"model": state, **description_of(content)}, out)
     return f"wrote {out}; score it with tools/eval.py -m {model} -d {run.DATASET.TYPE} -c {out}"
 
 

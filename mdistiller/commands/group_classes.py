@@ -25,8 +25,9 @@ from ..arguments import PathArgument
 from ..console import tool, warn
 from ..dataset import DatasetInfo, Loader, get_val_loader, info_of, stratified_split
 from ..dataset.batch import labelled
-from ..engine.build import load_trained
+from ..engine.build import load_trained, own_view
 from ..engine.cfg import settings_for
+from ..engine.files.checkpoint import check_file_classes
 from ..errors import UserError
 from ..grouping import (
     count_confusions,
@@ -105,8 +106,11 @@ def group_classes(
         warn(LEAK)
 
     check_batch_size(batch_size)
+    info = own_view(info, model, ckpt)
     teacher = load_trained(info, model, ckpt, device=device)
     loader = _loader(info, split, val_fraction, cfg.DATASET.ROOT, batch_size, num_workers, skip_broken)
+    if ckpt != "pretrain":
+        check_file_classes(ckpt, getattr(loader, "class_names", ()))
     loader.to(next(teacher.parameters()).device)
     if split == "kfold":
         features, targets = _run(teacher, loader, "pooled_feat")
@@ -150,15 +154,14 @@ def group_classes(
 
 
 def _loader(
-    info: DatasetInfo, split: str, val_fraction: float, data_root: str, batch_size: int, num_workers: int,
-    skip_broken: bool,
-) -> Loader:  # fmt: skip
+    info: DatasetInfo, split: str, val_fraction: float, root: str, batch_size: int, num_workers: int, skip_broken: bool
+) -> Loader:
     """The images of `split`, in order and not augmented."""
     if split != "heldout":
-        return get_val_loader(info, data_root, batch_size, num_workers, split != "test", skip_broken)
+        return get_val_loader(info, root, batch_size, num_workers, split != "test", skip_broken)
     if not 0 < val_fraction < 1:
         raise UserError(f"--val-fraction must be between 0 and 1, not {val_fraction}")
-    train = info.read(Path(data_root), True, skip_broken)
+    train = info.read(Path(root), True, skip_broken)
     _, held_out = stratified_split(train.targets, 1 - val_fraction)
     return train.select(held_out).loader(batch_size, num_workers, train=False)
 

@@ -35,8 +35,9 @@ from ..arguments import PathArgument
 from ..console import tool
 from ..dataset import get_val_loader, info_of
 from ..distillers import distiller_dict
-from ..engine.build import load_trained
+from ..engine.build import load_trained, own_view
 from ..engine.cfg import elsewhere, settings_for
+from ..engine.files.checkpoint import check_file_classes
 from ..errors import UserError
 from ..experiments.runs import read_run
 from ..grouping import count_confusions
@@ -84,6 +85,7 @@ def network_outputs(
     groups: str = "",
     skip_broken: bool = False,
     settings: CN | None = None,
+    role: str | None = None,
 ) -> Outputs:
     """The outputs of a trained network on a data set's test images.
 
@@ -91,6 +93,7 @@ def network_outputs(
         ckpt: its checkpoint, or "pretrain" for the published one.
         groups: for a plain network that DCGD trained with groups, DCGD.GROUPS of its run.
         settings: describe the images as the network is to see them; None: as it was made for.
+        role: "STUDENT" or "TEACHER" of the run of `settings`; None: of no run.
 
     Raises:
         UserError: an unknown name, missing data, a checkpoint that does not fit.
@@ -99,8 +102,13 @@ def network_outputs(
     cfg = settings or settings_for(dataset, data_root, model)
     info = info_of(cfg)
     check_labelled(info, dataset)
-    net = load_trained(info, model, ckpt, groups, device)
+    info = own_view(info, model, ckpt) if role is None else info
+    size = cfg.DISTILLER.TEACHER_SIZE if role == "TEACHER" else 0
+    feats = cfg.DISTILLER[f"{role}_FEATS"] if role else ()
+    net = load_trained(info, model, ckpt, groups, device, size, feats)
     loader = get_val_loader(info, cfg.DATASET.ROOT, batch_size, num_workers, skip_broken=skip_broken)
+    if ckpt != "pretrain":
+        check_file_classes(ckpt, loader.class_names)
     return collect(net, loader.to(next(net.parameters()).device), head)
 
 
@@ -149,10 +157,11 @@ def inspect_network(
             f"--tsne-images must be at least 0, and --seed from 0 to 2**32 - 1; they are {tsne_images} and {seed}"
         )
     loading["settings"] = _settings(run, dataset, loading.get("data_root"), model)
-    nets = {model: network_outputs(model, ckpt, dataset, head=head, groups=groups, **loading)}
+    student, frozen = ("STUDENT", "TEACHER") if run else (None, None)
+    nets = {model: network_outputs(model, ckpt, dataset, head=head, groups=groups, role=student, **loading)}
     if teacher:
         name = teacher if teacher != model else f"{teacher} (teacher)"
-        nets[name] = network_outputs(teacher, teacher_ckpt, dataset, **loading)
+        nets[name] = network_outputs(teacher, teacher_ckpt, dataset, role=frozen, **loading)
     targets = nets[model].targets
     calibrations = {name: calibration(o.logits, targets, bins) for name, o in nets.items()}
     values: dict[str, Any] = {

@@ -1,18 +1,20 @@
-"""ImageNet (ILSVRC 2012): class folders of images, seen at 224x224 pixels in 1,000 classes."""
+"""ImageNet (ILSVRC 2012): class folders of images, in 1,000 classes, seen at 224x224 pixels, or as `at` says."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from ..models.native import NativeInput
 from ..paths import expanded
-from ._base import Loader, get_dataloaders, missing, register
+from ._base import DatasetInfo, Loader, dataset_dict, get_dataloaders, missing, register
 from ._original import dataloaders_with_negatives, to_normalized
 from .augmentation import FileView, PixelTransform
 from .folders import ImageFiles
@@ -45,6 +47,39 @@ def read(root: Path, train: bool, skip_broken: bool = False) -> ImageFiles:
     classes = class_list([home / "train", home / "val"], NUM_CLASSES)
     files = files_of_split(home, part, classes, IMAGES)
     return ImageFiles.of(files, train_view, val_view, MEAN, STD, skip_broken, tuple(classes))
+
+
+@lru_cache
+def _views(native: NativeInput) -> tuple[v2.Transform, v2.Transform]:
+    """For training, of tensors, and for validation, of Pillow's images."""
+    how = v2.InterpolationMode(native.interpolation)
+    train = v2.Compose([v2.RandomResizedCrop(native.size, interpolation=how), v2.RandomHorizontalFlip()])
+    return train, v2.Compose([v2.Resize(int(native.size / native.crop), interpolation=how), v2.CenterCrop(native.size)])
+
+
+def _own_train_view(native: NativeInput, path: str) -> Tensor:
+    return _views(native)[0](read_pixels(path).permute(2, 0, 1)).permute(1, 2, 0)
+
+
+def _own_val_view(native: NativeInput, path: str) -> Tensor:
+    return to_pixels(_views(native)[1](read_image(path)))
+
+
+def at(native: NativeInput) -> DatasetInfo:
+    """ImageNet as a network of another native input sees it: its size, crop, interpolation and normalisation."""
+    native = replace(native, mean=tuple(native.mean), std=tuple(native.std))  # hashable
+    info: DatasetInfo = dataset_dict["imagenet"]
+
+    def own(root: Path, train: bool, skip_broken: bool = False) -> ImageFiles:
+        train_view, val_view = partial(_own_train_view, native), partial(_own_val_view, native)
+        files = info.read(root, train, skip_broken)
+        assert isinstance(files, ImageFiles)
+        return replace(files, train_view=train_view, val_view=val_view, mean=native.mean, std=native.std)
+
+    return replace(info, image_size=native.size, mean=native.mean, std=native.std, read=own)
+
+
+dataset_dict["imagenet"] = replace(dataset_dict["imagenet"], at=at)
 
 
 # Names from the original code, here and below.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from inspect import Parameter, signature
 from pathlib import Path
 
 import torch
@@ -18,27 +17,36 @@ from ..distillers import Distiller, RunFacts, distiller_dict
 from ..distillers.contract import check_scores
 from ..distributed.ranks import current_ranks
 from ..errors import UserError
-from ..grouping import load_groups
-from ..models import build_model, teacher_checkpoint
+from ..models import teacher_checkpoint
 from ..models.copies import has_hooks
 from ..models.cost import network_cost
-from ..models.grouped import GroupedStudent
-from ..models.native import FAMILIES, family_of
+from ..models.native import FAMILIES, family_of, native_input
 from ..models.returned import Doubt, explained, tried
+from ..models.sources import is_foreign
 from ..registry import Registry, unknown_name
 from .cfg import load_cfg
 from .files.checkpoint import (
     HEAD,
-    check_file_classes,
+    INPUT,
+    description_of,
     distiller_state,
     is_of_run,
     load_checkpoint,
-    load_model_weights,
     load_state,
     marks,
     model_state,
 )  # fmt: skip
 from .modes import check_modes
+from .networks import (
+    Named,
+    fresh,
+    frozen_teacher,
+    seeing_its_own,
+    starting_student,
+    teacher_classes,
+    untrained_teacher,
+    with_weights,
+)
 from .run_name import experiment_name
 from .runtime.device import pick_device
 from .runtime.seeds import seed_everything
@@ -53,84 +61,100 @@ def model_dict(dataset: str | DatasetInfo, network: str = "") -> Registry:
 
 
 def build_pretrained(
-    dataset: str | DatasetInfo, name: str, num_classes: int, path: str = "", groups: str = ""
+    dataset: str | DatasetInfo,
+    name: str,
+    num_classes: int,
+    path: str = "",
+    groups: str = "",
+    image_size: int = 0,
+    feats: Sequence[str] = (),
 ) -> nn.Module:
-    """The network `name` with trained weights.
+    """The network `name` with trained weights, behind what its own images differ in from those of a data set.
 
     Args:
-        path: its checkpoint file; empty means the published one, under download_ckpts or (ImageNet) from torchvision.
+        dataset: its name, or its facts.
+        path: its checkpoint file; empty means the published one: under download_ckpts, from torchvision (ImageNet), or
+            from the network's own source.
         groups: for the checkpoint of a plain network that DCGD grouped: a grouping file, or the name of a published
             grouping.
+        image_size: to which images are resized for it; 0: they are not.
+        feats: the layers that give its feature maps; empty: found.
 
     Raises:
         UserError: no such network, no checkpoint, or a checkpoint of another network.
     """
-    models = model_dict(dataset, name)
-    entry = models[name]
-    published = entry[1] if isinstance(entry, tuple) else None
-    if not path and not isinstance(entry, tuple) and _loads_weights(entry):
-        return build_model(models, name, num_classes, pretrained=True)
-    model = build_model(models, name, num_classes)
-    if groups:
-        model = GroupedStudent(model, load_groups(groups))
-    load_model_weights(model, teacher_checkpoint(path or published, name))
-    return model
-
-
-def _loads_weights(constructor: Callable[..., nn.Module]) -> bool:
-    """Whether a constructor takes `pretrained`; one that a user has registered may not."""
-    parameters = signature(constructor).parameters.values()
-    return any(p.name == "pretrained" or p.kind is Parameter.VAR_KEYWORD for p in parameters)
+    info: DatasetInfo = dataset_info[dataset] if isinstance(dataset, str) else dataset
+    named = Named(name, info.model_family, num_classes, image_size or info.image_size, feats)
+    network, told = with_weights(named, path, groups)
+    return seeing_its_own(network, named, info.mean, info.std, info.image_size, told)
 
 
 def load_trained(
-    dataset: str | DatasetInfo, model: str, ckpt: str = "pretrain", groups: str = "", device: str = "auto"
+    dataset: str | DatasetInfo,
+    model: str,
+    ckpt: str = "pretrain",
+    groups: str = "",
+    device: str = "auto",
+    image_size: int = 0,
+    feats: Sequence[str] = (),
 ) -> nn.Module:
     """A trained network on `device`, in eval mode, from the names given on a command line.
 
     Args:
-        dataset: the name of a data set of fixed facts, or any data set's facts, whose number of classes it has.
-        model: its name.
+        dataset: its name, or its facts, see `own_view`; the network has its number of classes.
+        model: the network's name.
         ckpt: its checkpoint; "pretrain" is the published one.
-        groups: see `build_pretrained`.
+        groups, image_size, feats: see `build_pretrained`.
 
     Raises:
         UserError: an unknown name, a checkpoint of another network, or no such device.
     """
-    where = pick_device(device)
-    path = "" if ckpt == "pretrain" else ckpt
+    where, path = pick_device(device), "" if ckpt == "pretrain" else ckpt
     info: DatasetInfo = dataset_info[dataset] if isinstance(dataset, str) else dataset
-    return build_pretrained(info, model, info.num_classes, path, groups).to(where).eval()
+    return build_pretrained(info, model, info.num_classes, path, groups, image_size, feats).to(where).eval()
+
+
+def own_view(dataset: str | DatasetInfo, model: str, ckpt: str = "pretrain") -> DatasetInfo:
+    """The data set as the network `model` is to see it: its images at the network's size, crop and normalisation.
+
+    Those are the ones that its checkpoint was trained with, if a run of this library has written it, or else those that
+    its source states. Data sets whose images have one size are seen as they are, and so is a data set of fixed facts by
+    the networks of its registry.
+
+    Raises:
+        UserError: no such data set or checkpoint.
+    """
+    info: DatasetInfo = dataset_info[dataset] if isinstance(dataset, str) else dataset
+    if info.at is None or (info.model_family != "any" and not is_foreign(model)):
+        return info
+    told = {} if ckpt == "pretrain" else description_of(load_checkpoint(teacher_checkpoint(ckpt, model))).get(INPUT, {})
+    size = told.get("image_size") or info.image_size
+    native = native_input(model, size)
+    if told.get("mean") and told.get("std"):
+        native = replace(native, size=size, mean=tuple(told["mean"]), std=tuple(told["std"]))
+    now = (info.image_size, tuple(info.mean), tuple(info.std))
+    return info if (native.size, tuple(native.mean), tuple(native.std)) == now else info.at(native)
 
 
 def build_distiller(cfg: CN, facts: RunFacts, trained: bool = True) -> Distiller:
     """The distiller of the method `DISTILLER.TYPE`, with its student and teacher.
 
     Args:
-        trained: give the teacher its trained weights; without them, no file is read.
+        trained: give the networks their trained weights; without them, no file is read.
     """
     method = distiller_dict[cfg.DISTILLER.TYPE]
     # The student is built first, so that with the same seed it starts from the same weights under every method.
-    info, classes = info_of(cfg), facts.num_classes
-    student = build_model(model_dict(info, cfg.DISTILLER.STUDENT), cfg.DISTILLER.STUDENT, classes)
+    info = info_of(cfg)
+    named = Named.of(cfg, "STUDENT", info, facts)
+    student = starting_student(cfg, named, facts.class_names) if trained else fresh(named)
     teacher = None
     if method.needs_teacher and trained:
-        teacher = build_pretrained(info, cfg.DISTILLER.TEACHER, classes, cfg.DISTILLER.TEACHER_CKPT)
+        teacher = frozen_teacher(cfg, info, facts, method)
     elif method.needs_teacher:
-        teacher = build_model(model_dict(info, cfg.DISTILLER.TEACHER), cfg.DISTILLER.TEACHER, classes)
+        teacher = untrained_teacher(cfg, info, facts)
     found = [_tried(network, role, cfg, facts) for role, network in (("student", student), ("teacher", teacher))]
     with explained([doubt for doubt in found if isinstance(doubt, Doubt)]):
-        distiller = method.from_run(student, teacher, cfg, facts)
-    if trained:
-        _check_teacher_classes(distiller, cfg, facts)
-    return distiller
-
-
-def _check_teacher_classes(distiller: Distiller, cfg: CN, facts: RunFacts) -> None:
-    """Refuse a teacher that was trained on other classes, unless the method says that it reads features alone."""
-    read = distiller.frozen.get("teacher") if distiller.needs_teacher else ()
-    if cfg.DISTILLER.TEACHER_CKPT and (read is None or "logits" in read):
-        check_file_classes(cfg.DISTILLER.TEACHER_CKPT, facts.class_names)
+        return method.from_run(student, teacher, cfg, facts)
 
 
 def _tried(network: nn.Module | None, role: str, cfg: CN, facts: RunFacts) -> Tensor | Doubt | None:
@@ -210,27 +234,6 @@ def frozen_lines(trainer: BaseTrainer) -> list[str]:
 def step_lines(trainer: BaseTrainer) -> list[str]:
     """How full batches are trained on, one line: `step: one CUDA graph, ...`; none for a run that does so as usual."""
     return [f"step: {trainer.take_step.words}"] if trainer.take_step.words else []
-
-
-def teacher_classes(cfg: CN, info: DatasetInfo) -> int:
-    """How many classes the teacher's trained weights tell.
-
-    Raises:
-        UserError: no such teacher, no checkpoint, or one that does not tell.
-    """
-    name = cfg.DISTILLER.TEACHER
-    models = model_dict(info, name)
-    entry = models[name]
-    published = entry[1] if isinstance(entry, tuple) else None
-    path = teacher_checkpoint(cfg.DISTILLER.TEACHER_CKPT or published, name)
-    # What depends on the number of classes is the classifier, whatever its name.
-    two, three = (build_model(models, name, count).state_dict() for count in (2, 3))
-    state = model_state(load_checkpoint(path), path)
-    for key, tensor in two.items():
-        if tensor.shape != three[key].shape and key in state and state[key].ndim == tensor.ndim:
-            axis = next(axis for axis, size in enumerate(tensor.shape) if size != three[key].shape[axis])
-            return int(state[key].shape[axis])
-    raise UserError(f"{path} does not tell how many classes {name} knows; set DATASET.NUM_CLASSES")
 
 
 def resolved(cfg: CN) -> CN:

@@ -117,9 +117,10 @@ CFG.DISTILLER.TEACHER_SIZE = 0
 CFG.DISTILLER.SCORE_TEACHER = False
 # The student network, likewise.
 CFG.DISTILLER.STUDENT = "resnet32"
-# The checkpoint from which the student starts; empty: none.
+# The checkpoint from which the student starts, with a new head where that of the file has another number of classes;
+# empty: random weights.
 CFG.DISTILLER.STUDENT_CKPT = ""
-# The student starts from the weights that its source publishes.
+# Without STUDENT_CKPT: the student starts from the weights that its source publishes.
 CFG.DISTILLER.STUDENT_PRETRAINED = False
 CFG.DISTILLER.STUDENT_FEATS = []
 # For methods that compare feature maps: which, as [[student's map, teacher's map], ...], counted from 0 (the stem's),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import reprlib
 import warnings
 from collections import Counter
@@ -118,6 +119,8 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
             raise UserError(f"{name} must be a number such as {default}, not {shown(value)}")
         return _number(name, value, default)
     if isinstance(default, (list, tuple)):
+        if isinstance(value, str) and all(isinstance(item, str) for item in default) and _WORDS.fullmatch(value):
+            value = value.strip("[] ").replace(" ", "").split(",")
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{name} must be a list such as {list(default)}, not {shown(value)}")
         items, sample = _items(default)
@@ -126,6 +129,10 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
         except UserError:
             raise UserError(f"{name} must be a list of {items} such as {list(default)}, not {shown(value)}") from None
     raise AssertionError(f"default of {name} has the unsupported type {type(default).__name__}")
+
+
+# A list of words as YAML writes it, and nothing that Python reads otherwise: [layer1, layer2.0].
+_WORDS = re.compile(r"\[ *[\w.-]+( *, *[\w.-]+)* *\]")
 
 
 def _literal(text: str) -> Any:

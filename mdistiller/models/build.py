@@ -38,21 +38,22 @@ def build_model(models: Registry, name: str, num_classes: int, **kwargs: Any) ->
     return constructor(num_classes=num_classes, **kwargs)
 
 
-def teacher_checkpoint(path: str | Path | None, name: str = "the teacher") -> Path:
-    """The file that holds a teacher's weights.
+def teacher_checkpoint(path: str | Path | None, name: str = "the teacher", setting: str = _OWN_FILE) -> Path:
+    """The file that holds a teacher's, or another network's, weights.
 
     A user's path is first tried unchanged. Then a relative path, or a default under the repository's download_ckpts/,
     is looked for in the current folder's download_ckpts/, and last in the repository's.
 
     Args:
         path: from a model dictionary or from `DISTILLER.TEACHER_CKPT`; None when neither names one.
-        name: of the teacher, for the message.
+        name: of the network, for the message.
+        setting: what the message names to set to a file.
 
     Raises:
         UserError: the file does not exist, or `path` is None.
     """
     if not path:
-        raise UserError(f"{name} has no published checkpoint; set {_OWN_FILE} to a file")
+        raise UserError(f"{name} has no published checkpoint; set {setting} to a file")
     wanted = Path(path)
     places = [wanted]
     if wanted.is_relative_to(REPOSITORY_FOLDER):
@@ -63,4 +64,4 @@ def teacher_checkpoint(path: str | Path | None, name: str = "the teacher") -> Pa
         if os.path.isfile(place):
             return place
     tried = " or ".join(map(str, dict.fromkeys(places)))
-    raise UserError(f"no checkpoint of {name} at {tried}; put it there or set {_OWN_FILE} to another file")
+    raise UserError(f"no checkpoint of {name} at {tried}; put it there or set {setting} to another file")

@@ -53,9 +53,9 @@ from .states import (
 )
 
 __all__ = [
-    "CLASS_NAMES", "DEPLOYED", "HEAD", "INPUT", "SaveError", "check_classes", "check_file_classes", "described",
-    "description_by", "description_of", "distiller_state", "found_weights", "is_of_run", "is_state", "load_checkpoint",
-    "load_model_weights", "load_state", "marks", "model_state", "save_checkpoint", "strip_module",
+    "CLASS_NAMES", "DEPLOYED", "HEAD", "INPUT", "OtherHead", "SaveError", "check_classes", "check_file_classes",
+    "described", "description_by", "description_of", "distiller_state", "found_weights", "is_of_run", "is_state",
+    "load_checkpoint", "load_model_weights", "load_state", "marks", "model_state", "save_checkpoint", "strip_module",
 ]  # fmt: skip
 
 
@@ -159,23 +159,45 @@ def found_weights(path: str | Path, key: str = "") -> tuple[State, dict[str, Any
     return state, described_too if key else {**marks(content), **described_too}
 
 
-def load_model_weights(model: nn.Module, path: str | Path) -> None:
+class OtherHead(UserError):
+    """A state that fits a network in all but the number of classes.
+
+    Attributes:
+        saved, own: the number of classes of the state and of the network.
+        names: the entries of the head.
+    """
+
+    def __init__(self, message: str, saved: int, own: int, names: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.saved, self.own, self.names = saved, own, tuple(names)
+
+
+def load_model_weights(model: nn.Module, path: str | Path, besides: Sequence[str] = ()) -> dict[str, Any]:
     """Load the checkpoint at `path` into `model`, all of it or, if it does not fit, nothing.
 
     Of a file with several state dicts, or names with a prefix, what has the names of `model` is loaded.
 
+    Args:
+        besides: entries of `model` that stay as they are, such as its head.
+
+    Returns:
+        The checkpoint's `description_of` the images that it was trained on.
+
     Raises:
+        OtherHead: it is of another number of classes.
         UserError: unreadable, or names or shapes differ, says which; or several state dicts fit.
     """
     content, ours = _read(Path(path))
     state = fitting_state(model, content, path, ours)
+    own = model.state_dict() if besides else {}
     try:
-        load_state(model, state, path)
+        load_state(model, {**state, **{name: own[name] for name in besides}}, path)
     except UserError as error:
         held = _held_instead(model, content, state)
         if not held:
             raise
         raise UserError(f"{error}; it holds {held}") from None
+    return description_of(content)
 
 
 def _held_instead(model: nn.Module, content: Any, state: State) -> str:
@@ -193,6 +215,7 @@ def load_state(module: nn.Module, state: State, path: str | Path) -> None:
     """Load `state` into `module`, strictly; `path` is used in the message only.
 
     Raises:
+        OtherHead: only the number of classes differs.
         UserError: names or shapes differ; the first few of each kind are named.
     """
     own = module.state_dict()
@@ -211,7 +234,8 @@ def load_state(module: nn.Module, state: State, path: str | Path) -> None:
             raise UserError(f"{path} does not fit {type(module).__name__}: {one_line(error)}") from None
     if not (unknown or missing) and (classes := _classes(module, state, reshaped)):
         which = _first_few([*reshaped.values()])
-        raise UserError(f"{path} has {classes[0]} classes, {type(module).__name__} has {classes[1]}: {which}")
+        message = f"{path} has {classes[0]} classes, {type(module).__name__} has {classes[1]}: {which}"
+        raise OtherHead(message, *classes, [*reshaped])
     differences = {"missing": missing, "unknown": unknown, "of another shape": [*reshaped.values()]}
     if any(differences.values()):
         kinds = [f"{len(keys)} {what} ({_first_few(keys)})" for what, keys in differences.items() if keys]
@@ -221,9 +245,12 @@ def load_state(module: nn.Module, state: State, path: str | Path) -> None:
 def _classes(module: nn.Module, state: State, reshaped: Iterable[str]) -> tuple[int, int] | None:
     """The numbers of classes of `state` and of `module` if nothing else differs, else None."""
     outputs = set()
+    layers = {id(own): layer for layer in module.modules() for own in layer.parameters(recurse=False)}
+    entries = module.state_dict(keep_vars=True)
     for name in reshaped:
-        layer, own, other = module.get_submodule(name.rpartition(".")[0]), module.state_dict()[name], state[name]
-        if not isinstance(layer, nn.Linear) or not other.ndim or other.shape[1:] != own.shape[1:]:
+        own, other = entries[name], state[name]
+        head = isinstance(layers.get(id(own)), (nn.Linear, nn.Conv2d))  # SqueezeNet ends in a convolution
+        if not head or not other.ndim or other.shape[1:] != own.shape[1:]:
             return None
         outputs.add((len(other), len(own)))
     return outputs.pop() if len(outputs) == 1 else None

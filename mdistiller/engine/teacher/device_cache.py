@@ -71,9 +71,8 @@ class DeviceCache:
 
     def _at_once(self, own: int) -> int:
         """Images of one batch, for a process that has `own`."""
-        image = self.source.image
-        pixels = _PIXELS_ON_CPU if image.device.type == "cpu" else _PIXELS
-        return min(own, max(1, pixels // image.shape[2:].numel()))
+        pixels = _PIXELS_ON_CPU if self.source.image.device.type == "cpu" else _PIXELS
+        return min(own, max(1, pixels // self.source.pixels))
 
     def _fill(self, missing: Tensor, count: int) -> None:
         """Compute the rows of the images `missing` (M,) in batches of `count`; what the last one lacks is repeated."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor, fx
 from yacs.config import CfgNode as CN
 
-from ...console import note
+from ...console import note, out_of_memory
 from ...dataset import info_of
 from ...distillers import Distiller
 from ...distributed.ranks import current_ranks
 from ...models.copies import copy_without_hooks, has_hooks
 from ...models.eval_mode import eval_mode
 from ...models.outputs import output_names
+from ...models.own_input import OwnInput
 from ...registry import unknown_name
 from .cache import TeacherCache, cache_wanted, no_cache, teacher_cache
 from .flat import flatten_calls
@@ -78,6 +81,12 @@ class FrozenNetworks:
 
     def _form(self, network: nn.Module, outputs: Sequence[str] | None, image: Tensor, cfg: CN) -> _Form:
         """The fastest form of a network, of which the method reads `outputs`."""
+        if isinstance(network, OwnInput) and outputs is not None and not has_hooks(network):
+            # In float32: half precision would round the image twice.
+            with torch.no_grad():
+                form = self._form(network.network, outputs, network.seen(image), cfg)
+            assert isinstance(form.run, nn.Module)  # as outputs are declared
+            return replace(form, run=network.around(form.run))
         itself = self._precision.around(network)
         if outputs is None:
             return _Form(itself, "itself, as the method does not declare what it reads", False, self._precision.dtype)
@@ -92,7 +101,7 @@ class FrozenNetworks:
         if copied is not network and cfg.SOLVER.CHANNELS_LAST:
             copied.to(memory_format=torch.channels_last)
         dtype = self._precision.dtype
-        run = HalfPrecision(copied, dtype, self._precision.full_output) if dtype else copied
+        run = self._precision.of_copy(copied, image)
         for part in list(run.modules()) if copied is not network else ():
             if isinstance(part, fx.GraphModule):
                 flatten_calls(part)
@@ -219,6 +228,37 @@ class _Precision:
         return run
 
 
+    def of_copy(self, network: nn.Module, image: Tensor) -> nn.Module:
+        """A network whose weights are converted once; or under autocast, where that does not do for it.
+
+        Transformers mix their layers with parameters of their own, which stay in float32.
+        """
+        if self.dtype is None:
+            return network
+        half = HalfPrecision(network, self.dtype, self.full_output)
+        try:
+            with torch.no_grad():
+                half(image)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            return Autocast(network, self.dtype, self.full_output)
+        return half
+
+
+class Autocast(nn.Module):
+    """A network under autocast, which converts its weights at every call. The arguments are `HalfPrecision`'s."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, full_output: bool) -> None:
+        super().__init__()
+        self.network, self.dtype, self.full_output = copy_without_hooks(network), dtype, full_output
+
+    def forward(self, image: Tensor) -> Any:
+        with torch.autocast(image.device.type, self.dtype):
+            output = self.network(image)
+        return _each_tensor(_full, output) if self.full_output else output
+
+
 class HalfPrecision(nn.Module):
     """A copy of a trained network whose convolutions and linear layers compute in half precision.
 
@@ -237,11 +277,23 @@ class HalfPrecision(nn.Module):
         for layer in self.network.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(dtype)
+            elif isinstance(layer, fx.GraphModule):
+                _convert_called(layer, dtype)
 
     def forward(self, image: Tensor) -> Any:
         with torch.autocast(image.device.type, enabled=False):
             output = self.network(image.to(self.dtype))
         return _each_tensor(_full, output) if self.full_output else output
+
+
+def _convert_called(network: fx.GraphModule, dtype: torch.dtype) -> None:
+    """Convert the weights of convolutions and linear layers that a traced network calls as functions."""
+    for node in network.graph.nodes:
+        if node.op == "call_function" and node.target in (F.conv2d, F.linear):
+            for read in (*node.args, *node.kwargs.values()):
+                if isinstance(read, fx.Node) and read.op == "get_attr":
+                    weight = attrgetter(str(read.target))(network)
+                    weight.data = weight.data.to(dtype)
 
 
 def _full(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ...models.own_input import pixels_seen
 from ..files.checksum import weights_digest
 
 # What can be stored; `engine.modes` refuses methods that read more.
@@ -71,6 +72,7 @@ class RowSource:
 
     Attributes:
         rows: number of rows of the whole data set: images times variants.
+        pixels: of one image, as the teacher sees it.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class RowSource:
         with torch.no_grad():
             self.layout = RowLayout(outputs, dtype, run(image))
         self.rows = len(loader.targets) * loader.variants
+        self.pixels = pixels_seen(teacher, image)
 
     @cached_property
     def key(self) -> str:
