@@ -36,8 +36,9 @@ ALLOWED = {
     "engine": {*ENGINE, *BELOW_ENGINE},
     "experiments": {*ENGINE, *BELOW_ENGINE},
     "analysis": {"experiments", *ENGINE, *BELOW_ENGINE},
-    "commands": {"analysis", "experiments", "", *ENGINE, *BELOW_ENGINE},
-    "": set(),  # mdistiller/__init__.py
+    "api": {"experiments", *ENGINE, *BELOW_ENGINE},
+    "commands": {"analysis", "api", "experiments", "", *ENGINE, *BELOW_ENGINE},
+    "": {"api", "errors"},  # mdistiller/__init__.py, which imports them when they are used
     "__main__": {"commands"},
 }
 

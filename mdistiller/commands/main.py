@@ -26,6 +26,9 @@ COMMANDS = {
     "group-classes": "group the classes that a teacher confuses, for DCGD",
     "convert": "convert weights between torch checkpoints and safetensors",
     "export-head": "write the plain head of a DCGD student as an ordinary checkpoint",
+    "models": "list the networks that can be named, with parameters and multiply-accumulates on request",
+    "methods": "list the distillation methods, with their papers and hyper-parameters",
+    "datasets": "list the data sets",
     "quickstart": "train and distil on scikit-learn's digits, in minutes",
 }
 

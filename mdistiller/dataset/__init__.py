@@ -24,6 +24,7 @@ from .batch import fields_of, named_batch
 from .cifar100 import get_cifar100_dataloaders, get_cifar100_dataloaders_sample
 from .imagenet import get_imagenet_dataloaders, get_imagenet_dataloaders_sample, get_imagenet_val_loader
 from .in_memory import ImageArray, InMemoryLoader
+from .own_loader import OWN_LOADER
 from .tiny_imagenet import get_tinyimagenet_dataloader, get_tinyimagenet_dataloader_sample
 
 # The same registry, named after what its entries hold: num_classes, image_size, model_family.
@@ -80,6 +81,7 @@ def get_val_loader(
 
 
 __all__ = [
+    "OWN_LOADER",
     "DatasetInfo",
     "ImageArray",
     "InMemoryLoader",

@@ -7,7 +7,7 @@ its section here: `CFG.MYKD = CN()`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,13 +218,24 @@ def load_cfg(path: str | Path, overrides: Sequence[str] = ()) -> CN:
     Raises:
         UserError: no such file, not a YAML mapping, an unknown key, a value of the wrong type or range.
     """
-    cfg = CFG.clone()
-    merge(cfg, read_config(path), CFG)
+    trees = [read_config(path)]
     for key, value in override_pairs(overrides):
-        node: Any = value
-        for part in reversed(key.split(".")):
-            node = {part: node}
-        merge(cfg, node, CFG)
+        trees.append(nested(key, value))
+    return cfg_of(trees)
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """The setting `key`, such as "SOLVER.LR", as a tree: {"SOLVER": {"LR": value}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def cfg_of(trees: Iterable[dict[str, Any]]) -> CN:
+    """`CFG`, changed by the settings of each of `trees` in turn; see `load_cfg`."""
+    cfg = CFG.clone()
+    for tree in trees:
+        merge(cfg, tree, CFG)
     _expand_paths(cfg)
     check_cfg(cfg)
     cfg.freeze()

@@ -103,6 +103,12 @@ def read_run(folder: str | Path) -> Run:
         UserError: it is not a run's folder, or no epoch has ended yet.
     """
     folder = Path(folder)
+    epochs = read_epochs(folder)
+    return Run(folder, load_cfg(folder / "config.yaml"), epochs)
+
+
+def read_epochs(folder: Path) -> list[dict[str, float]]:
+    """The metrics of each epoch of a run, from metrics.csv; see `Run.epochs` and `read_run`."""
     try:
         with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -114,7 +120,7 @@ def read_run(folder: str | Path) -> Run:
     scored = next((column for column in SCORES if epochs and column in epochs[0]), SCORES[0])
     if not epochs or not all({"epoch", scored} <= row.keys() for row in epochs):
         raise UserError(f"{folder / 'metrics.csv'} holds no finished epoch")
-    return Run(folder, load_cfg(folder / "config.yaml"), epochs)
+    return epochs
 
 
 def read_runs(arguments: Sequence[str]) -> dict[str, Run]:
