@@ -52,7 +52,7 @@ def get_dataset(cfg: CN) -> tuple[Loader, Loader, int, int]:
         train_fraction=cfg.DATASET.TRAIN_FRACTION,
         val_fraction=cfg.DATASET.VAL_FRACTION,
         skip_broken=cfg.DATASET.SKIP_BROKEN,
-        augment=cfg.DATASET.AUGMENT,
+        augment=cfg.DATASET.get("AUGMENT", ""),  # a tree of the original has none
     )
     return *loaders, info.num_classes
 
