@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from ..registry import unknown_name
 from .augment import Augment, CropFlip, ResizedCrop
@@ -97,11 +97,13 @@ class FileView:
         read: path -> the whole image (H, W, 3) uint8, without randomness.
         transform: of that image, to the size that a network sees; it draws from torch's CPU generator.
         policy: of `POLICIES`, on top; empty: none.
+        interpolation: of the crops by which DATASET.AUGMENT replaces `transform`.
     """
 
     read: Callable[[str], Any]
     transform: Callable[[Any], Tensor]
     policy: str = ""
+    interpolation: str = "bilinear"
 
     def __call__(self, path: str) -> Tensor:
         return self.show(self.read(path))
@@ -137,7 +139,8 @@ def view_by(name: str, own: View, size: int) -> FileView:
     view = file_view(own)
     if name in POLICIES:
         return replace(view, policy=name)
-    return FileView(read_pixels if view.read is _path else view.read, transform_of(name, size))
+    transform = transform_of(name, size, view.interpolation)
+    return replace(view, read=read_pixels if view.read is _path else view.read, transform=transform, policy="")
 
 
 def weak_and_strong_views(view: View) -> tuple[FileView, FileView]:
@@ -146,20 +149,24 @@ def weak_and_strong_views(view: View) -> tuple[FileView, FileView]:
     return (replace(own, policy=""), own) if own.policy else (own, replace(own, policy=_STRONG))
 
 
-def transform_of(name: str, size: int) -> Transform:
+def transform_of(name: str, size: int, interpolation: str = "bilinear", mirror: bool = True) -> Transform:
     """"crop_flip" or "resized_crop" of one image: (H, W, 3) uint8 of any size -> (size, size, 3).
 
     It can be pickled, and draws from torch's CPU generator. For crop_flip, the image's short side is resized to `size`
     first.
 
+    Args:
+        mirror: whether to mirror at all.
+
     Raises:
         UserError: no such augmentation, or it is a policy, which has no size.
     """
+    mode, flip = InterpolationMode(interpolation), [v2.RandomHorizontalFlip()] if mirror else []
     if name == "resized_crop":
-        return PixelTransform(v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]))
+        return PixelTransform(v2.Compose([v2.RandomResizedCrop(size, interpolation=mode), *flip]))
     if name == "crop_flip":
         crop = v2.RandomCrop(size, padding=padding_of(size))
-        return PixelTransform(v2.Compose([v2.Resize(size), crop, v2.RandomHorizontalFlip()]))
+        return PixelTransform(v2.Compose([v2.Resize(size, interpolation=mode), crop, *flip]))
     raise unknown_name("augmentation (DATASET.AUGMENT)", name, ["crop_flip", "resized_crop"])
 
 

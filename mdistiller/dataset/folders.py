@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import UserError
 from ._base import Batch, Loader, mix_seed
-from .augmentation import FileView, View, file_view, view_by, weak_and_strong_views
+from .augment import Augment
+from .augmentation import FileView, View, batch_augment, file_view, view_by, weak_and_strong_views
 from .batch import FIELDS, VIEWS, HostIndex, to_device, with_host_index
+from .drawn import DrawnViews
 from .image_file import BrokenImageError, silent_pillow, warn_of_broken
 from .in_memory import Normalize
 from .listing import LabelledFiles, class_folders, labelled_files
@@ -40,6 +42,8 @@ class ImageFiles:
         mean, std: per channel, of values in [0, 1].
         skip_broken: skip the files that cannot be read; see `FolderLoader`.
         class_names: the name of every class, by label; empty if they are unknown.
+        augment: augments batches of the views on the training device, as those of an `ImageArray`; the `train_view` is
+            then without randomness. None: the `train_view` augments.
     """
 
     paths: np.ndarray
@@ -50,6 +54,7 @@ class ImageFiles:
     std: Sequence[float]
     skip_broken: bool = False
     class_names: Sequence[str] = ()
+    augment: Augment | None = None
 
     @classmethod
     def of(cls, files: Sequence[tuple[str, int]], *args: Any, **kwargs: Any) -> ImageFiles:
@@ -66,6 +71,8 @@ class ImageFiles:
 
     def augmented(self, name: str, size: int) -> ImageFiles:
         """The same images, augmented as DATASET.AUGMENT `name` says, for networks that see `size` pixels."""
+        if self.augment is not None:
+            return replace(self, augment=batch_augment(name, self.augment, size))
         return replace(self, train_view=view_by(name, self.train_view, size))
 
     def loader(self, batch_size: int, num_workers: int, train: bool, seed: int = 0) -> FolderLoader:
@@ -185,18 +192,23 @@ class FolderLoader(Loader):
         self._keys: list[tuple[int, np.ndarray]] = []
         self._num_workers = num_workers
         self._views: tuple[FileView, FileView] | None = None
+        augment = data.augment if train else None
+        self._drawn = None if augment is None else DrawnViews(augment, len(data.targets), seed)
 
     @property
     def _image_is_weak(self) -> bool:
         """Whether `image` is the weak view."""
-        return not file_view(self._data.train_view).policy
+        return self._drawn.image_is_weak if self._drawn else not file_view(self._data.train_view).policy
 
     def with_views(self) -> FolderLoader:
         """Yield `image_weak` and `image_strong` too from now on, see `augmentation`; returns self.
 
         One of them is `image`. The other one's draws come from the same seed, epoch and index.
         """
-        self._views = weak_and_strong_views(self._data.train_view)
+        if self._drawn:
+            self._drawn.with_views()
+        else:
+            self._views = weak_and_strong_views(self._data.train_view)
         self.fields = (*FIELDS, *VIEWS)
         self.__dict__.pop("_loader", None)
         return self
@@ -233,16 +245,16 @@ class FolderLoader(Loader):
             UserError: a file is broken and `skip_broken` is off, or all files are broken; or a worker fails.
         """
         self._keys[:] = [(epoch, indices.numpy()) for epoch, indices in keys]
-        following = (indices for _, indices in [*keys[1:], (0, torch.empty(0, dtype=torch.int64))])
+        following = [*keys[1:], (0, torch.empty(0, dtype=torch.int64))]
         met: dict[str, str] = {}
-        for (fields, broken), foreseen in zip(self._started(), following):
+        for (fields, broken), (epoch, _), (_, foreseen) in zip(self._started(), keys, following):
             if isinstance(fields, UserError):
                 raise fields
             met |= broken
             if broken and not self._data.skip_broken:
                 raise BrokenImageError(next(iter(broken.values())) + ", or set DATASET.SKIP_BROKEN True")
             if fields:
-                yield self._on_device(fields, foreseen)
+                yield self._on_device(fields, foreseen, epoch)
             elif self.train:
                 raise UserError(f"none of the {len(self.targets)} training images can be read: {met.popitem()[1]}")
         self.broken |= met
@@ -256,9 +268,12 @@ class FolderLoader(Loader):
         with torch.cuda.device(self.device):  # the thread that pins memory works on the current one
             return started(self._loader, "DATASET.NUM_WORKERS")
 
-    def _on_device(self, fields: Batch, foreseen: Tensor) -> Batch:
+    def _on_device(self, fields: Batch, foreseen: Tensor, epoch: int) -> Batch:
         image, target, index, *others = fields
-        image, *others = (self._normalized(images) for images in (image, *others))
+        shown = [to_device(images, self.device) for images in (image, *others)]
+        if self._drawn:
+            shown = self._drawn(shown[0], index, epoch)
+        image, *others = (self._normalized(images) for images in shown)
         target = to_device(target, self.device)
         if not self.train:
             return image, target
@@ -267,7 +282,6 @@ class FolderLoader(Loader):
         return (image, target, index, *views) if others else (image, target, index)
 
     def _normalized(self, images: Tensor) -> Tensor:
-        images = to_device(images, self.device)
         if self._normalize is None:
             height, width = images.shape[1:3]
             self._normalize = Normalize(self._data.mean, self._data.std, pixels=height * width)

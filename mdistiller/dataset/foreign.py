@@ -19,9 +19,10 @@ from ..paths import expanded
 from ..registry import unknown_name
 from ._base import DatasetInfo, Split, stratified_split
 from .augment import CropFlip
+from .augmentation import padding_of
 from .in_memory import ImageArray
 from .own_images import split_of
-from .views import Pixels, input_of, padding_of
+from .views import Pixels, input_of
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ._base import Batch, Loader, mix_seed
+from ._base import Batch, Loader
 from .augment import Augment, CropFlip
 from .augmentation import batch_augment, weak_and_strong
 from .batch import FIELDS, VIEWS, HostIndex, to_device, with_host_index
+from .drawn import epoch_draws, placed, view_draws
 from .pixels import check_pixels
 
 CROP_AND_FLIP = CropFlip()
@@ -112,27 +113,19 @@ class InMemoryLoader(Loader):
 
     def draw(self) -> tuple[Tensor, ...]:
         """This epoch's order, and the draws of the augmentation for every image, on the CPU."""
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        count = len(self.targets)
-        return torch.randperm(count, generator=generator), *self.augment.draw(count, generator)
+        return epoch_draws(self.augment, len(self.targets), self.seed, self.epoch)
 
     def _draws(self) -> tuple[Tensor, ...]:
         """`draw()`, made once an epoch: the order on the CPU, and the rest where the augmentation reads it."""
         key = self.seed, self.epoch
         if self._drawn is None or self._drawn[0] != key:
             order, *draws = self.draw()
-            self._drawn = key, (order, *self._placed(self.augment, draws))
+            self._drawn = key, (order, *placed(self.augment, draws, self.device))
             if self._views is not None:
                 other = self._other_view
-                # (seed, epoch) alone seeds the order, and trailing zeros do not change a seed.
-                generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch, 1))
-                self._drawn_view = self._placed(other, other.draw(len(self.targets), generator))
+                drawn = view_draws(other, len(self.targets), self.seed, self.epoch)
+                self._drawn_view = placed(other, drawn, self.device)
         return self._drawn[1]
-
-    def _placed(self, augment: Augment, draws: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """An augmentation's draws where it reads them: on the device, but for its `host_draws`."""
-        on_device = len(draws) - getattr(augment, "host_draws", 0)
-        return *(to_device(drawn, self.device) for drawn in draws[:on_device]), *draws[on_device:]
 
     def with_views(self) -> InMemoryLoader:
         """Yield `image_weak` and `image_strong` too from now on, see `augmentation`; returns self.

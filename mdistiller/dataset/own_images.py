@@ -11,11 +11,12 @@ from yacs.config import CfgNode as CN
 from ..errors import UserError
 from ._base import Split
 from .augment import CropFlip
+from .augmentation import FileView, padding_of, transform_of
 from .folders import ImageFiles
 from .held import GIB, Held, decoded, fits
 from .image_file import BrokenImageError, decoded_bytes, warn_of_broken
 from .in_memory import ImageArray
-from .views import SMALL, DefaultAugment, FileView, Pixels, ValView, input_of, padding_of, upright
+from .views import SMALL, Pixels, ValView, input_of, upright
 
 
 def split_of(
@@ -25,8 +26,8 @@ def split_of(
 ) -> Split:  # fmt: skip
     """The images of (path, label) pairs, as the student of `cfg` is to see them.
 
-    Up to `views.SMALL` pixels, they are held in memory as the student sees them. Larger ones are held as they are, so
-    that every crop is what it would be from the file. Where either takes more than DATASET.MEMORY_GIB, files are read.
+    Up to `views.SMALL` pixels, they are held in memory as the student sees them; larger ones as they are. Where either
+    takes more than DATASET.MEMORY_GIB, files are read. All views have the same bits in both cases.
 
     Args:
         once: every image is seen once, so that holding them saves nothing.
@@ -39,12 +40,16 @@ def split_of(
     """
     native, gib = input_of(cfg), cfg.DATASET.MEMORY_GIB
     paths = [path for path, _ in files]
-    if native.size <= SMALL and len(paths) * 3 * native.size**2 <= gib * GIB:
-        augment = CropFlip(padding_of(native.size), flip=mirror)
-        return _array(files, ValView(native, pixels), augment, skip_broken, class_names)
+    if native.size <= SMALL:
+        view, augment = ValView(native, pixels), CropFlip(padding_of(native.size), flip=mirror)
+        if len(paths) * 3 * native.size**2 <= gib * GIB:
+            return _array(files, view, augment, skip_broken, class_names)
+        form = native.mean, native.std, skip_broken, class_names
+        return ImageFiles.of(list(files), view, view, *form, augment)
     if not once and fits(paths, gib, bytes_of):
         pixels = Held(paths, pixels, skip_broken)
-    views = FileView(pixels, DefaultAugment(native, mirror)), ValView(native, pixels)
+    crop = transform_of("resized_crop", native.size, native.interpolation, mirror)
+    views = FileView(pixels, crop, interpolation=native.interpolation), ValView(native, pixels)
     return ImageFiles.of(list(files), *views, native.mean, native.std, skip_broken, class_names)
 
 

@@ -16,7 +16,7 @@ from mdistiller.dataset.folder import ClassFolders, Parts, in_label_order
 from mdistiller.dataset.folders import ImageFiles
 from mdistiller.dataset.held import Held, fits
 from mdistiller.dataset.in_memory import Normalize
-from mdistiller.dataset.views import DefaultAugment, FileView, ValView, input_of, resized_size, upright
+from mdistiller.dataset.views import ValView, input_of, resized_size, upright
 from mdistiller.engine.build import facts_without_data, resolved
 from mdistiller.engine.cfg import CFG, elsewhere, load_cfg, settings_for
 from mdistiller.errors import UserError
@@ -283,31 +283,38 @@ def test_training_draws_other_views_in_every_epoch_and_the_same_again(tmp_path: 
     assert one[0].shape[-1] == next(iter(val))[0].shape[-1] == size
 
 
-def test_small_images_that_are_read_from_files_are_padded_and_cropped_too(tmp_path: Path) -> None:
-    path = str(save(tmp_path / "0.png", size=(33, 33)))
-    native = NativeInput(32, (0.5,) * 3, (0.5,) * 3)
-    plain = ValView(native)(path)
-    torch.manual_seed(0)
-    views = [FileView(upright, DefaultAugment(native))(path) for _ in range(40)]
-    assert all(view.shape == (32, 32, 3) and view.dtype == torch.uint8 for view in views)
-    assert any((view[:, 0] == 0).all() or (view[0] == 0).all() for view in views), "no crop reaches the padding"
-    assert len({view.numpy().tobytes() for view in views}) > 20 and plain.shape == (32, 32, 3)
+@pytest.mark.parametrize("name", ["", "crop_flip", "resized_crop"])
+def test_training_crops_are_resized_as_the_student_says(tmp_path: Path, name: str) -> None:
+    root = fill(tmp_path, "train/a", "val/a")
+    cfg = settings(root, "DATASET.IMAGE_SIZE", 96, "DATASET.AUGMENT", name, model="timm/tf_efficientnet_lite0")
+    view = get_dataset(cfg)[0]._data.train_view  # type: ignore[attr-defined]
+    assert input_of(cfg).interpolation == "bicubic"
+    assert view.transform.transform.transforms[0].interpolation.value == "bicubic"
 
 
 # In memory or from files
 
 
+@pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("size", [32, 96])
-def test_held_images_are_those_of_the_files_bit_for_bit(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize("name", ["", "crop_flip", "resized_crop", "randaugment", "trivialaugment"])
+def test_held_images_are_those_of_the_files_bit_for_bit(tmp_path: Path, size: int, name: str, views: bool) -> None:
     root = fill(tmp_path, "train/a", "train/b", "val/a", "val/b")
     save(root / "train" / "a" / "large.png", 99, (150, 130))
-    cfg = settings(root, "DATASET.IMAGE_SIZE", size)
-    from_files = settings(root, "DATASET.IMAGE_SIZE", size, "DATASET.MEMORY_GIB", 0.0)
+    usual = ["DATASET.IMAGE_SIZE", size, "DATASET.AUGMENT", name, "SOLVER.BATCH_SIZE", 3]
+    cfg, from_files = settings(root, *usual), settings(root, *usual, "DATASET.MEMORY_GIB", 0.0)
     (train, val, *_), (train_2, val_2, *_) = get_dataset(cfg), get_dataset(from_files)
     for ours, theirs in zip(val, val_2, strict=True):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
-    for ours, theirs in zip(train, train_2, strict=True):
-        assert torch.equal(ours[2], theirs[2]) and (size == 32 or torch.equal(ours[0], theirs[0]))
+    if views:
+        train.with_views(), train_2.with_views()  # type: ignore[attr-defined]
+    for loader in (train, train_2):
+        loader.set_epoch(2)
+    batches = list(train)
+    for ours, theirs in zip(batches, train_2, strict=True):
+        assert len(ours) == 3 + 2 * views and all(map(torch.equal, ours, theirs))
+    for ours, theirs in zip(batches[1:], train_2.iter_from(1), strict=True):
+        assert all(map(torch.equal, ours, theirs))
 
 
 def test_files_are_not_read_again_once_their_images_are_held(tmp_path: Path) -> None:
