@@ -84,9 +84,10 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     tensor = next(network.parameters(), None)
     devices = [tensor.device] if tensor is not None and tensor.is_cuda else []
     with eval_mode(network), torch.random.fork_rng(devices), _without_fast_path():
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the GPUs
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the other GPUs
         for device in devices:
-            torch.cuda.default_generators[device.index].manual_seed(0)
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
         yield
 
 

@@ -9,12 +9,6 @@ from ..api._parts import Featured, data, loaders, net
 from ._fake_gpu import FakeGPU
 
 
-@pytest.fixture(autouse=True)
-def generator(monkeypatch):
-    """A fake GPU has no generator; a real one that holds a tensor has."""
-    monkeypatch.setattr(torch.cuda, "default_generators", (torch.Generator(),))
-
-
 @pytest.mark.parametrize("method", ["DKD", "CRD"])
 def test_a_users_networks_and_loaders_on_a_gpu(method, tmp_path):
     with FakeGPU():
