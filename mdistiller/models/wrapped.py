@@ -25,8 +25,8 @@ _LARGE = 224
 class WrappedNetwork(Network):
     """A network of another library: image (B, 3, H, W) -> (logits (B, C), {"feats", "preact_feats", "pooled_feat"}).
 
-    feats and preact_feats are lists of maps (B, C, H, W); pooled_feat (B, D) is the classifier's input. The state dict
-    is the bare network's.
+    feats and preact_feats are lists of maps (B, C, H, W), [] of a network without any, such as a perceptron;
+    pooled_feat (B, D) is the classifier's input. The state dict is the bare network's.
 
     Args:
         bare: a network that gives logits; it gets hooks that do nothing outside of the wrapped network's forward.
@@ -64,6 +64,11 @@ class WrappedNetwork(Network):
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """(B, 3, H, W) -> logits (B, C) and the features; see the class."""
         logits, captured = self._taps.run(self.bare, image)
+        if isinstance(logits, (tuple, list, Mapping)):  # not what torch.fx traces
+            raise UserError(
+                f"{self.name} returns {described(logits)} in training, and its logits alone in evaluation; build it "
+                "without auxiliary classifiers, or let it return (logits, features by name)"
+            )
         return logits, self.features(captured)
 
     def features(self, captured: Captured) -> dict[str, Any]:
@@ -93,8 +98,9 @@ class WrappedNetwork(Network):
                 break
             found.insert(0, self.bare.get_submodule(path))
         if not found:
+            last = f" {self.feat_names[-1]}" if self.feat_names else ""
             raise UserError(
-                f"{self.name} has no BatchNorm before a ReLU at the end of its last stage {self.feat_names[-1]}, which "
+                f"{self.name} has no BatchNorm before a ReLU at the end of its last stage{last}, which "
                 "OFD reads its margins from; choose a network that has one, such as a ResNet, or another method"
             )
         return found
@@ -158,7 +164,7 @@ def wrap(
 
     Raises:
         UserError: it takes no such images, gives no logits or those of other classes, has no layer of a name in
-            `feats`, or none that gives a map, or does not compute the same when its layers are observed.
+            `feats`, or neither maps nor a classifier, or does not compute the same when its layers are observed.
     """
     if isinstance(module, WrappedNetwork):
         return module
@@ -170,6 +176,8 @@ def wrap(
         except Exception:
             output = returned(module, image, name)  # says how to change the images, if that is what it takes
         if isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], Mapping):
+            if feats:
+                raise UserError(f"{name} returns its features itself; name no layers {list(feats)} of it")
             return module
         logits = _checked(output, len(image), num_classes, name)
         in_place = _in_place_layers(module)
@@ -220,8 +228,10 @@ def _found(
         maps = _named(module, calls, feats, name)
     else:
         maps = _told(module, image, calls) or _observed(module, calls, head)
-    if not maps:
-        raise UserError(f"{name} has no layer that returns a feature map (B, C, H, W) of images of this size")
+    if not maps and head is None:
+        raise UserError(
+            f"{name} has neither a layer that returns a feature map (B, C, H, W) of images of this size nor a classifier"
+        )
     return [stage_of(call, layout, calls) for call, layout in maps], head
 
 

@@ -313,12 +313,53 @@ def test_wrong_layers_are_refused(feats, message):
         small(feats=feats)
 
 
+class Sums(nn.Module):
+    """Without layers."""
+
+    def forward(self, image):
+        return image.sum((2, 3)).repeat(1, 4)[:, :10]
+
+
+class Auxiliary(nn.Module):
+    """With a second classifier in training, as googlenet's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.aux = nn.Conv2d(3, 4, 3), nn.Linear(4, 10), nn.Linear(4, 10)
+
+    def forward(self, image):
+        pooled = self.conv(image).mean((2, 3))
+        return (self.fc(pooled), self.aux(pooled)) if self.training else self.fc(pooled)
+
+
+def test_a_network_without_maps_gives_none():
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(3072, 6), nn.ReLU(), nn.Linear(6, 10))
+    net = wrap(bare, CLASSES, 32)
+    logits, features = net(images())
+    assert torch.equal(logits, bare(images())) and (features["feats"], features["preact_feats"]) == ([], [])
+    assert torch.equal(features["pooled_feat"], bare[:3](images())) and net.classifier_width == 6
+    with pytest.raises(UserError, match="Sequential has no BatchNorm"):
+        net.get_bn_before_relu()
+
+
+def test_a_network_of_other_outputs_in_training_says_so():
+    with pytest.raises(UserError, match=r"Auxiliary returns a tuple .* in training, and its logits alone in eval"):
+        wrap(Auxiliary(), CLASSES, 32).train()(images())
+
+
+def test_layers_of_a_network_that_returns_its_features_are_refused():
+    from .._networks import Net
+
+    with pytest.raises(UserError, match=r"Net returns its features itself; name no layers \['conv'\]"):
+        wrap(Net(), 3, 32, feats=["conv"])
+
+
 @pytest.mark.parametrize(
     "module, message",
     [
         (nn.Conv2d(3, 4, 3), r"Conv2d returns a tensor \(2, 4, 30, 30\) for 2 images; it must return logits"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3072, 7)), "logits of 7 classes, not of 10"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), "no layer that returns a feature map"),
+        (Sums(), "neither a layer that returns a feature map .* nor a classifier"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 10)), "it takes 64x64: resize the images"),
     ],
 )
