@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..models.native import NativeInput
 from ..models.own_input import OwnInput, with_own_input
 from ..models.returned import Doubt, described, explained, returned, tried
+from ..models.taps import remove_taps, tap_numbers
 from ..models.wrapped import WrappedNetwork, wrap
 
 Given = nn.Module | str | None
@@ -51,6 +52,14 @@ def as_given(network: nn.Module, given: Given) -> nn.Module:
     if isinstance(network, OwnInput):
         network = network.network
     return network if isinstance(given, WrappedNetwork) else bare(network)
+
+
+def released(network: nn.Module, given: Given) -> nn.Module:
+    """`as_given`, when the training has ended: a network that was made for it, as a copy is, loses its hooks too."""
+    own = as_given(network, given)
+    if own is not given and not isinstance(own, WrappedNetwork):
+        remove_taps(own)
+    return own
 
 
 def check_given(given: Any, role: str) -> None:
@@ -174,6 +183,18 @@ def kept_generators(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_random_state(state, device)
+
+
+@contextmanager
+def kept_hooks(*networks: Given) -> Iterator[None]:
+    """Afterwards a caller's modules are without the hooks by which they gave their features to the training."""
+    modules = [network for network in networks if isinstance(network, nn.Module)]
+    before = [tap_numbers(module) for module in modules]
+    try:
+        yield
+    finally:
+        for module, numbers in zip(modules, before):
+            remove_taps(module, numbers)
 
 
 @contextmanager

@@ -32,7 +32,17 @@ from ..errors import UserError
 from ..experiments.runs import read_epochs
 from ..paths import expanded
 from .loaders import INDEX, batch_size_of, count_of, first_batch, image_size_of, prepared, telling
-from .networks import Given, as_given, check_given, classes_of, kept_generators, kept_teacher, method_of, name_of
+from .networks import (
+    Given,
+    check_given,
+    classes_of,
+    kept_generators,
+    kept_hooks,
+    kept_teacher,
+    method_of,
+    name_of,
+    released,
+)
 from .result import Result
 from .settings import method_name, settings_given, tree_of
 
@@ -103,7 +113,10 @@ def distill(
     name = method_name(method)
     given = {"DISTILLER.TYPE": name, **settings_given(name, settings)}
     device = pick_device(_configured(given).EXPERIMENT.DEVICE)  # wrong values are refused before any image is read
-    with _folder(output, name, resume) as folder, kept_teacher(teacher), _said(verbose), kept_generators(device):
+    with (
+        _folder(output, name, resume) as folder, kept_hooks(student, teacher), kept_teacher(teacher), _said(verbose),
+        kept_generators(device),
+    ):  # fmt: skip
         batch = first_batch(train_loader)
         cfg = _with_facts(given, batch, student, teacher, train_loader, folder)
         trainer = _trainer(student, teacher, train_loader, val_loader, cfg, batch, folder.name)
@@ -229,10 +242,10 @@ def _result(trainer: BaseTrainer, given: Given, folder: Path | None) -> Result:
     best = trainer.state.best_acc
     with torch.no_grad():
         return Result(
-            student=as_given(main, given if main is distiller.student else None),
+            student=released(main, given if main is distiller.student else None),
             accuracy=next(iter(best.values())),
             history=[{**row, "epoch": int(row["epoch"])} for row in read_epochs(trainer.log_path)],
-            ema=None if ema is None else as_given(ema.network, given),
+            ema=None if ema is None else released(ema.network, given),
             ema_accuracy=best.get("ema"),
             folder=folder,
             marks=found_weights(trainer.log_path / "student_best")[1],

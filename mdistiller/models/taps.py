@@ -5,7 +5,7 @@ A tap belongs to its network, as its layers do: copies keep it, and it does not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch.nn as nn
@@ -78,6 +78,24 @@ class Taps:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def tap_numbers(network: nn.Module) -> set[int]:
+    """The numbers, which torch gives to each hook, of the taps in a network."""
+    return {number for hooks in _hooks(network) for number, hook in hooks.items() if isinstance(hook, Tap)}
+
+
+def remove_taps(network: nn.Module, keep: Container[int] = ()) -> None:
+    """Remove the taps from a network, but for those with the numbers `keep`."""
+    for hooks in _hooks(network):
+        for number in [number for number, hook in hooks.items() if isinstance(hook, Tap) and number not in keep]:
+            del hooks[number]
+
+
+def _hooks(network: nn.Module) -> Iterator[dict[int, Any]]:
+    for layer in network.modules():
+        yield layer._forward_hooks
+        yield layer._forward_pre_hooks
 
 
 def others(hooks: dict[int, Any]) -> bool:

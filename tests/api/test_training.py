@@ -54,6 +54,21 @@ def test_the_result_is_the_best_epoch_and_nothing_is_left_on_disk(tmp_path, monk
     assert "loss/ce" in result.history[0]
 
 
+def test_no_hook_stays_in_the_callers_networks(tmp_path):
+    """Run again in a notebook, a cell would add more each time; and torch.jit.script takes no such layers."""
+    (tmp_path / "mine.py").write_text("from tests.api._parts import net\ndef build(num_classes):\n    return net()")
+    student, teacher = net(), net(8)
+    results = [
+        distill("RKD", student, teacher, epochs=1, ema=0.5),
+        distill(student=f"{tmp_path}/mine.py:build", epochs=1, num_classes=5),
+    ]
+    with pytest.raises(UserError, match="KDSVD"):
+        distill("KDSVD", student, teacher)
+    networks = [student, teacher, results[0].ema, results[1].student]
+    for layer in (layer for network in networks for layer in network.modules()):
+        assert not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 def test_it_trains_as_the_trainer_itself_does():
     """The same seed gives the same weights; another one does not."""
     one, other, third = (distill(student=net(), seed=seed).student for seed in (3, 3, 4))
