@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
+from shlex import quote
 from typing import Any
 
 import torch.nn as nn
 from yacs.config import CfgNode as CN
 
 from ..console import note
-from ..dataset import DatasetInfo
+from ..dataset import OWN_LOADER, DatasetInfo
 from ..distillers import Distiller, RunFacts
 from ..distributed.ranks import current_ranks
 from ..errors import UserError
@@ -23,6 +24,7 @@ from ..models.own_input import with_own_input
 from ..models.sources import build_network, is_foreign, source_of
 from ..paths import find_file
 from ..registry import Registry
+from .cfg import load_cfg
 from .files.checkpoint import INPUT, OtherHead, check_classes, load_model_weights, load_state
 
 
@@ -290,26 +292,36 @@ def _told_input(told: Mapping[str, Any], native: NativeInput | None) -> NativeIn
 
 
 def _unfit_head(cfg: CN, named: Named, method: type[Distiller], other: OtherHead) -> UserError:
-    """The refusal of a teacher whose logits are of other classes, with the command that fine-tunes it."""
+    """The refusal of a teacher whose logits are of other classes, with the command, or the call, that fine-tunes it."""
+    what = (
+        f"the teacher {named.name} has a head of {other.saved} classes, the data has {other.own}, and "
+        f"{method.__name__} may read its logits; fine-tune it first, by "
+    )
+    if cfg.DATASET.TYPE == OWN_LOADER:
+        file = cfg.DISTILLER.TEACHER_CKPT
+        start = f"student_ckpt={file!r}" if file else "student_pretrained=True"
+        return UserError(
+            f"{what}mdistiller.distill({named.name!r}, None, train_loader, val_loader, method='NONE', "
+            f"num_classes={other.own}, {start}), and give its result.student as the teacher"
+        )
     kind = cfg.DATASET.TYPE.partition("/")[0]
     files = [f"configs/{kind}/{name}.yaml" for name in ("teacher", "vanilla")]
     config = next((file for file in files if find_file(file)), "configs/folder/teacher.yaml")
-    start = f"DISTILLER.STUDENT_CKPT {cfg.DISTILLER.TEACHER_CKPT}" if cfg.DISTILLER.TEACHER_CKPT else (
+    start = f"DISTILLER.STUDENT_CKPT {quote(cfg.DISTILLER.TEACHER_CKPT)}" if cfg.DISTILLER.TEACHER_CKPT else (
         "DISTILLER.STUDENT_PRETRAINED True"
     )  # fmt: skip
     return UserError(
-        f"the teacher {named.name} has a head of {other.saved} classes, the data has {other.own}, and "
-        f"{method.__name__} may read its logits; fine-tune it first, by python tools/train.py --cfg {config} "
-        f"DISTILLER.STUDENT {named.name} {start}{_data_settings(cfg)}, and set DISTILLER.TEACHER_CKPT to its "
-        "student_best"
+        f"{what}python tools/train.py --cfg {config} DISTILLER.STUDENT {quote(named.name)} "
+        f"{start}{_data_settings(cfg, config)}, and set DISTILLER.TEACHER_CKPT to its student_best"
     )
 
 
-def _data_settings(cfg: CN) -> str:
-    """What names the data of a run, as overrides."""
-    keys = ("TYPE", "ROOT", "TRAIN", "VAL")
-    given = {key: cfg.DATASET[key] for key in keys if cfg.DATASET.get(key) not in (None, "", "./data")}
-    return "".join(f" DATASET.{key} {value}" for key, value in given.items())
+def _data_settings(cfg: CN, config: str) -> str:
+    """What names the data of a run, as overrides of the file `config`, as a shell takes them."""
+    there = load_cfg(find_file(config) or config).DATASET
+    keys = ("ROOT", "TRAIN", "VAL", "VAL_FRACTION", "IMAGE_COLUMN", "LABEL_COLUMN")
+    given = {key: cfg.DATASET[key] for key in keys if cfg.DATASET[key] != there[key]}
+    return "".join(f" DATASET.{key} {quote(str(value))}" for key, value in {"TYPE": cfg.DATASET.TYPE, **given}.items())
 
 
 __all__ = [

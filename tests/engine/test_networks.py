@@ -1,12 +1,15 @@
 """Networks of other sources in a run: their weights, their heads, and the images that they see."""
 
 import re
+import shlex
+import shutil
 
 import pytest
 import torch
 import torch.nn as nn
 from torchvision.transforms.v2.functional import normalize
 
+import mdistiller
 from mdistiller.dataset import dataset_info
 from mdistiller.distillers import RunFacts
 from mdistiller.engine.build import build_distiller, build_trainer, facts_without_data, load_trained
@@ -133,6 +136,37 @@ def test_a_head_of_other_classes_is_refused_with_the_command_that_fine_tunes_it(
         teacher(tiny, path)
     with pytest.raises(UserError, match=r"DISTILLER.STUDENT_PRETRAINED True"):
         teacher(tiny)
+
+
+def test_the_command_that_fine_tunes_a_teacher_names_the_same_data_to_a_shell(tiny, weights, tmp_path):
+    path = str(shutil.move(weights(7), tmp_path / "my weights"))
+    folder = {"ROOT": f"{tmp_path}/my images", "VAL_FRACTION": 0.25, "NUM_CLASSES": 4, "IMAGE_SIZE": 32}
+    data = [word for key, value in folder.items() for word in (f"DATASET.{key}", str(value))]
+    names = ["DISTILLER.TEACHER", tiny, "DISTILLER.TEACHER_CKPT", path, "DISTILLER.STUDENT", "resnet8"]
+    cfg = load_cfg("configs/folder/kd.yaml", [*names, "DISTILLER.STUDENT_PRETRAINED", "False", *map(str, data)])
+    with pytest.raises(UserError) as refused:
+        build_distiller(cfg, facts_without_data(cfg))
+    command = str(refused.value).partition("python tools/train.py --cfg ")[2].partition(", and set")[0]
+    config_file, *overrides = shlex.split(command)
+    advised = load_cfg(config_file, overrides)
+    assert [advised.DATASET[key] for key in ("TYPE", "ROOT", "VAL_FRACTION")] == ["folder", folder["ROOT"], 0.25]
+    student = advised.DISTILLER
+    assert (student.STUDENT, student.STUDENT_CKPT) == (tiny, path)
+    cfg.defrost()
+    cfg.DATASET.TYPE, cfg.DATASET.ROOT = "hf/mnist", "./data"
+    with pytest.raises(UserError, match=r"teacher.yaml .* DATASET.TYPE hf/mnist DATASET.ROOT ./data "):
+        build_distiller(cfg, facts_without_data(cfg))
+
+
+def test_in_python_a_call_fine_tunes_a_teacher_of_other_classes(tiny, weights):
+    images = torch.utils.data.TensorDataset(torch.randn(4, 3, 32, 32), torch.arange(4) % 2)
+    train = torch.utils.data.DataLoader(images, 2)
+    words = f"by mdistiller.distill('{tiny}', None, train_loader, val_loader, method='NONE', num_classes=2, "
+    with pytest.raises(UserError, match=re.escape(words)) as no:
+        mdistiller.distill("resnet8", tiny, train, train, num_classes=2, teacher_ckpt=weights(7), verbose=False)
+    advised = str(no.value).partition("first, by ")[2].partition(", and give")[0].replace("_loader", "")
+    result = eval(advised[:-1] + ", epochs=1, verbose=False)", {"mdistiller": mdistiller, "train": train, "val": train})
+    assert result.student.fc.out_features == 2
 
 
 @pytest.mark.parametrize("method", ["KD", "DKD", "DCGD_KD"])

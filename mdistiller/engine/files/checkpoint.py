@@ -22,6 +22,7 @@ import torch.nn as nn
 
 from ...console import note, one_line
 from ...errors import UserError
+from ...models.naming import network_name
 from . import inert_pickle
 from .atomic import SaveError, write_whole
 from .checksum import check_seal, seal
@@ -231,15 +232,15 @@ def load_state(module: nn.Module, state: State, path: str | Path) -> None:
         try:
             missing = list(module.load_state_dict(state, strict=False).missing_keys)
         except RuntimeError as error:  # tensors that cannot be copied: sparse or without data
-            raise UserError(f"{path} does not fit {type(module).__name__}: {one_line(error)}") from None
+            raise UserError(f"{path} does not fit {network_name(module)}: {one_line(error)}") from None
     if not (unknown or missing) and (classes := _classes(module, state, reshaped)):
         which = _first_few([*reshaped.values()])
-        message = f"{path} has {classes[0]} classes, {type(module).__name__} has {classes[1]}: {which}"
+        message = f"{path} has {classes[0]} classes, {network_name(module)} has {classes[1]}: {which}"
         raise OtherHead(message, *classes, [*reshaped])
     differences = {"missing": missing, "unknown": unknown, "of another shape": [*reshaped.values()]}
     if any(differences.values()):
         kinds = [f"{len(keys)} {what} ({_first_few(keys)})" for what, keys in differences.items() if keys]
-        raise UserError(f"{path} does not fit {type(module).__name__}: {'; '.join(kinds)}")
+        raise UserError(f"{path} does not fit {network_name(module)}: {'; '.join(kinds)}")
 
 
 def _classes(module: nn.Module, state: State, reshaped: Iterable[str]) -> tuple[int, int] | None:
