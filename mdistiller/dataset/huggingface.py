@@ -150,7 +150,7 @@ class HuggingFaceData(ForeignData):
     def _labels_of(self, root: Path, parts: tuple[str, ...]) -> tuple[list[int], list[str]]:
         """The labels of the splits `parts`, and the names of all classes.
 
-        Of a column without class names, the classes are the values of the training split, sorted.
+        Of a column without class names, the classes are the values of the training split but for -1, sorted.
         """
         trained = self.chosen(root).train
         column = self._column(self._splits(root)[trained[0]], "LABEL_COLUMN", LABELS, "ClassLabel")
@@ -159,7 +159,8 @@ class HuggingFaceData(ForeignData):
         if isinstance(feature, self.library.ClassLabel):
             names, known = list(feature.names), dict(zip(range(len(feature.names)), range(len(feature.names))))
         else:
-            order = sorted(set(self._values(root, trained, column, feature)))
+            # -1 stands for "no label", as it does in a column with class names.
+            order = sorted(set(self._values(root, trained, column, feature)) - {-1})
             names, known = list(map(str, order)), {value: label for label, value in enumerate(order)}
         for row, value in enumerate(values):
             if value not in known:

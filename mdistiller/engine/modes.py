@@ -351,6 +351,9 @@ RULES = (
         "images without labels", "the teacher's accuracy", "there are no labels to score it by",
         "set DISTILLER.SCORE_TEACHER False",
     ),
+    Rule(
+        "images without labels", "label smoothing", "there are none to smooth", "set SOLVER.LABEL_SMOOTHING 0",
+    ),
     Rule(GRAPH, "several ranks", "they exchange gradients within the step", _NO_GRAPH),
     Rule(GRAPH, "steps skipped at NaN", "the host reads the losses before it lets the step go on", _NO_GRAPH),
     Rule(GRAPH, "a teacher cache in files alone", "the host reads them within the step", _NO_GRAPH),

@@ -212,11 +212,11 @@ def frozen_teacher(cfg: CN, info: DatasetInfo, facts: RunFacts, method: type[Dis
     read = method.teacher_outputs
     try:
         network, told = with_weights(named, path)
-        if read is None or "logits" in read:
+        if read is None or "logits" in read or cfg.DISTILLER.SCORE_TEACHER:
             check_classes(told, path, facts.class_names)
     except OtherHead as other:
         if read is None or "logits" in read:
-            raise _unfit_head(cfg, named, method, other) from None
+            raise _unfit_head(cfg, info, named, method, other) from None
         if cfg.DISTILLER.SCORE_TEACHER:
             raise UserError(
                 f"DISTILLER.SCORE_TEACHER compares the teacher's logits with the labels, but the head of {named.name} "
@@ -291,8 +291,15 @@ def _told_input(told: Mapping[str, Any], native: NativeInput | None) -> NativeIn
     return NativeInput(told.get("image_size", 0), told["mean"], told["std"], interpolation=interpolation)
 
 
-def _unfit_head(cfg: CN, named: Named, method: type[Distiller], other: OtherHead) -> UserError:
+def _unfit_head(
+    cfg: CN, info: DatasetInfo, named: Named, method: type[Distiller], other: OtherHead
+) -> UserError:
     """The refusal of a teacher whose logits are of other classes, with the command, or the call, that fine-tunes it."""
+    if not info.labelled:  # they have no classes but the teacher's
+        return UserError(
+            f"the teacher {named.name} has a head of {other.saved} classes, but DATASET.NUM_CLASSES is {other.own}; "
+            f"set it to 0 or to {other.saved}"
+        )
     what = (
         f"the teacher {named.name} has a head of {other.saved} classes, the data has {other.own}, and "
         f"{method.__name__} may read its logits; fine-tune it first, by "

@@ -230,7 +230,7 @@ def _found(
         maps = _told(module, image, calls) or _observed(module, calls, head)
     if not maps and head is None:
         raise UserError(
-            f"{name} has neither a layer that returns a feature map (B, C, H, W) of images of this size nor a classifier"
+            f"{name} has no classifier, and no layer that returns a feature map (B, C, H, W) of images of this size"
         )
     return [stage_of(call, layout, calls) for call, layout in maps], head
 

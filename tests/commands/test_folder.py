@@ -219,6 +219,11 @@ def test_its_classes_are_those_of_the_teacher(teacher, data, tmp_path) -> None:
     assert teacher_classes(cfg, info_of(cfg)) == 3
 
 
+def test_another_number_of_classes_than_the_teachers_is_refused(teacher, data, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"head of 3 classes, but DATASET.NUM_CLASSES is 5; set it to 0 or to 3$"):
+        distilled(tmp_path, data, teacher, "DATASET.NUM_CLASSES", 5)
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -229,6 +234,7 @@ def test_its_classes_are_those_of_the_teacher(teacher, data, tmp_path) -> None:
         (("DISTILLER.TYPE", "DCGD_KD", "KD.LOSS.CE_WEIGHT", 0), r"reads labels.*; set DCGD.LOSS.CE_WEIGHT 0$"),
         (("DISTILLER.TYPE", "REVIEWKD"), r"reads labels.*; set REVIEWKD.CE_WEIGHT 0$"),
         (("DISTILLER.TYPE", "FITNET"), r"reads labels.*; set FITNET.LOSS.CE_WEIGHT 0$"),
+        ((*UNLABELLED, "SOLVER.LABEL_SMOOTHING", 0.1), "SOLVER.LABEL_SMOOTHING 0.1: there are none to smooth"),
         ((*UNLABELLED, "DISTILLER.SCORE_TEACHER", True), "DISTILLER.SCORE_TEACHER True: there are no labels"),
     ],
 )

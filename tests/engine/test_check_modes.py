@@ -78,6 +78,7 @@ REFUSED = [
     ("DCGD.BASE KD", DCGD, SumUpdate, 1, UNLABELLED, NO_LABELS, "set KD.LOSS.CE_WEIGHT 0 and DCGD.LOSS.CE"),
     ("", DKD, SumUpdate, 1, UNLABELLED, NO_LABELS, "DKD, whose loss reads labels"),
     (f"{NO_CE} DISTILLER.SCORE_TEACHER True", KD, SumUpdate, 1, UNLABELLED, NO_LABELS, "SCORE_TEACHER True"),
+    (f"{NO_CE} {SMOOTHING}", KD, SumUpdate, 1, UNLABELLED, NO_LABELS, SMOOTHING),
     ("SOLVER.CUDA_GRAPH always EXPERIMENT.DEVICE cpu", KD, SumUpdate, 1, None, "SOLVER.CUDA_GRAPH", "DEVICE cpu"),
 ]  # fmt: skip
 ACCEPTED = [

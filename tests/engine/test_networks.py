@@ -151,7 +151,7 @@ def test_the_command_that_fine_tunes_a_teacher_names_the_same_data_to_a_shell(ti
     advised = load_cfg(config_file, overrides)
     assert [advised.DATASET[key] for key in ("TYPE", "ROOT", "VAL_FRACTION")] == ["folder", folder["ROOT"], 0.25]
     student = advised.DISTILLER
-    assert (student.STUDENT, student.STUDENT_CKPT) == (tiny, path)
+    assert student.STUDENT == tiny and path == student.STUDENT_CKPT
     cfg.defrost()
     cfg.DATASET.TYPE, cfg.DATASET.ROOT = "hf/mnist", "./data"
     with pytest.raises(UserError, match=r"teacher.yaml .* DATASET.TYPE hf/mnist DATASET.ROOT ./data "):
@@ -209,6 +209,8 @@ def test_other_class_names_are_refused_where_logits_are_read(tiny, weights):
     with pytest.raises(UserError, match="was trained on other classes than the data has: label 0 is 'other 0'"):
         build_distiller(cfg, facts_without_data(cfg))
     teacher(tiny, path, method="RKD")
+    with pytest.raises(UserError, match="was trained on other classes than the data has"):
+        teacher(tiny, path, "DISTILLER.SCORE_TEACHER", True, method="RKD")
 
 
 def student(*overrides):
