@@ -32,7 +32,7 @@ def input_of(cfg: CN) -> NativeInput:
     """The images that the student is to see: those that it was made for, or as DATASET.IMAGE_SIZE, MEAN and STD say.
 
     Raises:
-        UserError: no such student, or not three means and three standard deviations above 0.
+        UserError: no such student, or not three means up to 1 and three standard deviations above 0 and up to 1.
     """
     data = cfg.DATASET
     own = native_input(cfg.DISTILLER.STUDENT, data.IMAGE_SIZE)
@@ -43,6 +43,8 @@ def input_of(cfg: CN) -> NativeInput:
     for name, values in (("MEAN", mean), ("STD", std)):
         if values and len(values) != 3:
             raise UserError(f"DATASET.{name} {list(values)} has {len(values)} numbers; give three, one a channel")
+        if values and max(values) > 1:
+            raise UserError(f"DATASET.{name} {list(values)} is of values in [0, 1]; divide those of 0 to 255 by 255")
     if std and not min(std) > 0:
         raise UserError(f"DATASET.STD {list(std)} must be above 0: the images are divided by it")
     return replace(own, size=data.IMAGE_SIZE or own.size, mean=mean or own.mean, std=std or own.std)

@@ -119,6 +119,7 @@ def test_a_class_named_train_is_a_class(tmp_path: Path) -> None:
         (("DATASET.MEAN", [0.5, 0.5, 0.5]), "without DATASET.STD: set both"),
         (("DATASET.MEAN", [0.5], "DATASET.STD", [0.5]), r"DATASET.MEAN \[0.5\] has 1 numbers; give three"),
         (("DATASET.MEAN", [0.5] * 3, "DATASET.STD", [0.5, 0.0, 0.5]), "DATASET.STD .* must be above 0"),
+        (("DATASET.MEAN", [123.7] * 3, "DATASET.STD", [0.5] * 3), "DATASET.MEAN .* divide those of 0 to 255 by 255"),
         (("DATASET.LABEL_COLUMN", "y"), "DATASET.LABEL_COLUMN y has no effect on DATASET.TYPE folder"),
         (("DISTILLER.STUDENT", "resnet21"), "resnet20"),
     ],

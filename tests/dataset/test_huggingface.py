@@ -274,6 +274,12 @@ def test_a_split_without_labels_is_refused(tmp_path: Path) -> None:
         get_dataset(config(root))
 
 
+def test_a_number_that_stands_for_no_label_is_no_class(tmp_path: Path) -> None:
+    root = saved(tmp_path, train=rows(4, label=[1, 2, 3, -1]), test=rows(2, label=[1, 2]))
+    with pytest.raises(UserError, match=r"split train has the label -1 in row 3, .*its images have no labels"):
+        get_dataset(config(root))
+
+
 def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
     other = rows(3).cast_column("label", datasets.ClassLabel(names=["ant", "cat", "zebra"]))
     with pytest.raises(UserError, match=r"column label is ClassLabel of zebra, ant, cat in the training split and "):
