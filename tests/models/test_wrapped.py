@@ -359,7 +359,7 @@ def test_layers_of_a_network_that_returns_its_features_are_refused():
     [
         (nn.Conv2d(3, 4, 3), r"Conv2d returns a tensor \(2, 4, 30, 30\) for 2 images; it must return logits"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3072, 7)), "logits of 7 classes, not of 10"),
-        (Sums(), "neither a layer that returns a feature map .* nor a classifier"),
+        (Sums(), "no classifier, and no layer that returns a feature map"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 10)), "it takes 64x64: resize the images"),
     ],
 )
