@@ -106,8 +106,11 @@ def _published_here(named: Named) -> nn.Module:
             if not isinstance(count, int) or count == named.classes:
                 raise
             raise OtherHead(str(error), count, named.classes) from None
-    network = fresh(named)
-    load_model_weights(network, teacher_checkpoint(_published_path(named), named.name))
+    network, path = fresh(named), _published_path(named)
+    if not path and named.role == "DISTILLER.STUDENT":
+        off = "set DISTILLER.STUDENT_PRETRAINED False, or DISTILLER.STUDENT_CKPT to a file"
+        raise UserError(f"{named.name} has no published checkpoint to start from; {off}")
+    load_model_weights(network, teacher_checkpoint(path, named.name))
     return network
 
 

@@ -217,6 +217,11 @@ def student(*overrides):
     return built(*overrides, method="NONE").student
 
 
+def test_a_student_without_published_weights_is_told_what_to_set():
+    with pytest.raises(UserError, match=r"^resnet8 has no published .*; set DISTILLER.STUDENT_PRETRAINED False, or"):
+        student("DISTILLER.STUDENT", "resnet8", "DISTILLER.STUDENT_PRETRAINED", True)
+
+
 def test_a_student_starts_from_a_file(tiny, weights):
     path = weights()
     state = student("DISTILLER.STUDENT", tiny, "DISTILLER.STUDENT_CKPT", path).state_dict()
