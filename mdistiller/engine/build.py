@@ -236,6 +236,10 @@ def step_lines(trainer: BaseTrainer) -> list[str]:
     return [f"step: {trainer.take_step.words}"] if trainer.take_step.words else []
 
 
+# Settings that a run's data tells where they are 0 or [].
+TOLD_BY_DATA = ("DATASET.NUM_CLASSES", "DATASET.IMAGE_SIZE", "DATASET.MEAN", "DATASET.STD")
+
+
 def resolved(cfg: CN) -> CN:
     """The configuration with what its data tells written into it: classes, image size and normalisation.
 

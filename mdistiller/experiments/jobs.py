@@ -11,6 +11,7 @@ from typing import Any
 
 from yacs.config import CfgNode as CN
 
+from ..engine.build import TOLD_BY_DATA
 from ..engine.cfg import load_cfg
 from ..engine.files.run_folder import resumable_files
 from ..engine.overrides import flat_settings
@@ -52,7 +53,8 @@ def finished_run(job: Job) -> Run | None:
         return None
     found, planned = flat_settings(run.cfg), flat_settings(job.cfg)
     for key, value in planned.items():
-        if found.get(key) != value and not is_machine_key(key):
+        told = key in TOLD_BY_DATA and not value  # the plan leaves it to the data, and the run holds what that told
+        if found.get(key) != value and not told and not is_machine_key(key):
             raise UserError(
                 f"{job.folder} holds a run with {key} {found.get(key)!r} where the plan says {value!r}; "
                 "move it away or correct the plan"

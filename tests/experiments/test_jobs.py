@@ -49,3 +49,16 @@ def test_a_run_that_differs_only_in_machine_settings_counts_as_finished(make_run
     elsewhere = ["DATASET.ROOT", "/data", "EXPERIMENT.DEVICE", "cuda:1", "DATASET.NUM_WORKERS", "7"]
     make_run("", [{"test_acc": 1}] * 12, *elsewhere, folder=job.folder)
     assert finished_run(job).last == 1
+
+
+def test_what_the_data_told_a_run_is_no_other_configuration(make_run, tmp_path):
+    """config.yaml holds the classes and the images' size and normalisation, which the plan leaves to the data."""
+    told = ["DATASET.TYPE", "folder", "DATASET.NUM_CLASSES", "20", "DATASET.IMAGE_SIZE", "64",
+            "DATASET.MEAN", "[0.5, 0.5, 0.5]", "DATASET.STD", "[0.5, 0.5, 0.5]"]  # fmt: skip
+    job = job_of(tmp_path, DATASET__TYPE="folder", DATASET__IMAGE_SIZE=64)
+    make_run("", [{"test_acc": 1}] * 12, *told, folder=job.folder)
+    assert finished_run(job).last == 1
+    other = job_of(tmp_path, DATASET__TYPE="folder", DATASET__IMAGE_SIZE=96)
+    make_run("", [{"test_acc": 1}] * 12, *told, folder=other.folder)
+    with pytest.raises(UserError, match=r"holds a run with DATASET.IMAGE_SIZE 64 where the plan says 96"):
+        finished_run(other)
