@@ -179,6 +179,11 @@ def wrap(
             if feats:
                 raise UserError(f"{name} returns its features itself; name no layers {list(feats)} of it")
             return module
+        if any(layer._compiled_call_impl or "_orig_mod" in layer._modules for layer in module.modules()):
+            raise UserError(
+                f"{name} is compiled (torch.compile), and layers that are compiled cannot be observed; give the network "
+                "as it was before, and let the training compile it (SOLVER.COMPILE)"
+            )
         logits = _checked(output, len(image), num_classes, name)
         in_place = _in_place_layers(module)
         _set_in_place(in_place, False)
@@ -230,7 +235,8 @@ def _found(
         maps = _told(module, image, calls) or _observed(module, calls, head)
     if not maps and head is None:
         raise UserError(
-            f"{name} has no classifier, and no layer that returns a feature map (B, C, H, W) of images of this size"
+            f"{name} has neither a layer that returns a feature map (B, C, H, W) of images of this size, nor a classifier "
+            "(a last linear layer, or 1x1 convolution); let it return (logits, features by name)"
         )
     return [stage_of(call, layout, calls) for call, layout in maps], head
 

@@ -150,8 +150,7 @@ def test_the_command_that_fine_tunes_a_teacher_names_the_same_data_to_a_shell(ti
     config_file, *overrides = shlex.split(command)
     advised = load_cfg(config_file, overrides)
     assert [advised.DATASET[key] for key in ("TYPE", "ROOT", "VAL_FRACTION")] == ["folder", folder["ROOT"], 0.25]
-    student = advised.DISTILLER
-    assert tiny == student.STUDENT and path == student.STUDENT_CKPT
+    assert [advised.DISTILLER[key] for key in ("STUDENT", "STUDENT_CKPT")] == [tiny, path]
     cfg.defrost()
     cfg.DATASET.TYPE, cfg.DATASET.ROOT = "hf/mnist", "./data"
     with pytest.raises(UserError, match=r"teacher.yaml .* DATASET.TYPE hf/mnist DATASET.ROOT ./data "):

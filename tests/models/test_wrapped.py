@@ -347,6 +347,17 @@ def test_a_network_of_other_outputs_in_training_says_so():
         wrap(Auxiliary(), CLASSES, 32).train()(images())
 
 
+@pytest.mark.parametrize("compiled", [lambda net: torch.compile(net, backend="eager"), lambda net: net])
+def test_a_compiled_network_is_refused(compiled):
+    """Within a probe's hooks, torch.compile would go on for hours."""
+    net = Auxiliary().eval()
+    module = compiled(net)
+    if module is net:
+        net.conv.compile(backend="eager")
+    with pytest.raises(UserError, match=r"is compiled .* give the network as it was"):
+        wrap(module, CLASSES, 32)
+
+
 def test_layers_of_a_network_that_returns_its_features_are_refused():
     from .._networks import Net
 
@@ -359,7 +370,7 @@ def test_layers_of_a_network_that_returns_its_features_are_refused():
     [
         (nn.Conv2d(3, 4, 3), r"Conv2d returns a tensor \(2, 4, 30, 30\) for 2 images; it must return logits"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3072, 7)), "logits of 7 classes, not of 10"),
-        (Sums(), "no classifier, and no layer that returns a feature map"),
+        (Sums(), "neither a layer that returns a feature map .* nor a classifier"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 10)), "it takes 64x64: resize the images"),
     ],
 )
