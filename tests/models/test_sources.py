@@ -78,6 +78,16 @@ def test_a_users_function(code):
     assert native_input("mine.py:small").size == 48 and native_input("mine.py:small").std == (0.229, 0.224, 0.225)
 
 
+def test_a_file_that_was_edited_is_run_again(tmp_path):
+    """As between the cells of a notebook."""
+    path = tmp_path / "edited.py"
+    for width in (4, 16):
+        layers = f"nn.Conv2d(3, {width}, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear({width}, num_classes)"
+        path.write_text(f"import torch.nn as nn\ndef make(num_classes): return nn.Sequential({layers})")
+        assert build_network(f"{path}:make", 10, 32).classifier_width == width
+        assert type(build_network(f"{path}:make", 10, 32)) is WrappedNetwork
+
+
 def test_a_users_network_of_our_form_is_not_wrapped(code):
     net = build_network("mine.py:Ours", 6)
     assert type(net).__name__ == "Ours" and create_model("mine.py:Ours").fc.out_features == 7

@@ -89,9 +89,13 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def _loaded(path: Path) -> ModuleType:
-    """The file as a module, which is run once; it can import its neighbours, as a script can."""
+    """The file as a module, which is run once, and again when it was edited, as between the cells of a notebook.
+
+    It can import its neighbours, as a script can.
+    """
     path = path.resolve()
-    name = f"mdistiller_user_file_{path.stem}_{abs(hash(str(path)))}"
+    edited = path.stat()
+    name = f"mdistiller_user_file_{path.stem}_{abs(hash((str(path), edited.st_mtime_ns, edited.st_size)))}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
