@@ -26,6 +26,7 @@ from ..distillers import Distiller
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..models.copies import has_hooks
+from ..models.naming import network_name
 from ..models.returned import Doubt, explained, no_feature, returned, tried
 from .runtime.seeds import random_state, set_random_state
 from .teacher.fast_teacher import DTYPES
@@ -222,7 +223,7 @@ def _kept_generators(loader: DataLoader[Any]) -> Iterator[None]:
 
 
 def _owner(name: str, network: nn.Module) -> str:
-    return f"the {name} {type(network).__name__}"
+    return f"the {name} {network_name(network)}"
 
 
 _CHECKS = (_check_loaders, _check_images, _check_networks, _check_labels, _check_index, _check_validation)

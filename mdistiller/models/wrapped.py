@@ -181,7 +181,7 @@ def wrap(
             return module
         if any(layer._compiled_call_impl or "_orig_mod" in layer._modules for layer in module.modules()):
             raise UserError(
-                f"{name} is compiled (torch.compile), and layers that are compiled cannot be observed; give the network "
+                f"{name} is compiled (torch.compile), and compiled layers cannot be observed; give the network "
                 "as it was before, and let the training compile it (SOLVER.COMPILE)"
             )
         logits = _checked(output, len(image), num_classes, name)
@@ -235,8 +235,8 @@ def _found(
         maps = _told(module, image, calls) or _observed(module, calls, head)
     if not maps and head is None:
         raise UserError(
-            f"{name} has neither a layer that returns a feature map (B, C, H, W) of images of this size, nor a classifier "
-            "(a last linear layer, or 1x1 convolution); let it return (logits, features by name)"
+            f"{name} has neither a layer that returns a feature map (B, C, H, W) of images of this size, nor a "
+            "classifier (a last linear layer, or 1x1 convolution); let it return (logits, features by name)"
         )
     return [stage_of(call, layout, calls) for call, layout in maps], head
 

@@ -326,3 +326,9 @@ def test_a_teacher_with_its_own_input_goes_with_the_mode(mode, tiny, weights, tm
     if "CACHE" not in mode[0]:  # which only knows the training images
         shown, expected = distiller.teacher_forward(image)[0], distiller.teacher(image)[0]
         assert (shown - expected).abs().max() <= within * expected.abs().max()
+
+
+def test_a_message_calls_a_network_by_the_name_that_the_user_gave(tiny, weights):
+    other = weights(change=lambda state: state.pop("fc.weight"))
+    with pytest.raises(UserError, match=rf"does not fit {re.escape(tiny)}: 1 missing \(fc.weight\)"):
+        teacher(tiny, other)

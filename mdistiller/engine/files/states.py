@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...console import note
 from ...errors import UserError
+from ...models.naming import network_name
 from .inert_pickle import StandIn
 from .state_names import (
     State,
@@ -223,7 +224,7 @@ def fitting_state(network: nn.Module, checkpoint: Any, path: str | Path, ours: b
     if exact is None and not chosen:
         chosen, others = others, []
     if len(chosen := _different(chosen)) > 1:
-        raise _several(path, map(str, chosen), f" that fit {type(network).__name__}")
+        raise _several(path, map(str, chosen), f" that fit {network_name(network)}")
     if others:
         note(f"{path} also holds {_listed(map(str, others))}; tools/convert.py --key NAME writes one to its own file")
     if exact is not None:
