@@ -205,3 +205,11 @@ class _Outliving:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def network_name(network: Any) -> str:
+    """What messages call a network: the name by which it was built, if it holds one ("timm/resnet18"); else its class,
+    without a wrapper's.
+    """
+    name = getattr(network, "name", None)
+    return name if isinstance(name, str) and name else type(getattr(network, "bare", network)).__name__

@@ -10,11 +10,11 @@ import torch.nn as nn
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..console import network_name
 from ..errors import UserError
 from ..grouping import load_groups
 from ..models.eval_mode import eval_mode
 from ..models.grouped import GroupedStudent
-from ..models.naming import network_name
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, PATH, TEMPERATURE
 from ..registry import unknown_name

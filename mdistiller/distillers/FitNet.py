@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..console import network_name
 from ..errors import UserError
 from ..models.cost import count_parameters
-from ..models.naming import network_name
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, WHOLE, list_of, whole
 from ._base import FeatureDistiller, Features, Losses, register

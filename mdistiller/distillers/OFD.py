@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from yacs.config import CfgNode as CN
 
+from ..console import network_name
 from ..errors import UserError
 from ..models.cost import count_parameters
-from ..models.naming import network_name
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, ODD
 from ._base import FeatureDistiller, Features, register

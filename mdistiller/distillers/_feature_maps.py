@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ..console import one_line
+from ..console import network_name, one_line
 from ..errors import UserError
 from ..models.eval_mode import eval_mode
-from ..models.naming import network_name
 from ..models.returned import FORM, ReturnedFeatures, described
 from ._base import Features
 from .facts import image_size_of

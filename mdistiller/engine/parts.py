@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from yacs.config import CfgNode as CN
 
-from ..console import warn
+from ..console import network_name, warn
 from ..dataset.batch import fields_of, image_and_label, named_batch
 from ..dataset.labels import check_labels, form
 from ..dataset.workers import started
@@ -26,7 +26,6 @@ from ..distillers import Distiller
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..models.copies import has_hooks
-from ..models.naming import network_name
 from ..models.returned import Doubt, explained, no_feature, returned, tried
 from .runtime.seeds import random_state, set_random_state
 from .teacher.fast_teacher import DTYPES

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..console import network_name
 from ..errors import UserError
 from ..grouping import check_groups, published_groups
 from ..registry import unknown_name
@@ -21,7 +22,6 @@ from ._network import Network
 from ._staged import Maps, StagedNet
 from .cifar.resnet import NARROW, ResNet
 from .copies import has_hooks
-from .naming import network_name
 
 BRANCH_MODES = ("auto", "loop", "together")
 

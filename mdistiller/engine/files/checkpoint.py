@@ -20,9 +20,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ...console import note, one_line
+from ...console import network_name, note, one_line
 from ...errors import UserError
-from ...models.naming import network_name
 from . import inert_pickle
 from .atomic import SaveError, write_whole
 from .checksum import check_seal, seal

@@ -11,9 +11,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ...console import note
+from ...console import network_name, note
 from ...errors import UserError
-from ...models.naming import network_name
 from .inert_pickle import StandIn
 from .state_names import (
     State,
