@@ -33,7 +33,7 @@ def loaders(data: Path, size: int, seed: int) -> tuple[DataLoader, DataLoader]:
     train = ImageFolder(str(data / "train"), v2.Compose([crop, v2.RandomHorizontalFlip(), *tail]))
     val = ImageFolder(str(data / "val"), v2.Compose([v2.Resize((size, size), interpolation=BICUBIC), *tail]))
     order = torch.Generator().manual_seed(seed)
-    return DataLoader(train, 10, shuffle=True, generator=order), DataLoader(val, 30)
+    return DataLoader(train, 20, shuffle=True, generator=order), DataLoader(val, 30)
 
 
 def network(name: str, weights: Path, classes: int) -> nn.Module:
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("weights", type=Path)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--methods", nargs="+", default=["NONE", "KD", "DKD", "RKD", "ReviewKD"])
     args = parser.parse_args()
     for seed in args.seeds:
@@ -62,7 +62,7 @@ def main() -> None:
             started = time.perf_counter()
             result = mdistiller.distill(
                 student, teacher if name.endswith("lite0") else None, train, val, method=method, epochs=args.epochs,
-                lr=0.02, seed=seed, verbose=False,
+                lr=0.001, seed=seed, settings={"SOLVER.TYPE": "AdamW"}, verbose=False,
             )  # fmt: skip
             teacher = teacher or result.student
             print(
