@@ -171,7 +171,7 @@ class Loader(ABC):
         labelled: whether the images have labels; else each target is `labels.NO_LABEL`.
         class_names: the name of every class, by label; empty if they are unknown.
         mean, std: per channel, of values in [0, 1], by which the images are normalised; empty if unknown.
-        image_size: height and width of the images, in pixels; 0 while it is unknown, or if the two differ.
+        image_size: height and width of the images, in pixels; 0 if it is unknown, or if the two differ.
         batch_size: B, over all ranks together in training.
         epoch: of the last pass that began, from 1, or what `set_epoch` has chosen.
         rank, world: this process's rank and the number of processes that share the images; see `shard`.
@@ -401,5 +401,7 @@ def loaders_of(
     train_loader = train.loader(batch_size, train_workers, train=True, seed=seed)
     train_loader.augmentation = augment
     val_loader = val.loader(val_batch_size, val_workers, train=False)
+    for loader in (train_loader, val_loader):
+        loader.image_size = loader.image_size or info.image_size
     check_class_names(train_loader, val_loader)
     return train_loader, val_loader, len(train.targets)

@@ -283,9 +283,7 @@ class FolderLoader(Loader):
 
     def _normalized(self, images: Tensor) -> Tensor:
         if self._normalize is None:
-            height, width = images.shape[1:3]
-            self._normalize = Normalize(self._data.mean, self._data.std, pixels=height * width)
-            self.image_size = height if height == width else 0
+            self._normalize = Normalize(self._data.mean, self._data.std, pixels=images[0, :, :, 0].numel())
         return self._normalize.to(self.device)(images)
 
     def _order(self) -> Tensor:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from yacs.config import CfgNode as CN
 
 from mdistiller.dataset import dataset_info, get_dataset, get_val_loader, stratified_split
 from mdistiller.dataset._base import mix_seed
+from mdistiller.engine.cfg import load_cfg
 from mdistiller.errors import UserError
 
 
@@ -113,3 +115,14 @@ def test_scoring_goes_over_the_images_in_order_and_not_augmented(train: bool) ->
     one, two = (torch.cat([batch[0] for batch in loader]) for _ in range(2))
     targets = torch.cat([batch[1] for batch in loader])
     assert torch.equal(one, two) and torch.equal(targets, dataset_info["digits"].read(Path(), train).targets)
+
+
+def test_a_loader_knows_the_image_size_before_it_reads_a_batch(tmp_path: Path) -> None:
+    """So the checkpoints of a run that is resumed at an epoch's end tell it too."""
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (80, 80)).save(tmp_path / part / name / "image.png")
+    cfg = load_cfg("configs/folder/vanilla.yaml", ["DATASET.ROOT", str(tmp_path), "DATASET.IMAGE_SIZE", "72"])
+    train_loader, val_loader, *_ = get_dataset(cfg)
+    assert (train_loader.image_size, val_loader.image_size) == (72, 72)
