@@ -17,7 +17,6 @@ from ._base import (
     dataset_dict,
     get_dataloaders,
     info_of,
-    loaders_of,
     stratified_split,
 )
 from .batch import fields_of, named_batch
@@ -41,8 +40,7 @@ def get_dataset(cfg: CN) -> tuple[Loader, Loader, int, int]:
         UserError: no such data set, or its data is missing or unreadable.
     """
     info = info_of(cfg)
-    loaders = loaders_of(
-        info,
+    loaders = get_dataloaders(
         cfg.DATASET.TYPE,
         batch_size=cfg.SOLVER.BATCH_SIZE,
         val_batch_size=cfg.DATASET.TEST.BATCH_SIZE,
@@ -53,6 +51,7 @@ def get_dataset(cfg: CN) -> tuple[Loader, Loader, int, int]:
         val_fraction=cfg.DATASET.VAL_FRACTION,
         skip_broken=cfg.DATASET.SKIP_BROKEN,
         augment=cfg.DATASET.get("AUGMENT", ""),  # a tree of the original has none
+        info=info,
     )
     return *loaders, info.num_classes
 
@@ -103,7 +102,6 @@ __all__ = [
     "get_tinyimagenet_dataloader_sample",
     "get_val_loader",
     "info_of",
-    "loaders_of",
     "named_batch",
     "stratified_split",
 ]

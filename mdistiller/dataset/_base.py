@@ -345,6 +345,7 @@ def get_dataloaders(
     val_fraction: float = 0.0,
     skip_broken: bool = False,
     augment: str = "",
+    info: DatasetInfo | None = None,
 ) -> tuple[Loader, Loader, int]:
     """Training loader, validation loader and number of training images of data set `name`.
 
@@ -358,31 +359,14 @@ def get_dataloaders(
             and used for validation instead of the test set.
         skip_broken: skip images that cannot be read, and warn with their number.
         augment: how the training images are augmented, see `augmentation`; empty: as the data set says.
+        info: the facts of a data set whose settings tell them (`info_of`), which messages then call `name`.
 
     Raises:
         UserError: no such data set, data missing or unreadable, nothing to hold out, or two lists of classes.
     """
-    return loaders_of(
-        dataset_dict[name], name, batch_size, val_batch_size, num_workers, root, seed, train_fraction, val_fraction,
-        skip_broken, augment,
-    )  # fmt: skip
-
-
-def loaders_of(
-    info: DatasetInfo,
-    name: str,
-    batch_size: int,
-    val_batch_size: int,
-    num_workers: int,
-    root: str = "./data",
-    seed: int = 0,
-    train_fraction: float = 1.0,
-    val_fraction: float = 0.0,
-    skip_broken: bool = False,
-    augment: str = "",
-) -> tuple[Loader, Loader, int]:
-    """`get_dataloaders` of the data set `info`, which messages call `name`."""
     folder = Path(expanded(root))
+    if info is None:
+        info = dataset_dict[name]
     if not val_fraction and info.check_validation is not None:
         info.check_validation(folder)
     train = info.read(folder, True, skip_broken)

@@ -17,7 +17,7 @@ from ..paths import expanded
 from ._base import DatasetInfo, Split, configured_dict, missing, refuse_unused, stratified_split
 from .listing import class_list, files_of_folder, folders_in
 from .own_images import split_of
-from .views import OF_ANY_SIZE, input_of
+from .views import OF_ANY_SIZE, input_of, seen_at
 
 NO_VALIDATION = "set DATASET.VAL_FRACTION, such as 0.1, to hold out training images, or DATASET.VAL to a folder"
 
@@ -163,11 +163,7 @@ class ClassFolders:
 
     def seen_at(self, native: NativeInput) -> DatasetInfo:
         """The same images as networks with the input `native` see them."""
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        data = cfg.DATASET
-        data.IMAGE_SIZE, data.MEAN, data.STD = native.size, list(native.mean), list(native.std)
-        return folder(cfg)
+        return folder(seen_at(self.cfg, native))
 
 
 def _say_order(parts: Parts, classes: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from .augment import CropFlip
 from .augmentation import padding_of
 from .in_memory import ImageArray
 from .own_images import split_of
-from .views import Pixels, input_of
+from .views import Pixels, input_of, seen_at
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,7 @@ class ForeignData(ABC):
 
     def _at(self, native: NativeInput) -> DatasetInfo:
         """The same images as networks with the input `native` see them."""
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        data = cfg.DATASET
-        data.IMAGE_SIZE, data.MEAN, data.STD = native.size, list(native.mean), list(native.std)
-        return type(self)(cfg).info()
+        return type(self)(seen_at(self.cfg, native)).info()
 
     def _checked(self, root: Path, parts: tuple[str, ...]) -> Pictures:
         pictures, expected = self.pictures(root, parts), self.cfg.DATASET.NUM_CLASSES

@@ -50,6 +50,15 @@ def input_of(cfg: CN) -> NativeInput:
     return replace(own, size=data.IMAGE_SIZE or own.size, mean=mean or own.mean, std=std or own.std)
 
 
+def seen_at(cfg: CN, native: NativeInput) -> CN:
+    """The configuration whose images are seen as networks with the input `native` see them."""
+    other = cfg.clone()
+    other.defrost()
+    data = other.DATASET
+    data.IMAGE_SIZE, data.MEAN, data.STD = native.size, list(native.mean), list(native.std)
+    return other
+
+
 def resized_size(native: NativeInput) -> int:
     """The length in pixels to which validation resizes the short side, of which it keeps the centre."""
     return int(native.size / native.crop + 1e-4)  # as 224 / (224 / 232) is not quite 232
