@@ -6,13 +6,10 @@ import io
 import pickle
 import socket
 import tarfile
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from functools import partial
 from hashlib import md5
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,8 @@ from torchvision.datasets import CIFAR100
 
 from mdistiller.dataset import cifar100, get_cifar100_dataloaders, get_dataloaders
 from mdistiller.errors import UserError
+
+from ._server import serving
 
 
 def make_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
@@ -88,22 +87,9 @@ def test_a_damaged_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder behind a real server, where cifar-100-python.tar.gz is looked for."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, *args: object) -> None:
-            pass  # torchvision asks for redirects first, and hangs up on the answer
-
-    with Server(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR100.filename}")
-        yield folder / CIFAR100.filename
-        server.shutdown()
+    with serving(tmp_path / "served") as address:
+        monkeypatch.setattr(CIFAR100, "url", f"{address}/{CIFAR100.filename}")
+        yield tmp_path / "served" / CIFAR100.filename
 
 
 def pack(archive: Path, names: dict[str, bytes]) -> None:

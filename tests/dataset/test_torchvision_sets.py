@@ -8,13 +8,10 @@ import pickle
 import socket
 import struct
 import tarfile
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from functools import partial
 from hashlib import md5
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +29,8 @@ from mdistiller.dataset.in_memory import InMemoryLoader
 from mdistiller.dataset.torchvision_sets import published
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.errors import UserError
+
+from ._server import serving
 
 
 def config(root: Path, name: str, *overrides: str) -> CN:
@@ -453,22 +452,9 @@ def test_no_network_is_one_line(
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder behind a real server, where CIFAR-10's archive is looked for."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, *args: object) -> None:
-            pass  # torchvision asks for redirects first, and hangs up on the answer
-
-    with Server(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR10.filename}")
-        yield folder / CIFAR10.filename
-        server.shutdown()
+    with serving(tmp_path / "served") as address:
+        monkeypatch.setattr(CIFAR10, "url", f"{address}/{CIFAR10.filename}")
+        yield tmp_path / "served" / CIFAR10.filename
 
 
 def test_it_is_downloaded_once(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
