@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Iterator
@@ -152,10 +153,32 @@ def _is_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def tool() -> Iterator[None]:
-    """Around a tool's main(), also as a decorator: `log_to_terminal` and `one_line_errors`."""
+    """Around a tool's main(), also as a decorator: `log_to_terminal`, `one_line_errors`, `ended_by_its_reader`."""
     log_to_terminal()
-    with one_line_errors():
+    with one_line_errors(), ended_by_its_reader():
         yield
+
+
+@contextmanager
+def ended_by_its_reader() -> Iterator[None]:
+    """Exit without a word if the reader of stdout, such as `head`, has gone; with the status of a shell's SIGPIPE."""
+    try:
+        yield
+        sys.stdout.flush()  # here, not when Python exits, where the error could not be caught
+    except BrokenPipeError:
+        if not _unread():
+            raise  # another pipe's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it exits
+        raise SystemExit(128 + 13) from None
+
+
+def _unread() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    with suppress(OSError, ValueError, AttributeError):  # no file at all, or a system without poll
+        ends = select.poll()
+        ends.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in ends.poll(0))
+    return False
 
 
 def outlive_terminal() -> None:

@@ -4,10 +4,11 @@ import errno
 import os
 import pty
 import subprocess
+import sys
 
 import pytest
 
-from mdistiller.console import one_line_errors
+from mdistiller.console import one_line_errors, tool
 
 from ._processes import in_mount, light, light_command
 
@@ -238,3 +239,21 @@ def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)) as raised, one_line_errors():
         raise error
     assert raised.value is error
+
+
+@pytest.mark.parametrize("count", [1, 100_000])
+def test_a_tool_whose_reader_has_seen_enough_ends_without_a_word(count):
+    """`mdistiller models 'timm/*' | head`: of much output, and of little, which Python writes when it exits."""
+    source = f"from mdistiller.console import tool\nwith tool():\n    input()\n    [print(n) for n in range({count})]"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", source], **pipes)
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
+    process.stderr.close()
+
+
+def test_another_pipe_that_breaks_keeps_its_traceback():
+    with pytest.raises(BrokenPipeError), tool():
+        raise BrokenPipeError("a worker's")

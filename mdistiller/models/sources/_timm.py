@@ -105,18 +105,19 @@ class Hub(Timm):
 
     def _facts(self, name: str) -> Any:
         timm = _timm()
-        with loading(HUB + name, f"https://huggingface.co/{name}"):
+        with loading(HUB + name, f"https://huggingface.co/{name}"), _quiet():
             facts, _, _ = timm.models.load_model_config_from_hf(name)
         return timm.models.PretrainedCfg(**facts)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without timm's own lines about where it loads weights from."""
-    log = logging.getLogger("timm")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Without the lines of timm and of the hub's library about what they load from where, and try again."""
+    levels = {log: log.level for log in map(logging.getLogger, ("timm", "huggingface_hub"))}
+    for log in levels:
+        log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in levels.items():
+            log.setLevel(level)

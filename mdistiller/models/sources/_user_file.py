@@ -37,7 +37,10 @@ class UserFile(Source):
         if "num_classes" not in taken:
             raise UserError(f"{name} takes no num_classes; let the function have such a parameter")
         if pretrained and "pretrained" not in taken:
-            raise UserError(f"{name} takes no pretrained; name the file of its weights instead of asking for them")
+            raise UserError(
+                f"{name} takes no pretrained: it publishes no weights; set DISTILLER.STUDENT_PRETRAINED False, or name "
+                "a file of them (DISTILLER.STUDENT_CKPT, TEACHER_CKPT, tools/eval.py -c)"
+            )
         network = function(**taken)
         if not isinstance(network, nn.Module):
             raise UserError(f"{name} returns {type(network).__name__}, not a torch.nn.Module")
