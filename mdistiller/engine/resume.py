@@ -131,7 +131,7 @@ class RunState:
         return self._described({"model": saved.state_dict(), **marks})
 
     def _described(self, content: dict[str, Any]) -> dict[str, Any]:
-        """`content` and what the training loader tells of its images by now: some know their size after a batch."""
+        """`content` and what the training loader tells of its images."""
         return {**content, **description_by(self._loader)}
 
     def _deployed(self, network: nn.Module) -> dict[str, str]:
