@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from torch import nn
 
-from mdistiller.console import one_line_errors, tool
+from mdistiller.console import network_name, one_line_errors, tool
+from mdistiller.models.native import NativeInput
+from mdistiller.models.own_input import OwnInput
 
 from ._processes import in_mount, light, light_command
 
@@ -257,3 +260,18 @@ def test_a_tool_whose_reader_has_seen_enough_ends_without_a_word(count):
 def test_another_pipe_that_breaks_keeps_its_traceback():
     with pytest.raises(BrokenPipeError), tool():
         raise BrokenPipeError("a worker's")
+
+
+@pytest.mark.parametrize("attributes", [{}, {"bare": True}, {"network": "n"}, {"name": 3}, {"name": ""}])
+def test_a_network_is_called_by_its_class_whatever_its_attributes_are_called(attributes):
+    mine = nn.Linear(1, 1)
+    vars(mine).update(attributes)
+    seen = OwnInput(mine, (0.5,) * 3, (0.5,) * 3, NativeInput(32, (0.4,) * 3, (0.5,) * 3))
+    assert network_name(mine) == network_name(seen) == "Linear"
+
+
+def test_a_network_that_was_built_by_a_name_is_called_by_it():
+    mine = nn.Linear(1, 1)
+    mine.name = "timm/mine"
+    seen = OwnInput(mine, (0.5,) * 3, (0.5,) * 3, NativeInput(32, (0.4,) * 3, (0.5,) * 3))
+    assert network_name(mine) == network_name(seen) == "timm/mine"

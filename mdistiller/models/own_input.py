@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..console import network_name
 from .native import NativeInput
 
 
@@ -41,6 +42,11 @@ class OwnInput(nn.Module):
         like = next(network.parameters(), torch.empty(0))
         for name, value in (("scale", s / own_s), ("shift", (m - own_m) / own_s)):
             self.register_buffer(name, value.to(like.device, like.dtype)[:, None, None], persistent=False)
+
+    @property
+    def name(self) -> str:
+        """What messages call it: as the network."""
+        return network_name(self.network)
 
     def forward(self, image: Tensor) -> Any:
         """What the network returns for `image` (B, 3, H, W), normalised as the data is."""
