@@ -19,6 +19,7 @@ from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, PATH, TEMPERATURE
 from ..registry import unknown_name
 from ._base import Distiller, Losses, register
+from ._logits import logit_stand
 from .facts import RunFacts
 from .KD import kd_loss
 from .registration import distiller_dict
@@ -70,6 +71,7 @@ class DCGD(Distiller):
     """
 
     soft_labels = True
+    standardizes_logits = True
     student: GroupedStudent
     # The base method, if the subclass fixes it; None: `cfg.DCGD.BASE`.
     base: ClassVar[str | None] = None
@@ -83,6 +85,7 @@ class DCGD(Distiller):
         self.temperature = cfg.DCGD.TEMPERATURE
         self.ce_loss_weight = cfg.DCGD.LOSS.CE_WEIGHT
         self.kd_loss_weight = cfg.DCGD.LOSS.KD_WEIGHT
+        self.logit_stand = logit_stand(cfg)
 
         method = self.base_method(cfg)
         if facts is None:
@@ -197,7 +200,7 @@ class DCGD(Distiller):
             logits_teacher = self._branches_teacher(image)
             _, features = self._student_kept.of(image)
         logits_grouped = self.student.forward_grouped(features)
-        loss_kd = kd_loss(logits_grouped, logits_teacher.detach(), self.temperature)
+        loss_kd = kd_loss(logits_grouped, logits_teacher.detach(), self.temperature, self.logit_stand)
         return logits_single, {
             **losses,
             "loss_multi_kd": self.kd_loss_weight * loss_kd,

@@ -12,13 +12,19 @@ from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE, whole
 from ._base import Distiller, Losses, register, warm_up
-from ._logits import check_logits, kl_divergence
+from ._logits import Temperature, check_logits, kl_divergence, logit_stand, softened, tempered_mean
 from ._precision import full_precision
 
 
 @full_precision
 def dkd_loss(
-    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: Temperature,
+    logit_stand: bool = False,
 ) -> Tensor:
     """Weighted sum of two KL divergences from the teacher's softened prediction to the student's.
 
@@ -37,7 +43,8 @@ def dkd_loss(
         target: (B,) int64, the labels y in [0, C).
         alpha: weight of the target term (TCKD).
         beta: weight of the non-target term (NCKD).
-        temperature: T > 0.
+        temperature: T > 0, or one for each image, (B, 1).
+        logit_stand: standardise the logits of both networks first, see `_logits.standardized`.
 
     Returns:
         () in nats, >= 0, the student's dtype; float32 for half precision.
@@ -53,11 +60,11 @@ def dkd_loss(
     target = target.unsqueeze(1)
     others = torch.arange(logits_student.shape[1] - 1, device=target.device).expand(len(target), -1)
     others = others + (others >= target)  # the target's column left out
-    binary_student, others_student = _log_probabilities(logits_student / temperature, target, others)
-    binary_teacher, others_teacher = _log_probabilities(logits_teacher / temperature, target, others)
+    binary_student, others_student = _log_probabilities(softened(logits_student, temperature, logit_stand), target, others)
+    binary_teacher, others_teacher = _log_probabilities(softened(logits_teacher, temperature, logit_stand), target, others)
     tckd = kl_divergence(binary_student, binary_teacher)
     nckd = kl_divergence(others_student, others_teacher)
-    return (alpha * tckd + beta * nckd) * temperature**2
+    return tempered_mean(alpha * tckd + beta * nckd, temperature)
 
 
 def _log_probabilities(logits: Tensor, target: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +99,7 @@ class DKD(Distiller):
 
     teacher_outputs = ("logits",)
     soft_labels = True
+    standardizes_logits = True
     reads_labels = True  # its two terms are for one target class and for the others
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
@@ -101,11 +109,13 @@ class DKD(Distiller):
         self.beta = cfg.DKD.BETA
         self.temperature = cfg.DKD.T
         self.warmup = cfg.DKD.WARMUP
+        self.logit_stand = logit_stand(cfg)
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits_student, _ = self.student(image)
         logits_teacher, _ = self.teacher_forward(image)
-        loss_dkd = dkd_loss(logits_student, logits_teacher, target, self.alpha, self.beta, self.temperature)
+        weights = self.alpha, self.beta
+        loss_dkd = dkd_loss(logits_student, logits_teacher, target, *weights, self.temperature, self.logit_stand)
         return logits_student, {
             "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
             "loss_kd": warm_up(kwargs["epoch"], self.warmup) * loss_dkd,

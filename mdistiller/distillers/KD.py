@@ -11,12 +11,14 @@ from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE
 from ._base import Distiller, Losses, register
-from ._logits import check_logits, kl_divergence
+from ._logits import Temperature, check_logits, kl_divergence, logit_stand, softened, tempered_mean
 from ._precision import full_precision
 
 
 @full_precision
-def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+def kd_loss(
+    logits_student: Tensor, logits_teacher: Tensor, temperature: Temperature, logit_stand: bool = False
+) -> Tensor:
     """KL divergence from the teacher's softened prediction to the student's.
 
         loss = T^2 * mean_B[ sum_C p_t * (log p_t - log p_s) ],   p = softmax(z / T)
@@ -27,7 +29,8 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
     Args:
         logits_student: (B, C), before softmax.
         logits_teacher: (B, C); not detached here.
-        temperature: T > 0; the factor T^2 keeps the gradient's scale as T grows.
+        temperature: T > 0, or one for each image, (B, 1); the factor T^2 keeps the gradient's scale as T grows.
+        logit_stand: standardise the logits of both networks first, see `_logits.standardized`.
 
     Returns:
         () in nats, >= 0, the student's dtype; float32 for half precision.
@@ -38,9 +41,9 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
     Reference: Hinton et al. 2015, arXiv 1503.02531, section 2.1.
     """
     check_logits(logits_student, logits_teacher, temperature)
-    log_student = F.log_softmax(logits_student / temperature, dim=1)
-    log_teacher = F.log_softmax(logits_teacher / temperature, dim=1)
-    return kl_divergence(log_student, log_teacher) * temperature**2
+    log_student = F.log_softmax(softened(logits_student, temperature, logit_stand), dim=1)
+    log_teacher = F.log_softmax(softened(logits_teacher, temperature, logit_stand), dim=1)
+    return tempered_mean(kl_divergence(log_student, log_teacher), temperature)
 
 
 @register(
@@ -54,17 +57,20 @@ class KD(Distiller):
     teacher_outputs = ("logits",)
     soft_labels = True
     label_weight = "LOSS.CE_WEIGHT"
+    standardizes_logits = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher)
         self.temperature = cfg.KD.TEMPERATURE
         self.ce_loss_weight = cfg.KD.LOSS.CE_WEIGHT
         self.kd_loss_weight = cfg.KD.LOSS.KD_WEIGHT
+        self.logit_stand = logit_stand(cfg)
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits_student, _ = self.student(image)
         logits_teacher, _ = self.teacher_forward(image)
+        loss_kd = kd_loss(logits_student, logits_teacher, self.temperature, self.logit_stand)
         return logits_student, {
             "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": self.kd_loss_weight * kd_loss(logits_student, logits_teacher, self.temperature),
+            "loss_kd": self.kd_loss_weight * loss_kd,
         }

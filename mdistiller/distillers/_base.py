@@ -73,6 +73,8 @@ class Distiller(nn.Module):
     # Its cross-entropy with the labels is `self.cross_entropy(logits, target, **kwargs)`, which knows labels that are
     # smoothed or mixed. Not inherited by a class with a forward_train of its own, which may compute it in another way.
     soft_labels: ClassVar[bool] = False
+    # It softens logits, and does so by `_logits.softened`, which knows EXPERIMENT.LOGIT_STAND.
+    standardizes_logits: ClassVar[bool] = False
     # Beside the cross-entropy, its loss needs the one class, or the one image of the training set, that an image shows.
     # So mixed images (DATASET.MIXUP, CUTMIX) are refused.
     reads_labels: ClassVar[bool] = False

@@ -52,6 +52,9 @@ CFG.EXPERIMENT.DEVICE = "auto"
 # On a GPU, use only deterministic kernels, which are slower. The CPU's kernels are always deterministic. In a table,
 # the run keeps the number of CPU threads that it has alone.
 CFG.EXPERIMENT.DETERMINISTIC = False
+# Standardise the logits of both networks before they are softened, as in arXiv 2403.01427; for the methods with soft
+# labels.
+CFG.EXPERIMENT.LOGIT_STAND = False
 
 CFG.DATASET = CN()
 # "digits", "cifar100", "tiny_imagenet" or "imagenet"; "folder" (class folders of your own), "images" (images without

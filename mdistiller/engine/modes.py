@@ -185,6 +185,7 @@ MODES = (
     _unlike("CutMix", "DATASET.CUTMIX", 0, 1.0),
     _unlike("erasing", "DATASET.ERASING", 0, 0.25),
     _unlike("label smoothing", "SOLVER.LABEL_SMOOTHING", 0, 0.1),
+    _equal("standardised logits", "EXPERIMENT.LOGIT_STAND", True),
     _equal("broken images skipped", "DATASET.SKIP_BROKEN", True),
     _unlike("loader workers", "DATASET.NUM_WORKERS", 0, 2),
     _unlike("saving within epochs", "LOG.SAVE_CHECKPOINT_ITERS", 0, 1),
@@ -217,6 +218,10 @@ TRAITS = (
     Side(
         "methods without `soft_labels`", lambda run: not run.judged.soft_labels,
         "{name}, which does not take its cross-entropy from self.cross_entropy (`soft_labels`)",
+    ),
+    Side(
+        "methods without `standardizes_logits`", lambda run: not run.method.standardizes_logits,
+        "{name}, which softens no logits",
     ),
     Side(
         "methods with `reads_labels`", lambda run: run.judged.reads_labels,
@@ -353,6 +358,10 @@ RULES = (
     ),
     Rule(
         "images without labels", "label smoothing", "there are none to smooth", "set SOLVER.LABEL_SMOOTHING 0",
+    ),
+    Rule(
+        "standardised logits", "methods without `standardizes_logits`", "it would ignore the setting",
+        "set EXPERIMENT.LOGIT_STAND False",
     ),
     Rule(GRAPH, "several ranks", "they exchange gradients within the step", _NO_GRAPH),
     Rule(GRAPH, "steps skipped at NaN", "the host reads the losses before it lets the step go on", _NO_GRAPH),
