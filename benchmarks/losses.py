@@ -1,6 +1,7 @@
 """How much faster the losses are than their usual forms (naive_losses.py), and how much memory CRD saves.
 
     python benchmarks/losses.py [--json] [--repeats 7] [--threads 2]
+    python benchmarks/losses.py --share [METHOD ...]      what each method's loss takes of a training step
 
 Batch 64, resnet32x4 -> resnet8x4, K = 16384, 50,000 samples, float32. Measured with `python benchmarks/losses.py` on
 two cores of an AMD EPYC (Zen 4, AVX-512) with torch 2.15, 2026-11-23, nothing else running. Wall time, medians of 7.
@@ -42,6 +43,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no message of the profiler th
 import naive_losses as naive
 import torch
 import torch.nn.functional as F
+from loss_share import methods, share, share_table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -245,10 +247,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--repeats", type=int, default=7, help="runs of each form, alternating (default 7)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--share", nargs="*", metavar="METHOD", help="shares of a step, of these methods or of all")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results = measure(arguments.repeats)
-    print(json.dumps(results, indent=2) if arguments.json else table(results))
+    if arguments.share is None:
+        results = measure(arguments.repeats)
+        text = table(results)
+    else:
+        results = {name: share(name, arguments.repeats) for name in arguments.share or methods()}
+        text = share_table(results)
+    print(json.dumps(results, indent=2) if arguments.json else text)
 
 
 if __name__ == "__main__":

@@ -231,6 +231,6 @@ class _Outliving:
 
 
 def network_name(network: Any) -> str:
-    """What messages call a network: the name by which it was built ("timm/resnet18") if it holds one, else its class."""
+    """What messages call a network: the name by which it was built ("timm/resnet18") if it holds one; or its class."""
     name = getattr(network, "name", None)
     return name if isinstance(name, str) and name else type(network).__name__

@@ -60,8 +60,9 @@ def dkd_loss(
     target = target.unsqueeze(1)
     others = torch.arange(logits_student.shape[1] - 1, device=target.device).expand(len(target), -1)
     others = others + (others >= target)  # the target's column left out
-    binary_student, others_student = _log_probabilities(softened(logits_student, temperature, logit_stand), target, others)
-    binary_teacher, others_teacher = _log_probabilities(softened(logits_teacher, temperature, logit_stand), target, others)
+    student, teacher = (softened(logits, temperature, logit_stand) for logits in (logits_student, logits_teacher))
+    binary_student, others_student = _log_probabilities(student, target, others)
+    binary_teacher, others_teacher = _log_probabilities(teacher, target, others)
     tckd = kl_divergence(binary_student, binary_teacher)
     nckd = kl_divergence(others_student, others_teacher)
     return tempered_mean(alpha * tckd + beta * nckd, temperature)
