@@ -33,7 +33,7 @@ from .teacher.fast_teacher import DTYPES
 # Images whose values go beyond this are hardly normalised: at a standard deviation of 1 they stay below 10.
 _NOT_NORMALISED = 100
 _FIRST = "the labels of the first training batch"
-_FEATURES = ("feats", "preact_feats", "pooled_feat")
+_FEATURES = ("feats", "preact_feats", "last_map", "pooled_feat")
 
 
 class Parts:

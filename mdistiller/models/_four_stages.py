@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._residual import Residual, Stage
-from ._staged import Maps, StagedNet, global_pool
+from ._staged import Maps, StagedNet
 
 
 class FourStageResNet(StagedNet):
@@ -56,9 +56,9 @@ class FourStageResNet(StagedNet):
         return [f0, f1, f2, f3], [f0, f1_pre, f2_pre, f3_pre]
 
     @staticmethod
-    def forward_last(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
+    def forward_last_map(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
         f4, f4_pre = stage.layer4(x)
-        return [f4], [f4_pre], global_pool(f4)
+        return [f4], [f4_pre], f4
 
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.conv1, self.bn1, self.layer1, self.layer2, self.layer3, self.layer4])

@@ -9,7 +9,8 @@ A branch is another last stage on the same trunk, with its own classifier:
     branch = net.new_last_stage()                                              # state: layer3.* (or block3.*, bn1.*)
     _, _, pooled = net.forward_last(branch, feats[-1])
 
-`forward_last` reads its layers from its first argument, so the network and its branches share one forward.
+`forward_last` reads its layers from its first argument, so the network and its branches share one forward. It pools the
+map of `forward_last_map`, which a family defines.
 """
 
 from __future__ import annotations
@@ -49,37 +50,41 @@ def global_pool(x: Tensor) -> Tensor:
 class StagedNet(Network):
     """An image classifier whose last stage can be split off; see the module's docstring.
 
-    A family defines `forward_trunk`, `forward_last`, the two names below, and what distillers call on every network:
-    `get_feat_modules`, `get_bn_before_relu`, `get_stage_channels`.
+    A family defines `forward_trunk`, `forward_last_map`, `last_stage`, its `classifier_name`, and what distillers call on
+    every network: `get_feat_modules`, `get_bn_before_relu`, `get_stage_channels`.
     """
 
-    # The submodules that `forward_last` reads.
+    # The submodules that `forward_last_map` reads.
     last_stage: ClassVar[tuple[str, ...]]
-    # The linear layer from the pooled feature to the logits.
-    classifier_name: ClassVar[str] = "fc"
     # Initialises the weights of one module; for `apply`.
     init_weights = staticmethod(init_weights)
 
     def forward_trunk(self, image: Tensor) -> tuple[Maps, Maps]:
         """Feature maps after and before the activation, of the stem and of every stage but the last.
 
-        In WRN the next stage's BatchNorm computes the map before the activation; `forward_last` returns the last one.
+        In WRN the next stage's BatchNorm computes the map before the activation; `forward_last_map` returns the last one.
         """
         raise NotImplementedError
 
-    @staticmethod
-    def forward_last(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
+    @classmethod
+    def forward_last(cls, stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
         """The last stage's maps after and before the activation, and the pooled feature (B, D).
+
+        Args:
+            stage, x: see `forward_last_map`.
+        """
+        feats, preacts, last_map = cls.forward_last_map(stage, x)
+        return feats, preacts, global_pool(last_map)
+
+    @staticmethod
+    def forward_last_map(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
+        """The last stage's maps after and before the activation, and the map (B, D, H, W) that is pooled.
 
         Args:
             stage: the network, or a branch made by `new_last_stage`.
             x: (B, C, H, W), the last of the trunk's `feats`.
         """
         raise NotImplementedError
-
-    def get_classifier(self) -> nn.Linear:
-        """The layer from the pooled feature to the logits."""
-        return getattr(self, self.classifier_name)
 
     def new_last_stage(self) -> nn.Module:
         """A last stage with the same layers and names, and freshly initialised weights."""
@@ -89,11 +94,19 @@ class StagedNet(Network):
         return branch.apply(self.init_weights)
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """(B, 3, H, W) -> logits (B, C) and {"feats", "preact_feats": maps by stage, "pooled_feat": (B, D)}."""
+        """(B, 3, H, W) -> logits (B, C) and the features.
+
+        {"feats", "preact_feats": maps by stage, "last_map": (B, D, H, W), "pooled_feat": (B, D), the last map's mean}
+        """
         feats, preacts = self.forward_trunk(image)
-        last_feats, last_preacts, pooled = self.forward_last(self, feats[-1])
-        features = {"feats": feats + last_feats, "preact_feats": preacts + last_preacts, "pooled_feat": pooled}
-        return self.get_classifier()(pooled), features
+        last_feats, last_preacts, last_map = self.forward_last_map(self, feats[-1])
+        pooled = global_pool(last_map)
+        return self.get_classifier()(pooled), {
+            "feats": feats + last_feats,
+            "preact_feats": preacts + last_preacts,
+            "last_map": last_map,
+            "pooled_feat": pooled,
+        }
 
     def get_feat_modules(self) -> nn.ModuleList:
         """The modules from the image to the last feature map, in order."""

@@ -22,7 +22,7 @@ def create_model(
 ) -> nn.Module:
     """The network `name` as training uses it: (B, 3, H, W) -> (logits (B, C), features by name).
 
-    The features are {"feats", "preact_feats": lists of maps (B, C, H, W), "pooled_feat": (B, D)}. A network of another
+    The features are {"feats", "preact_feats": lists of maps (B, C, H, W), "last_map": (B, D, H, W), "pooled_feat": (B, D)}. A network of another
     library is wrapped; `.bare` is the network itself.
 
     Args:

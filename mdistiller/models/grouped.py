@@ -122,6 +122,10 @@ class GroupedStudent(Network):
         """The plain network's."""
         return self.base.get_stage_channels()
 
+    def get_classifier(self) -> nn.Linear:
+        """The plain network's, whose last map and `logits_single` the features hold."""
+        return self.base.get_classifier()
+
 
 def _init_head(module: nn.Module) -> None:
     """Draw a head's weights from N(0, 0.001^2), as the published code does; its bias starts at 0. For `apply`."""

@@ -20,7 +20,10 @@ FORM = (
     "a network returns (logits (B, C), features by name): end its forward with `return logits, features`, where "
     "features is a dictionary, {} for a method that reads none"
 )
-_FEATURES = "feats and preact_feats are lists of maps (B, C, H, W), pooled_feat is (B, D)"
+_FEATURES = (
+    "feats and preact_feats are lists of maps (B, C, H, W), last_map (B, D, H, W) is the map that is pooled for the "
+    "classifier, pooled_feat (B, D) is its mean"
+)
 _LISTS = ("feats", "preact_feats")
 
 

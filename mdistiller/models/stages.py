@@ -46,12 +46,14 @@ class Stage:
     preact: the input of the activation whose output the map is; `feat` where no activation ends the stage.
     batchnorm: path of the BatchNorm directly before that activation, a ReLU; None where there is none.
     weighted: number of calls of convolutions and linear layers that the map follows.
+    size: height and width of the map.
     """
 
     feat: Reading
     preact: Reading
     batchnorm: str | None
     weighted: int
+    size: Grid
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,41 @@ def find_head(calls: Sequence[Call], logits: Tensor) -> Head | None:
     return Head(readings, min(call.begin for call in inputs), widths[0])
 
 
+def last_map_of(calls: Sequence[Call], head: Head, stages: Sequence[Stage]) -> Reading | None:
+    """The map (B, D, H, W) whose mean over its positions is the classifier's input; None where no layer has one.
+
+    The largest, as a pooled map of 1x1 is its own mean; among equals that of the last stage, else the earliest. None too
+    where only pooled maps have that mean, as where a normalisation follows the pooling.
+    """
+    classifier = {(call.path, call.number): call for call in calls}
+    (reading, dims), *others = head.inputs
+    taken = classifier[reading.place[0], reading.number].input
+    if others or taken is None:
+        return None
+    pooled = taken.mean(dims) if dims else taken
+    grids = Maps(calls, head.begin).grids
+    found = []
+    for call in calls:
+        for x, is_input, moment in ((call.input, True, call.begin), (call.output, False, call.end)):
+            if x is not None and moment <= head.begin and x.is_floating_point():
+                fits = [layout for layout in layouts_of(x, grids) if _pools_to(layout(x), pooled)]
+                found += [(Reading((call.path, is_input), call.number, layout), layout.size(x)) for layout in fits]
+    largest = max((size for _, size in found), default=(0, 0))
+    maps = [own for own, size in found if size == largest]
+    for stage in stages[-1:]:
+        if stage.feat in maps:
+            return stage.feat
+        if largest == (1, 1) != stage.size:
+            return None
+    return maps[0] if maps else None
+
+
+def _pools_to(x: Tensor, pooled: Tensor) -> bool:
+    """Whether the mean of a map (B, C, H, W) over its positions is `pooled` (B, D), up to rounding."""
+    mean = x.mean((2, 3))
+    return mean.shape == pooled.shape and torch.allclose(mean, pooled, rtol=1e-3, atol=1e-4 * float(pooled.abs().max()))
+
+
 def _spread(call: Call) -> tuple[int, ...]:
     """The dimensions of a layer's input beside those of images and features."""
     ndim = call.input.ndim if call.input is not None else 2
@@ -120,10 +157,13 @@ class Maps:
     Args:
         calls: of one forward.
         before: when the classifier begins; later outputs are no feature maps. None: the network's end.
+
+    Attributes:
+        grids: the sizes of the maps that are no tokens.
     """
 
     def __init__(self, calls: Sequence[Call], before: int | None) -> None:
-        self.calls, self._grids = calls, dict[Grid, None]()
+        self.calls, self.grids = calls, dict[Grid, None]()
         found: list[tuple[Call, Layout]] = []
         for call in calls:
             late = before is not None and call.end > before
@@ -136,9 +176,9 @@ class Maps:
     def _layouts(self, call: Call) -> list[Layout]:
         output = call.output
         assert output is not None
-        layouts = layouts_of(output, self._grids)
+        layouts = layouts_of(output, self.grids)
         if layouts and output.ndim == 4:
-            self._grids.setdefault(layouts[0].size(output))
+            self.grids.setdefault(layouts[0].size(output))
         return layouts if not _is_attention(output) else []
 
     def _settle(self) -> None:
@@ -255,12 +295,13 @@ def stage_of(call: Call, layout: Layout, calls: Sequence[Call]) -> Stage:
     """What is known of the map that a call returns."""
     feat = Reading((call.path, False), call.number, layout)
     weighted = sum(isinstance(c.layer, _WEIGHTED) and c.end < call.end for c in calls)
+    size = layout.size(_output(call))
     for act in calls:
         ends = act.output is not None and act.input is not None and same_memory(act.output, _output(call))
         if ends and is_activation(act.layer) and act.end <= call.end and not act.passes_on:
             preact = replace(feat, place=(act.path, True), number=act.number)
-            return Stage(feat, preact, _batchnorm_before(act, calls), weighted)
-    return Stage(feat, feat, None, weighted)
+            return Stage(feat, preact, _batchnorm_before(act, calls), weighted, size)
+    return Stage(feat, feat, None, weighted, size)
 
 
 def is_activation(layer: nn.Module) -> bool:

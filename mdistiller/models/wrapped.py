@@ -15,7 +15,7 @@ from ._network import Network
 from .layouts import Layout
 from .probing import Call, calls_of, probe_image, undisturbed
 from .returned import described, returned
-from .stages import Head, Maps, Reading, Stage, find_head, stage_of, told_by_network
+from .stages import Head, Maps, Reading, Stage, find_head, last_map_of, stage_of, told_by_network
 from .taps import Captured, Place, Taps
 
 _STEM_LAYERS = 3  # a stem has no more convolutions than that
@@ -23,16 +23,20 @@ _LARGE = 224
 
 
 class WrappedNetwork(Network):
-    """A network of another library: image (B, 3, H, W) -> (logits (B, C), {"feats", "preact_feats", "pooled_feat"}).
+    """A network of another library: image (B, 3, H, W) -> (logits (B, C), {"feats", "preact_feats", "last_map",
+    "pooled_feat"}).
 
     feats and preact_feats are lists of maps (B, C, H, W), [] of a network without any, such as a perceptron;
-    pooled_feat (B, D) is the classifier's input. The state dict is the bare network's.
+    pooled_feat (B, D) is the classifier's input. last_map (B, D, H, W) is the map of which that is the mean, where a layer
+    takes or returns one; else the last of feats, such as the tokens of a transformer that classifies its class token.
+    The state dict is the bare network's.
 
     Args:
         bare: a network that gives logits; it gets hooks that do nothing outside of the wrapped network's forward.
         stages: its feature maps, from shallow to deep.
         head: its classifier; None where none was found: pooled_feat is then the mean of the last map.
         name: for messages.
+        last: the map whose mean the classifier takes; None where no layer takes or returns it.
         clone: places whose tensors are copied, as the network writes into them later.
 
     Attributes:
@@ -45,7 +49,13 @@ class WrappedNetwork(Network):
     """
 
     def __init__(
-        self, bare: nn.Module, stages: Sequence[Stage], head: Head | None, name: str, clone: Iterable[Place] = ()
+        self,
+        bare: nn.Module,
+        stages: Sequence[Stage],
+        head: Head | None,
+        name: str,
+        last: Reading | None = None,
+        clone: Iterable[Place] = (),
     ) -> None:
         super().__init__()
         self.bare, self.name, self.fresh_head = bare, name, False
@@ -55,6 +65,7 @@ class WrappedNetwork(Network):
         self._feats = tuple(stage.feat for stage in stages)
         self._preacts = tuple(stage.preact for stage in stages)
         self._pooled = head.inputs if head else ()
+        self._last = last
         self._batchnorms = tuple(stage.batchnorm for stage in stages)
         self._taps = Taps(bare, places(self), clone)
         self.training = bare.training
@@ -80,7 +91,22 @@ class WrappedNetwork(Network):
         ]
         vectors = [_mean(_read(captured, reading), dims) for reading, dims in self._pooled] or [feats[-1].mean((2, 3))]
         pooled = vectors[0] if len(vectors) == 1 else torch.stack(vectors).mean(0)
-        return {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}
+        features = {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}
+        last = _read(captured, self._last) if self._last else feats[-1] if feats else None
+        return features if last is None else {**features, "last_map": last}
+
+    def get_classifier(self) -> nn.Module:
+        """The layer from the pooled feature to the logits.
+
+        Raises:
+            UserError: it has none, or several.
+        """
+        if len(self._pooled) != 1:
+            raise UserError(
+                f"{self.name} has {len(self._pooled) or 'no'} layers that give its logits, not one; choose a network "
+                "with one linear classifier, such as a ResNet"
+            )
+        return self.bare.get_submodule(self._pooled[0][0].place[0])
 
     def remove_taps(self) -> None:
         """Leave the bare network without hooks; the wrapped one cannot be used any more."""
@@ -142,7 +168,8 @@ def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def places(network: WrappedNetwork) -> list[Place]:
     """What the taps of a wrapped network read."""
-    return [reading.place for reading in (*network._feats, *network._preacts)] + [
+    last = (network._last,) if network._last else ()
+    return [reading.place for reading in (*network._feats, *network._preacts, *last)] + [
         reading.place for reading, _ in network._pooled
     ]
 
@@ -193,10 +220,11 @@ def wrap(
             _set_in_place(in_place, True)
             _, calls = calls_of(module, lambda: module(image))
         stages, head = _found(module, image, calls, logits, feats, name)
-        network = WrappedNetwork(module, stages, head, name)
+        last = last_map_of(calls, head, stages) if head else None
+        network = WrappedNetwork(module, stages, head, name, last)
         if needs_in_place or not _kept(network, image, logits):
             network.remove_taps()
-            network = WrappedNetwork(module, stages, head, name, clone=places(network))
+            network = WrappedNetwork(module, stages, head, name, last, clone=places(network))
             if not _kept(network, image, logits):
                 network.remove_taps()
                 raise UserError(f"{name} computes something else each time in eval mode; let it return its features")

@@ -87,4 +87,4 @@ def test_export_keeps_logits_and_features():
     image = torch.randn(2, 3, 32, 32)
     logits, features = torch.export.export(network, (image,)).module()(image)
     torch.testing.assert_close(logits, network(image)[0])
-    assert set(features) == {"feats", "preact_feats", "pooled_feat"}
+    assert set(features) == {"feats", "preact_feats", "last_map", "pooled_feat"}

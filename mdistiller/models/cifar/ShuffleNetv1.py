@@ -80,6 +80,8 @@ class ShuffleNet(Network):
     Reference: Zhang et al. 2017, arXiv 1707.01083.
     """
 
+    classifier_name = "linear"
+
     def __init__(
         self,
         num_classes: int = 100,
@@ -118,6 +120,7 @@ class ShuffleNet(Network):
         return self.linear(pooled), {
             "feats": [stem, feat1, feat2, feat3],
             "preact_feats": [stem, preact1, preact2, preact3],
+            "last_map": feat3,
             "pooled_feat": pooled,
         }
 

@@ -142,6 +142,8 @@ class ShuffleNetV2(Network):
     Reference: Ma et al. 2018, arXiv 1807.11164, table 5 (1x).
     """
 
+    classifier_name = "linear"
+
     def __init__(
         self,
         num_classes: int = 100,
@@ -185,6 +187,7 @@ class ShuffleNetV2(Network):
         return self.linear(pooled), {
             "feats": [stem, feat1, feat2, feat3],
             "preact_feats": [stem, preact1, preact2, preact3],
+            "last_map": out,
             "pooled_feat": pooled,
         }
 

@@ -102,6 +102,8 @@ class MobileNetV2(Network):
     Reference: Sandler et al. 2018, arXiv 1801.04381.
     """
 
+    classifier_name = "classifier"
+
     def __init__(self, num_classes: int = 100, width: float = 1.0) -> None:
         super().__init__()
         channels = int(32 * width)
@@ -148,7 +150,12 @@ class MobileNetV2(Network):
                 preacts.append(out)
         out = F.relu(self.conv2(out))
         pooled = global_pool(out)
-        return self.classifier(pooled), {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}
+        return self.classifier(pooled), {
+            "feats": feats,
+            "preact_feats": preacts,
+            "last_map": out,
+            "pooled_feat": pooled,
+        }
 
 
 def mobile_half(num_classes: int = 100) -> MobileNetV2:

@@ -41,6 +41,8 @@ class MobileNetV2(Network):
     Reference: Sandler et al. 2018, arXiv 1801.04381.
     """
 
+    classifier_name = "conv2"
+
     def __init__(self, num_classes: int = 200) -> None:
         super().__init__()
         self.pre = nn.Sequential(nn.Conv2d(3, 32, 1, padding=1), nn.BatchNorm2d(32))
@@ -80,6 +82,7 @@ class MobileNetV2(Network):
         return self.conv2(pooled).flatten(1), {
             "feats": [feat0, feat1, feat2, feat3, feat4],
             "preact_feats": [stem, feat1, feat2, feat3, last],
+            "last_map": feat4,
             "pooled_feat": pooled.flatten(1),
         }
 

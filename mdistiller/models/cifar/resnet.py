@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._residual import BasicBlock, Stage, conv
-from .._staged import Maps, StagedNet, global_pool
+from .._staged import Maps, StagedNet
 
 NARROW = (16, 16, 32, 64)
 WIDE = (32, 64, 128, 256)
@@ -55,9 +55,9 @@ class ResNet(StagedNet):
         return [f0, f1, f2], [f0, f1_pre, f2_pre]
 
     @staticmethod
-    def forward_last(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
+    def forward_last_map(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
         f3, f3_pre = stage.layer3(x)
-        return [f3], [f3_pre], global_pool(f3)
+        return [f3], [f3_pre], f3
 
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.conv1, self.bn1, self.layer1, self.layer2, self.layer3])

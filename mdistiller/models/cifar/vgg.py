@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._staged import Maps, StagedNet, global_pool, init_weights
+from .._staged import Maps, StagedNet, init_weights
 
 CHANNELS = (64, 128, 256, 512, 512)
 
@@ -74,10 +74,10 @@ class VGG(StagedNet):
         return feats, preacts
 
     @staticmethod
-    def forward_last(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
+    def forward_last_map(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
         f4_pre = stage.block4(_halve_large(x))
         f4 = F.relu(f4_pre)
-        return [f4], [f4_pre], global_pool(f4)
+        return [f4], [f4_pre], f4
 
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.block0, self.block1, self.block2, self.block3, self.block4])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._residual import conv
-from .._staged import Maps, StagedNet, global_pool, init_weights
+from .._staged import Maps, StagedNet, init_weights
 
 
 class PreactBlock(nn.Module):
@@ -100,10 +100,10 @@ class WideResNet(StagedNet):
         return [f0, f1, f2], [f0, f1_pre]
 
     @staticmethod
-    def forward_last(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
+    def forward_last_map(stage: Any, x: Tensor) -> tuple[Maps, Maps, Tensor]:
         f3, f2_pre = stage.block3(x)
         f3_pre = stage.bn1(f3)
-        return [f3], [f2_pre, f3_pre], global_pool(F.relu(f3_pre))
+        return [f3], [f2_pre, f3_pre], F.relu(f3_pre)
 
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.conv1, self.block1, self.block2, self.block3])

@@ -98,4 +98,4 @@ class MobileNetV1(Network):
                 feats.append(x)
                 preacts.append(preact)
         pooled = global_pool(x)
-        return self.fc(pooled), {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}
+        return self.fc(pooled), {"feats": feats, "preact_feats": preacts, "last_map": x, "pooled_feat": pooled}
