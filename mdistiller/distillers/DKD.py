@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE, whole
 from ._base import Distiller, Losses, register, warm_up
-from ._logits import Temperature, check_logits, kl_divergence, logit_stand, softened, tempered_mean
+from ._logits import (
+    Temperature,
+    check_logits,
+    check_two_classes,
+    kl_divergence,
+    logit_stand,
+    one_against_others,
+    softened,
+    tempered_mean,
+)
 from ._precision import full_precision
 
 
@@ -55,34 +62,12 @@ def dkd_loss(
     Reference: Zhao et al. 2022, arXiv 2203.08679, equation 7.
     """
     check_logits(logits_student, logits_teacher, temperature)
-    if logits_student.shape[1] < 2:
-        raise ValueError(f"DKD needs two classes or more, the logits have {logits_student.shape[1]}")
-    target = target.unsqueeze(1)
-    others = torch.arange(logits_student.shape[1] - 1, device=target.device).expand(len(target), -1)
-    others = others + (others >= target)  # the target's column left out
-    student, teacher = (softened(logits, temperature, logit_stand) for logits in (logits_student, logits_teacher))
-    binary_student, others_student = _log_probabilities(student, target, others)
-    binary_teacher, others_teacher = _log_probabilities(teacher, target, others)
+    check_two_classes("DKD", logits_student)
+    binary_student, others_student = one_against_others(softened(logits_student, temperature, logit_stand), target)
+    binary_teacher, others_teacher = one_against_others(softened(logits_teacher, temperature, logit_stand), target)
     tckd = kl_divergence(binary_student, binary_teacher)
     nckd = kl_divergence(others_student, others_teacher)
     return tempered_mean(alpha * tckd + beta * nckd, temperature)
-
-
-def _log_probabilities(logits: Tensor, target: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """log b (B, 2) and log q (B, C - 1) of `dkd_loss`. Where all classes but the target are -inf, so is log q.
-
-    Args:
-        target: (B, 1).
-        columns: (B, C - 1), the other classes.
-    """
-    others = logits.gather(1, columns)
-    # A row of -inf is filled with zeros meanwhile: its log_softmax is NaN, and so are both functions' gradients.
-    empty = (others == -torch.inf).all(dim=1, keepdim=True)
-    others = others.masked_fill(empty, 0)
-    log_sum = others.logsumexp(dim=1, keepdim=True).masked_fill(empty, -torch.inf)
-    log_odds = logits.gather(1, target) - log_sum  # of the target
-    log_q = F.log_softmax(others, dim=1).masked_fill(empty, -torch.inf)
-    return F.logsigmoid(torch.cat([log_odds, -log_odds], dim=1)), log_q
 
 
 @register(

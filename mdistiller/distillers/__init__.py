@@ -8,19 +8,25 @@ from ._base import Distiller, Vanilla, logits_of
 from .AT import AT
 from .CRD import CRD
 from .DCGD import DCGD, DCGD_CE, DCGD_DKD, DCGD_KD
+from .DIST import DIST
 from .DKD import DKD
 from .facts import RunFacts
 from .FitNet import FitNet
 from .KD import KD
 from .KDSVD import KDSVD
+from .NKD import NKD
+from .NormKD import NormKD
 from .NST import NST
 from .OFD import OFD
 from .PKT import PKT
 from .registration import declare_defaults, distiller_dict, method_defaults, method_ranges, register
 from .ReviewKD import ReviewKD
 from .RKD import RKD
+from .RLD import RLD
 from .SP import SP
+from .TTM import TTM
 from .VID import VID
+from .WTTM import WTTM
 
 __all__ = [
     "AT",
@@ -29,17 +35,23 @@ __all__ = [
     "DCGD_CE",
     "DCGD_DKD",
     "DCGD_KD",
+    "DIST",
     "DKD",
     "KD",
     "KDSVD",
+    "NKD",
     "NST",
     "OFD",
     "PKT",
     "RKD",
+    "RLD",
     "SP",
+    "TTM",
     "VID",
+    "WTTM",
     "Distiller",
     "FitNet",
+    "NormKD",
     "ReviewKD",
     "RunFacts",
     "Vanilla",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
@@ -66,14 +67,68 @@ def standardized(logits: Tensor) -> Tensor:
 
     Reference: Sun et al. 2024, arXiv 2403.01427, equation 14.
     """
+    centred, deviation = centred_and_deviation(logits)
+    return (centred / (deviation + 1e-7)).masked_fill(logits == -torch.inf, -torch.inf)
+
+
+def centred_and_deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """z - mean_C z, and the standard deviation (divisor C - 1) of each image's logits, both with gradients.
+
+    Classes that are masked out by -inf do not count; they are 0 in the first. The deviation of equal logits is exactly
+    0 and has no gradient.
+
+    Args:
+        logits: (B, C), or with more dimensions behind the classes.
+
+    Returns:
+        (B, C, ...) and (B, 1, ...).
+    """
     masked = logits == -torch.inf
     count = (~masked).sum(dim=1, keepdim=True)
-    mean = logits.masked_fill(masked, 0).sum(dim=1, keepdim=True) / count.clamp(min=1)
-    centred = (logits - mean).masked_fill(masked, 0)
+    # From the largest logit: the mean of equal numbers is rounded, that of zeros is not.
+    below = (logits - logits.detach().amax(dim=1, keepdim=True)).masked_fill(masked, 0)
+    mean = below.sum(dim=1, keepdim=True) / count.clamp(min=1)
+    centred = (below - mean).masked_fill(masked, 0)
     variance = centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
     equal = variance == 0
-    deviation = variance.masked_fill(equal, 1).sqrt().masked_fill(equal, 0)
-    return (centred / (deviation + 1e-7)).masked_fill(masked, -torch.inf)
+    return centred, variance.masked_fill(equal, 1).sqrt().masked_fill(equal, 0)
+
+
+def one_against_others(logits: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithms of two distributions: of one class against all others together, and among these others.
+
+        b = (p_one, 1 - p_one),   q = softmax(z) over the classes other than `one`
+
+    From log-odds: value and gradient are finite for logits any distance apart. Where all other classes are -inf, so is
+    log q.
+
+    Args:
+        logits: (B, C), C >= 2.
+        one: (B,) int64, the one class of each image.
+
+    Returns:
+        log b (B, 2) and log q (B, C - 1), its classes in their order.
+    """
+    one = one.unsqueeze(1)
+    columns = torch.arange(logits.shape[1] - 1, device=one.device).expand(len(one), -1)
+    others = logits.gather(1, columns + (columns >= one))
+    # A row of -inf is filled with zeros meanwhile: its log_softmax is NaN, and so are both functions' gradients.
+    empty = (others == -torch.inf).all(dim=1, keepdim=True)
+    others = others.masked_fill(empty, 0)
+    log_sum = others.logsumexp(dim=1, keepdim=True).masked_fill(empty, -torch.inf)
+    log_odds = logits.gather(1, one) - log_sum
+    log_q = F.log_softmax(others, dim=1).masked_fill(empty, -torch.inf)
+    return F.logsigmoid(torch.cat([log_odds, -log_odds], dim=1)), log_q
+
+
+def check_two_classes(method: str, logits: Tensor) -> None:
+    """Refuse logits (B, 1), for a method that sets one class against the others.
+
+    Raises:
+        ValueError: it names the method.
+    """
+    if logits.shape[1] < 2:
+        raise ValueError(f"{method} needs two classes or more, the logits have {logits.shape[1]}")
 
 
 def kl_divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
