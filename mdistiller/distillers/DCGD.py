@@ -11,6 +11,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..console import network_name
+from ..dataset.batch import VIEWS
 from ..errors import UserError
 from ..grouping import load_groups
 from ..models.eval_mode import eval_mode
@@ -58,8 +59,10 @@ class DCGD(Distiller):
         loss_multi_kd = KD_WEIGHT * kd_loss(z, z_teacher, TEMPERATURE),   loss_multi_ce = CE_WEIGHT * CE(z, y)
 
     where z (B, C) are the grouped logits in class order. Trunk and teacher run once per step; under a base method whose
-    teacher is in training mode (OFD), the branches learn from the teacher in eval mode. The training accuracy is the
-    plain head's.
+    teacher is in training mode (OFD), the branches learn from the teacher in eval mode. Under a base method that needs
+    two views of each image, they see the weak one. The training accuracy is the plain head's.
+
+    EXPERIMENT.LOGIT_STAND standardises the logits of `loss_multi_kd`, and those of a base method that softens logits.
 
     Args:
         student: a `GroupedStudent`, or a plain network, which is grouped by `cfg.DCGD.GROUPS`.
@@ -195,10 +198,12 @@ class DCGD(Distiller):
         self.method.after_step()
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
+        weak = VIEWS[0]
+        seen = kwargs[weak] if weak in self.needs_batch else image
         with self._student_kept, self._teacher_kept:
-            logits_single, losses = self.method.forward_train(image, target, **kwargs)
-            logits_teacher = self._branches_teacher(image)
-            _, features = self._student_kept.of(image)
+            logits_single, losses = self.method.forward_train(image=image, target=target, **kwargs)
+            logits_teacher = self._branches_teacher(seen)
+            _, features = self._student_kept.of(seen)
         logits_grouped = self.student.forward_grouped(features)
         loss_kd = kd_loss(logits_grouped, logits_teacher.detach(), self.temperature, self.logit_stand)
         return logits_single, {

@@ -23,6 +23,7 @@ FACTS = RunFacts(num_data=8, num_classes=4, class_names=None, image_size=32, epo
 
 def config(**options: Any) -> CN:
     cfg = CN({section: defaults.clone() for section, defaults in method_defaults.items()})
+    cfg.EXPERIMENT = CN({"LOGIT_STAND": False})
     cfg.merge_from_list([x for key, value in options.items() for x in (key.replace("__", "."), value)])
     return cfg
 
@@ -49,6 +50,8 @@ def small(method: str, groups_file: str, **options: Any) -> Distiller:
 def batch() -> dict[str, Any]:
     return {
         "image": _golden.images(0, 3, 32),
+        "image_weak": _golden.images(1, 3, 32),
+        "image_strong": _golden.images(2, 3, 32),
         "target": torch.tensor([0, 3, 1]),
         "index": torch.arange(3),
         "contrastive_index": torch.arange(15).reshape(3, 5) % 8,
@@ -152,6 +155,10 @@ def test_any_method_is_a_base_by_configuration_alone(base, groups_file):
         method = distiller_dict[base].from_run(copy.deepcopy(student.base), copy.deepcopy(teacher), cfg, FACTS)
     except ValueError as error:
         pytest.skip(f"{base} does not accept this pair: {error}")
+    if method.main_network() is not method.student:
+        with pytest.raises(UserError, match="deploys"):
+            DCGD.from_run(student, teacher, cfg, FACTS)
+        return
     torch.manual_seed(1)
     distiller = DCGD.from_run(student, teacher, cfg, FACTS)
     assert DCGD.facts_needed(cfg) == set(method.needs_run)
@@ -181,6 +188,87 @@ def test_any_method_is_a_base_by_configuration_alone(base, groups_file):
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in student.parameters())
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def standardizing() -> list[str]:
+    return [name for name in bases() if distiller_dict[name].standardizes_logits]
+
+
+@pytest.mark.parametrize("base", standardizing())
+def test_logit_standardisation_reaches_the_base_method_and_the_branches(base, groups_file):
+    """EXPERIMENT.LOGIT_STAND; the losses of the base method alone, at a second temperature for the branches."""
+    options = {"DCGD__BASE": base, "DCGD__TEMPERATURE": 5.0}
+    standardized = small("DCGD", groups_file, EXPERIMENT__LOGIT_STAND=True, **options)
+    raw = small("DCGD", groups_file, **options)
+    cfg = config(EXPERIMENT__LOGIT_STAND=True)
+    nets = copy.deepcopy(standardized.student.base), copy.deepcopy(standardized.teacher)
+    alone = distiller_dict[base].from_run(*nets, cfg, FACTS).double().train()
+    reference = copy.deepcopy(standardized)
+
+    _, expected = alone(**batch())
+    _, losses = standardized(**batch())
+    assert set(losses) == {*expected, "loss_multi_kd", "loss_multi_ce"}
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-12, atol=1e-12)
+    _, without = raw(**batch())
+    assert any(losses[name].item() != pytest.approx(without[name].item(), rel=1e-3) for name in expected)
+
+    seen = batch()["image_weak" if "image_weak" in standardized.needs_batch else "image"]
+    with torch.no_grad():
+        grouped, taught = reference.student(seen)[0], reference.teacher(seen)[0]
+    by_hand = kd_loss(grouped, taught, 5.0, logit_stand=True)
+    assert losses["loss_multi_kd"].item() == pytest.approx(by_hand.item(), rel=1e-10)
+    assert by_hand.item() != pytest.approx(kd_loss(grouped, taught, 5.0).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("base", ["DIST", "NKD", "TTM", "WTTM", "RLD", "NormKD"])
+def test_save_load_step_over_the_logit_methods(base, groups_file):
+    first, second = (small("DCGD", groups_file, DCGD__BASE=base) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    states = []
+    for distiller in (first, second):
+        optimizer = torch.optim.SGD(distiller.get_learnable_parameters(), lr=0.1)
+        sum(distiller(**batch())[1].values()).backward()
+        optimizer.step()
+        states.append(distiller.state_dict())
+    assert not any(key.startswith("method.") for key in states[0])  # they have no parameters of their own
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_normkd_over_dkd_is_a_base(groups_file):
+    distiller = small("DCGD", groups_file, DCGD__BASE="NormKD", NormKD__DKD=True)
+    assert distiller.reads_labels and DCGD.label_weights(config(DCGD__BASE="NormKD", NormKD__DKD=True)) is None
+    weights = ("NormKD.LOSS.CE_WEIGHT", "DCGD.LOSS.CE_WEIGHT")
+    assert DCGD.label_weights(config(DCGD__BASE="NormKD")) == weights
+
+
+def test_the_branches_see_the_weak_view_of_a_base_method_of_two(groups_file):
+    class Views(Distiller):
+        needs_batch = ("image_weak", "image_strong")
+
+        def forward_train(self, image_weak, image_strong, target, **kwargs):
+            logits, strong = self.student(image_weak)[0], self.student(image_strong)[0]
+            taught = self.teacher_forward(image_weak)[0]
+            return logits, {"loss_kd": (logits - taught).square().mean() + (strong - taught).square().mean()}
+
+        def __init__(self, student, teacher, cfg):
+            super().__init__(student, teacher)
+
+    distiller_dict["VIEWS"] = Views
+    try:
+        distiller = small("DCGD", groups_file, DCGD__BASE="VIEWS")
+    finally:
+        del distiller_dict["VIEWS"]
+    reference, calls = copy.deepcopy(distiller), []
+    distiller.teacher.register_forward_hook(lambda *_: calls.append("teacher"))
+    distiller.student.base.layer1.register_forward_hook(lambda *_: calls.append("trunk"))
+    fields = batch()
+    _, losses = distiller(**fields)
+    assert sorted(calls) == ["teacher", "trunk", "trunk"]  # none for the branches
+    with torch.no_grad():
+        weak = fields["image_weak"]
+        grouped, taught = reference.student(weak)[0], reference.teacher(weak)[0]
+    assert losses["loss_multi_kd"].item() == pytest.approx(kd_loss(grouped, taught, 20.0).item(), rel=1e-10)
 
 
 def test_trunk_and_teacher_run_once(groups_file):
