@@ -15,8 +15,8 @@ from ._precision import full_precision
 from .DKD import dkd_loss
 from .KD import kd_loss
 
-# Stands in for a temperature of 0: its square, the image's weight, is 0 in float32.
-_SMALLEST = 1e-20
+# Stands in for a temperature of 0. Its square, the image's weight, is 0 in float32, and 1e-48 in float64.
+_SMALLEST = 1e-24
 
 
 @full_precision

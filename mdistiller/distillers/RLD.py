@@ -106,7 +106,8 @@ def _log_softmax_of(kept: Tensor, empty: Tensor, logits: Tensor) -> Tensor:
 class RLD(Distiller):
     """Cross-entropy with the labels and `rld_loss` with the teacher.
 
-    The weight of `rld_loss` grows linearly over the first WARMUP epochs.
+    The weight of `rld_loss` grows linearly over the first WARMUP epochs. The authors standardise logits
+    (EXPERIMENT.LOGIT_STAND) with ALPHA_T = T, and with ALPHA and BETA multiplied by one weight, such as 9.
     """
 
     teacher_outputs = ("logits",)

@@ -130,7 +130,11 @@ def test_nan_on_one_rank_stops_both_at_that_step(ranks):
             assert len(own["taken"]) == 2 and same(parameters(own["states"][2]), parameters(own["states"][3])), name
 
 
-METHODS = {"KD": (), "CRD": (), "RKD": (), "SP": (), "PKT": (), "KD in 3": ("SOLVER.ACCUMULATE", "3"), "KD, DOT": DOT}
+METHODS = {
+    **{method: () for method in ("KD", "CRD", "RKD", "SP", "PKT", "DIST")},
+    "KD in 3": ("SOLVER.ACCUMULATE", "3"),
+    "KD, DOT": DOT,
+}
 
 
 @pytest.mark.slow
