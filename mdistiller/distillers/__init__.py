@@ -6,6 +6,7 @@ or add it to `distiller_dict` at the end of this file and its hyper-parameters t
 
 from ._base import Distiller, Vanilla, logits_of
 from .AT import AT
+from .CAT_KD import CAT_KD
 from .CRD import CRD
 from .DCGD import DCGD, DCGD_CE, DCGD_DKD, DCGD_KD
 from .DIST import DIST
@@ -23,13 +24,16 @@ from .registration import declare_defaults, distiller_dict, method_defaults, met
 from .ReviewKD import ReviewKD
 from .RKD import RKD
 from .RLD import RLD
+from .SDD import SDD_DKD, SDD_KD, SDD_NKD
 from .SP import SP
+from .SRRL import SRRL
 from .TTM import TTM
 from .VID import VID
 from .WTTM import WTTM
 
 __all__ = [
     "AT",
+    "CAT_KD",
     "CRD",
     "DCGD",
     "DCGD_CE",
@@ -45,7 +49,11 @@ __all__ = [
     "PKT",
     "RKD",
     "RLD",
+    "SDD_DKD",
+    "SDD_KD",
+    "SDD_NKD",
     "SP",
+    "SRRL",
     "TTM",
     "VID",
     "WTTM",

@@ -21,7 +21,7 @@ from .lr_schedule import scaled_groups
 from .optimizers import dot_optimizer_dict, load_optimizer_state, optimizer_dict
 
 # Names of the task losses; all other losses of a distiller are distillation losses.
-TASK_LOSSES = ("ce", "loss_ce", "loss_multi_ce")
+TASK_LOSSES = ("ce", "loss_ce", "loss_CE", "loss_multi_ce")
 
 
 class SumUpdate:
