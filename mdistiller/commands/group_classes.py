@@ -4,6 +4,8 @@
     mdistiller group-classes -m wrn_16_2 -c output/digits/teacher,wrn_16_2/student_best -d digits --num-groups 2 \\
         --split kfold -o output/groups/digits.json
 
+With --class-distances output/groups/res56.npy it also writes the distances between classes that WKD.COST_MATRIX takes.
+
 For CIFAR-100 its 20 super-classes are grouped, for other data sets their classes. To train with the groups, set
 DCGD.GROUPS FILE and a plain student, such as DISTILLER.STUDENT resnet20.
 """
@@ -30,14 +32,17 @@ from ..engine.cfg import settings_for
 from ..engine.files.checkpoint import check_file_classes
 from ..errors import UserError
 from ..grouping import (
+    class_distances,
     count_confusions,
     cross_predict,
     draw_confusion,
     expand,
     group_by_confusion,
     merge_classes,
+    save_distances,
     save_groups,
 )
+from ..grouping.class_distances import check_suffix
 from ..grouping.cifar100 import SUPERCLASS, SUPERCLASS_NAMES
 from ..registry import unknown_name
 from ._arguments import (
@@ -74,6 +79,7 @@ def group_classes(
     num_workers: int = 2,
     device: str = "auto",
     skip_broken: bool = False,
+    distances: Path | None = None,
 ) -> str:
     """Group a data set's classes by a teacher's errors; write the groups to `out` (JSON) and a plot next to it (PNG).
 
@@ -84,6 +90,7 @@ def group_classes(
             been trained with that value. "kfold": the training images, by cross-validation of the teacher's last layer,
             see `cross_predict`. "test": the test images, which leaks them into training.
         single_classes: group the classes even if the data set has super-classes.
+        distances: also write WKD's distances of the classes, see `class_distances`, to this .npy or .json file.
 
     Returns:
         Accuracy, errors and groups, for the terminal.
@@ -104,6 +111,8 @@ def group_classes(
         raise UserError(f"--num-groups must be from 1 to {len(names) // 2} for {len(names)} classes, not {num_groups}")
     if split == "test":
         warn(LEAK)
+    if distances is not None:
+        check_suffix(distances)
 
     check_batch_size(batch_size)
     info = own_view(info, model, ckpt)
@@ -146,11 +155,15 @@ def group_classes(
         "confusion": confusion.tolist(),
     }
     save_groups(out, content)
+    if distances is not None:
+        save_distances(distances, class_distances(*_run(teacher, loader, "pooled_feat")))
     plot = out.with_suffix(".png")
     draw_confusion(plot, confusion, groups, names, f"{model} on {dataset} ({split}), {num_groups} groups")
     lines = [f"{model} on {len(targets)} images of {dataset} ({split}): top-1 {accuracy:.2f}, {errors} errors counted"]
     lines += [f"group {g}: {', '.join(names[i] for i in group)}" for g, group in enumerate(groups)]
-    return "\n".join([*lines, f"wrote {out} and {plot}; train with DCGD.GROUPS {out}"])
+    lines += [f"wrote {out} and {plot}; train with DCGD.GROUPS {out}"]
+    lines += [] if distances is None else [f"wrote {distances}; train with WKD.COST_MATRIX {distances}"]
+    return "\n".join(lines)
 
 
 def _loader(
@@ -195,6 +208,10 @@ def parse_args(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
     parser.add_argument(
         "--val-fraction", type=float, default=0.1, help="for --split heldout: DATASET.VAL_FRACTION of the teacher's run"
     )
+    parser.add_argument(
+        "--class-distances", action=PathArgument, type=Path, dest="distances",
+        help="also write how far the classes are apart in the teacher's features, for WKD.COST_MATRIX: .npy or .json",
+    )  # fmt: skip
     parser.add_argument("--folds", type=int, default=5, help="for --split kfold: number of folds (default: 5)")
     return parser.parse_args(arguments)
 

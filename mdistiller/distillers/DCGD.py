@@ -197,6 +197,9 @@ class DCGD(Distiller):
     def after_step(self) -> None:
         self.method.after_step()
 
+    def metrics(self) -> dict[str, Tensor]:
+        return self.method.metrics()
+
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         weak = VIEWS[0]
         seen = kwargs[weak] if weak in self.needs_batch else image

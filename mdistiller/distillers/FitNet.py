@@ -9,13 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ..console import network_name
-from ..errors import UserError
 from ..models.cost import count_parameters
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, WHOLE, list_of, whole
 from ._base import FeatureDistiller, Features, Losses, register
-from ._feature_maps import OTHER_MAPS, configured_pairs, input_size, probe_pair, regressor, require_maps
+from ._feature_maps import hint_layers, input_size, probe_pair, regressor, require_maps
 
 DEFAULTS = CN(
     {
@@ -70,7 +68,7 @@ class FitNet(FeatureDistiller):
         self.init_epochs = cfg.FITNET.INIT_EPOCHS
         size = input_size(cfg.FITNET.INPUT_SIZE, image_size, cfg, "FITNET.INPUT_SIZE")
         maps_s, maps_t = (features["feats"] for features in probe_pair(student, teacher, size))
-        self.guided, self.hint = _layers(cfg, len(maps_s), len(maps_t), (student, teacher))
+        self.guided, self.hint = hint_layers(cfg, "FITNET", (len(maps_s), len(maps_t)), (student, teacher))
         self.reads_only("teacher", [f"feats[{self.hint}]"])
         hint = maps_s[self.guided].shape, maps_t[self.hint].shape
         require_maps([hint], "FITNET", (student, teacher))
@@ -91,20 +89,3 @@ class FitNet(FeatureDistiller):
         if self.init_epochs:
             losses["loss_ce"] = losses["loss_ce"] * (kwargs.get("epoch", 1) > self.init_epochs)
         return logits_student, losses
-
-
-def _layers(cfg: CN, count_s: int, count_t: int, networks: tuple[nn.Module, nn.Module]) -> tuple[int, int]:
-    """The indices of the guided and of the hint layer among the networks' maps."""
-    pairs = configured_pairs(cfg, count_s, count_t)
-    if len(pairs) > 1:
-        raise UserError(f"FITNET compares one pair of maps, DISTILLER.PAIRS names {len(pairs)}: {cfg.DISTILLER.PAIRS}")
-    if pairs:
-        return pairs[0]
-    layer, count = cfg.FITNET.HINT_LAYER, min(count_s, count_t)
-    if not -count <= layer < count:
-        student, teacher = map(network_name, networks)
-        have = f"feature maps 0 to {count - 1}" if count else "no feature maps"
-        raise UserError(
-            f"FITNET.HINT_LAYER is {layer}, the networks have {have} ({student} and {teacher}); {OTHER_MAPS}"
-        )
-    return layer, layer

@@ -5,9 +5,11 @@ or add it to `distiller_dict` at the end of this file and its hyper-parameters t
 """
 
 from ._base import Distiller, Vanilla, logits_of
+from .ABKD import ABKD
 from .AT import AT
 from .CAT_KD import CAT_KD
 from .CRD import CRD
+from .CTKD import CTKD
 from .DCGD import DCGD, DCGD_CE, DCGD_DKD, DCGD_KD
 from .DIST import DIST
 from .DKD import DKD
@@ -17,6 +19,7 @@ from .KD import KD
 from .KDSVD import KDSVD
 from .NKD import NKD
 from .NormKD import NormKD
+from .LDRLD import LDRLD
 from .NST import NST
 from .OFD import OFD
 from .PKT import PKT
@@ -30,11 +33,14 @@ from .SRRL import SRRL
 from .TTM import TTM
 from .VID import VID
 from .WTTM import WTTM
+from .WKD import WKD
 
 __all__ = [
+    "ABKD",
     "AT",
     "CAT_KD",
     "CRD",
+    "CTKD",
     "DCGD",
     "DCGD_CE",
     "DCGD_DKD",
@@ -44,6 +50,7 @@ __all__ = [
     "KD",
     "KDSVD",
     "NKD",
+    "LDRLD",
     "NST",
     "OFD",
     "PKT",
@@ -57,6 +64,7 @@ __all__ = [
     "TTM",
     "VID",
     "WTTM",
+    "WKD",
     "Distiller",
     "FitNet",
     "NormKD",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, overload
@@ -36,6 +37,23 @@ def warm_up(epoch: int | Tensor, epochs: int) -> float | Tensor:
     if isinstance(epoch, Tensor):
         return (epoch / max(epochs, 1)).clamp(max=1.0)
     return min(epoch / epochs, 1.0) if epochs > 0 else 1.0
+
+
+@overload
+def cosine_fall(epoch: int, first: int, last: int) -> float: ...
+@overload
+def cosine_fall(epoch: Tensor, first: int, last: int) -> Tensor: ...
+def cosine_fall(epoch: int | Tensor, first: int, last: int) -> float | Tensor:
+    """The factor in [0, 1] that falls by half a cosine from 1, up to epoch `first`, to 0, from epoch `last` on.
+
+        (1 + cos(pi (epoch - first) / (last - first))) / 2
+
+    A number for a number, a tensor () for the tensor () that a compiled step gets as its epoch.
+    """
+    passed = (epoch - first) / max(last - first, 1)
+    if isinstance(passed, Tensor):
+        return (1 + torch.cos(math.pi * passed.clamp(0.0, 1.0))) / 2
+    return (1 + math.cos(math.pi * min(max(passed, 0.0), 1.0))) / 2
 
 
 class Distiller(nn.Module):
@@ -225,6 +243,13 @@ class Distiller(nn.Module):
         and a compiled step would compute gradients with the changed values. `forward_train` keeps what this needs in
         plain attributes.
         """
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Numbers of the method itself, each a tensor of one element, such as a learnt temperature.
+
+        They are read and logged at the end of each epoch, on every rank.
+        """
+        return {}
 
     @contextmanager
     def one_step(self) -> Iterator[None]:

@@ -232,6 +232,36 @@ def configured_pairs(cfg: CN, count_s: int, count_t: int) -> list[tuple[int, int
     return pairs
 
 
+def hint_layers(
+    cfg: CN, method: str, counts: tuple[int, int], networks: tuple[nn.Module, nn.Module]
+) -> tuple[int, int]:
+    """The indices of the student's and of the teacher's map, for a method that compares one pair of maps.
+
+    The pair in DISTILLER.PAIRS; else HINT_LAYER of the method's section, the same index in both networks' lists, from
+    the deepest map if it is negative.
+
+    Args:
+        method: its name, which is its section's.
+        counts: number of maps of each network.
+
+    Raises:
+        UserError: no such map, or several pairs.
+    """
+    pairs = configured_pairs(cfg, *counts)
+    if len(pairs) > 1:
+        raise UserError(f"{method} compares one pair of maps, DISTILLER.PAIRS names {len(pairs)}: {cfg.DISTILLER.PAIRS}")
+    if pairs:
+        return pairs[0]
+    layer, count = cfg[method].HINT_LAYER, min(counts)
+    if not -count <= layer < count:
+        student, teacher = map(network_name, networks)
+        have = f"feature maps 0 to {count - 1}" if count else "no feature maps"
+        raise UserError(
+            f"{method}.HINT_LAYER is {layer}, the networks have {have} ({student} and {teacher}); {OTHER_MAPS}"
+        )
+    return layer, layer
+
+
 def require_maps(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]], method: str, networks: tuple[nn.Module, nn.Module]
 ) -> None:

@@ -280,6 +280,8 @@ class BaseTrainer:
             metrics["teacher_cache_hits"] = self.step.teacher_cache.hit_rate()
         if self.nan_policy.skipped is not None:
             metrics["skipped_steps"], self.nan_policy.skipped = self.nan_policy.skipped, 0
+        own = {name: float(value) for name, value in self.distiller.metrics().items()}
+        metrics |= {f"method/{name}": value for name, value in own.items()}
         if self.ranks.first:
             self.log(lr, epoch, metrics)
         improved = self.state.scores.note(scores)
@@ -291,6 +293,7 @@ class BaseTrainer:
         self.state.save(epoch, improved)
         self._say(
             f"epoch {epoch}/{self.cfg.SOLVER.EPOCHS}: lr {lr:g}, {self.measure.epoch_line(metrics)}, "
+            f"{''.join(f'{name} {value:.4g}, ' for name, value in own.items())}"
             f"{metrics['epoch_seconds']:.1f} s, {metrics['images_per_second']:.0f} images/s"
         )
 

@@ -63,7 +63,7 @@ class Worklog:
         "train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss",
         "test_agreement", "test_agreement_top5", "test_kl",
     )  # fmt: skip
-    of_heads = ("test_acc_head_", "test_agreement_head_")
+    prefixes = ("test_acc_head_", "test_agreement_head_", "method/")
     rule = "-" * 25
     # Whole lines that a trainer's own `log` has written after a block: neither the next block, nor what `finish` wrote.
     foreign = rf"(?:(?!{rule}\n|(?:best|last)_(?:acc|agreement)\S*\t)[^\x00-\x08\x0a-\x1f\ufffd]*\n)*"
@@ -82,7 +82,7 @@ class Worklog:
         # The original prints the learning rate with two decimals, so that 0.0005 becomes 0.00.
         lines = [f"epoch: {epoch}", f"lr: {metrics['lr']:g}"]
         lines += [f"{name}: {metrics[name]:.2f}" for name in self.shown if name in metrics]
-        lines += [f"{name}: {value:.2f}" for name, value in metrics.items() if name.startswith(self.of_heads)]
+        lines += [f"{name}: {value:.2f}" for name, value in metrics.items() if name.startswith(self.prefixes)]
         self.file.append("\n".join([self.rule, *lines, self.rule, ""]))
 
     def step(self, step: int, scalars: Metrics) -> None:
