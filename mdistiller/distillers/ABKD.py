@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -83,13 +84,10 @@ def _terms(log_p: Tensor, log_q: Tensor, a: float, b: float) -> Tensor:
     near = (a * difference).abs() < _NEAR if a else torch.ones_like(difference, dtype=torch.bool)
     # Neither branch may make a NaN where the other one is taken: the gradient would be NaN too.
     d = difference.masked_fill(~near, 0) if a else difference
-    series = torch.zeros_like(d)
-    factorial = 1.0
-    for order in range(_ORDER):  # Horner's scheme would need the coefficients first
-        factorial *= order + 2
-        power_sum = sum(c ** (order - i) * b**i for i in range(order + 1))
-        if power_sum:
-            series = series + d**order * (power_sum / factorial)
+    series: float | Tensor = 0.0
+    for order in reversed(range(_ORDER)):
+        powers = sum(c ** (order - i) * b**i for i in range(order + 1))
+        series = series * d + powers / math.factorial(order + 2)
     close = (c * log_p).exp() * d.square() * series
     if not a:
         return close

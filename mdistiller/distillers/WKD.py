@@ -187,16 +187,24 @@ def gaussian_loss(
 
 def _moments(feat: Tensor, parts: tuple[int, int], eps: float) -> tuple[Tensor, Tensor]:
     """Mean and sqrt(var + eps) of every part of every channel, each (B, C, parts)."""
-    cells = [
-        feat[:, :, top:bottom, left:right].flatten(2)
-        for top, bottom in _bounds(feat.shape[2], parts[0])
-        for left, right in _bounds(feat.shape[3], parts[1])
-    ]
-    means = [cell.mean(dim=2) for cell in cells]
-    variances = [
-        (cell - mean[..., None]).square().sum(dim=2) / max(cell.shape[2] - 1, 1) for cell, mean in zip(cells, means)
-    ]
-    return torch.stack(means, dim=2), (torch.stack(variances, dim=2) + eps).sqrt()
+    (height, width), (rows, columns) = feat.shape[2:], parts
+    if height % rows == 0 and width % columns == 0:
+        cells = feat.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).transpose(3, 4)
+        var, mean = _var_mean(cells.flatten(4).flatten(2, 3))
+    else:
+        several = [
+            _var_mean(feat[:, :, top:bottom, left:right].flatten(2))
+            for top, bottom in _bounds(height, rows)
+            for left, right in _bounds(width, columns)
+        ]
+        var, mean = (torch.stack(one, dim=2) for one in zip(*several))
+    return mean, (var + eps).sqrt()
+
+
+def _var_mean(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean over the last dimension; faster on a CPU, with the backward pass, than torch.var_mean."""
+    mean = cells.mean(dim=-1)
+    return (cells - mean[..., None]).square().sum(dim=-1) / max(cells.shape[-1] - 1, 1), mean
 
 
 def _bounds(size: int, parts: int) -> list[tuple[int, int]]:

@@ -13,10 +13,11 @@ from yacs.config import CfgNode as CN
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, method_defaults
 from mdistiller.engine.update import TASK_LOSSES
 from mdistiller.models import cifar_model_dict
+from mdistiller.models.parameters import flat_parameters
 
 # Settings that have no default for every network, or whose default is too large for a test.
 SETTINGS = ["CRD.NCE.K", 16, "DCGD.GROUPS", "res56"]
-RUN = {"num_data": 64, "image_size": 32}
+RUN = {"num_data": 64, "image_size": 32, "epochs": 240, "num_classes": 100}
 EVERY_METHOD = pytest.mark.parametrize("name", sorted(distiller_dict))
 
 
@@ -79,7 +80,7 @@ def test_losses_and_gradients(name):
     assert losses and all(v.shape == () and v.isfinite() for v in losses.values())
 
     sum(losses.values()).backward()
-    learnable = distiller.get_learnable_parameters()
+    learnable = flat_parameters(distiller.get_learnable_parameters())
     trainable = {k: p for k, p in distiller.named_parameters() if p.requires_grad}
     assert not any(k.startswith("teacher.") for k in trainable)
     assert sorted(map(id, learnable)) == sorted(map(id, trainable.values())), "each of them, once"
@@ -170,7 +171,7 @@ def test_precisions(name, precision):
         _, losses = distiller(**fields)
         total = sum(losses.values())
     total.backward()
-    assert all(p.grad.isfinite().all() for p in distiller.get_learnable_parameters())
+    assert all(p.grad.isfinite().all() for p in flat_parameters(distiller.get_learnable_parameters()))
     tolerance = {"rtol": 1e-3, "atol": 1e-5} if precision == "float64" else {"rtol": 0.5, "atol": 0.5}
     for key, value in losses.items():
         assert value.isfinite() and value.dtype != torch.bfloat16, key
