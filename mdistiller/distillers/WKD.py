@@ -161,8 +161,8 @@ def gaussian_loss(
         loss = 1 / (B g^2) * sum_{B, C, parts}[ ratio (m_s - m_t)^2 + (s_s - s_t)^2 ],   s = sqrt(var + eps)
 
     m and var are a channel's mean and variance, with divisor n - 1, over the n positions of a part; a variance of one
-    position is 0. g = `grid` divides both height and width into g parts, as adaptive average pooling does: where g does
-    not divide them, parts share rows or columns. A map with fewer than g rows or columns has as many parts as those.
+    position is 0. g = `grid` divides both height and width into g parts, which differ by one row or column where g does
+    not divide them. A map with fewer than g rows or columns has as many parts as those, and g^2 is their number.
 
     Args:
         feat_student: (B, C, H, W).
@@ -187,29 +187,20 @@ def gaussian_loss(
 
 def _moments(feat: Tensor, parts: tuple[int, int], eps: float) -> tuple[Tensor, Tensor]:
     """Mean and sqrt(var + eps) of every part of every channel, each (B, C, parts)."""
-    (height, width), (rows, columns) = feat.shape[2:], parts
-    if height % rows == 0 and width % columns == 0:
-        cells = feat.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).transpose(3, 4)
-        var, mean = _var_mean(cells.flatten(4).flatten(2, 3))
-    else:
-        several = [
-            _var_mean(feat[:, :, top:bottom, left:right].flatten(2))
-            for top, bottom in _bounds(height, rows)
-            for left, right in _bounds(width, columns)
-        ]
-        var, mean = (torch.stack(one, dim=2) for one in zip(*several))
+    rows, columns = (_membership(size, count, feat) for size, count in zip(feat.shape[2:], parts))
+    # One product sums over all parts: reductions over their few positions take a CPU much longer.
+    member = torch.kron(rows, columns)
+    positions, cells = member.sum(dim=0), feat.flatten(2)
+    mean = cells @ (member / positions)
+    centred = cells - mean @ member.T
+    var = centred.square() @ (member / (positions - 1).clamp(min=1))
     return mean, (var + eps).sqrt()
 
 
-def _var_mean(cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean over the last dimension; faster on a CPU, with the backward pass, than torch.var_mean."""
-    mean = cells.mean(dim=-1)
-    return (cells - mean[..., None]).square().sum(dim=-1) / max(cells.shape[-1] - 1, 1), mean
-
-
-def _bounds(size: int, parts: int) -> list[tuple[int, int]]:
-    """First index of each part, and the one behind its last."""
-    return [(size * i // parts, -(-size * (i + 1) // parts)) for i in range(parts)]
+def _membership(size: int, parts: int, like: Tensor) -> Tensor:
+    """(size, parts): 1 where an index is in a part, of about equal lengths, else 0."""
+    part = torch.arange(size, device=like.device) * parts // size
+    return (part[:, None] == torch.arange(parts, device=like.device)).to(like.dtype)
 
 
 @register("WKD", DEFAULTS, ranges=RANGES)
