@@ -51,6 +51,9 @@ def softened(logits: Tensor, temperature: Temperature, standardize: bool = False
     logits = standardized(logits) if standardize else logits
     if isinstance(temperature, Tensor):
         temperature = temperature.reshape(-1, *[1] * (logits.ndim - 1))
+        # A trained temperature's gradient is a sum over the logits, in which 0 * -inf of a masked class would be NaN.
+        masked = logits == -torch.inf
+        return (logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -torch.inf)
     return logits / temperature
 
 
