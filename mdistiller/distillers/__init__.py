@@ -10,6 +10,7 @@ from .AT import AT
 from .CAT_KD import CAT_KD
 from .CRD import CRD
 from .CTKD import CTKD
+from .CRLD import CRLD
 from .DCGD import DCGD, DCGD_CE, DCGD_DKD, DCGD_KD
 from .DIST import DIST
 from .DKD import DKD
@@ -20,6 +21,7 @@ from .KDSVD import KDSVD
 from .NKD import NKD
 from .NormKD import NormKD
 from .LDRLD import LDRLD
+from .MLKD import MLKD
 from .NST import NST
 from .OFD import OFD
 from .PKT import PKT
@@ -41,6 +43,7 @@ __all__ = [
     "CAT_KD",
     "CRD",
     "CTKD",
+    "CRLD",
     "DCGD",
     "DCGD_CE",
     "DCGD_DKD",
@@ -51,6 +54,7 @@ __all__ = [
     "KDSVD",
     "NKD",
     "LDRLD",
+    "MLKD",
     "NST",
     "OFD",
     "PKT",

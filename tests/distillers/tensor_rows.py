@@ -63,3 +63,11 @@ def check(row: Mapping[str, Any], loss: Callable[[], Tensor], **inputs: Tensor) 
         assert gradient.norm().item() == pytest.approx(pinned["norm"], rel=1e-6), name
         first = gradient.flatten()[: len(pinned["first"])].tolist()
         assert first == pytest.approx(pinned["first"], rel=1e-6, abs=1e-9 * pinned["norm"]), name
+
+
+def two_views(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The student's and the teacher's logits of the weak view, then of the strong one; labels are the weak view's."""
+    strong, target = teacher_logits(seed + 50), labels(seed)
+    for i in (0, 4):
+        strong[i, target[i]] += 8
+    return student_logits(seed), teacher_logits(seed), student_logits(seed + 50), strong
