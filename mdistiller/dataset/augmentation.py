@@ -1,14 +1,15 @@
 """DATASET.AUGMENT: by which augmentation a data set's training images are seen, and the weak and the strong view.
 
-Two of the names replace the data set's own augmentation, two stand on top of it:
+Two of the names replace the data set's own augmentation, three stand on top of it:
 
     crop_flip        a random crop after padding by an eighth of the image size (4 of 32 pixels), and mirroring
     resized_crop     a random part of the image (8 to 100 % of its area), resized, and mirroring
     randaugment      the data set's own augmentation, then torchvision's RandAugment
     trivialaugment   the data set's own augmentation, then torchvision's TrivialAugmentWide
+    fixmatch         the data set's own augmentation, then FixMatch's strong one
 
-The weak view of an image is the augmentation without a policy, the strong one that with it (RandAugment if the setting
-names none). Each of the two has a crop of its own, as in FixMatch (arXiv 2001.07685) and in MLD.
+The weak view of an image is the augmentation without a policy, the strong one that with it: FixMatch's, as in the
+recipe of MLKD, if the setting names none. Each of the two has a crop of its own, as in FixMatch (arXiv 2001.07685).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .policies import POLICIES, apply_drawn, apply_policy, draw_policy
 View = Callable[[str], Tensor]
 Transform = Callable[[Tensor], Tensor]
 # The policy of the strong view, where the augmentation has none.
-_STRONG = "randaugment"
+_STRONG = "fixmatch"
 
 
 def padding_of(size: int) -> int:

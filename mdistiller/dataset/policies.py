@@ -1,4 +1,7 @@
-"""RandAugment and TrivialAugment by torchvision: of single images, and of batches that lie on the training device."""
+"""The policies of DATASET.AUGMENT: of single images, and of batches that lie on the training device.
+
+RandAugment and TrivialAugment are torchvision's; FixMatch's is in `fixmatch`.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,38 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from . import fixmatch
 from .batch import to_device
 
 # Torchvision's defaults, which are those of its published recipes. RandAugment applies two operations of magnitude 9 of
 # 31; TrivialAugment one, of any of 31 magnitudes.
 _CLASSES: dict[str, Callable[[], Any]] = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
-POLICIES = tuple(_CLASSES)
+# Those that draw and change batches themselves: modules with `draw` and `apply`.
+_OWN = {"fixmatch": fixmatch}
+POLICIES = (*_CLASSES, *_OWN)
 
 
 @cache
 def policy_of(name: str) -> Any:
-    """Torchvision's transform of the policy `name`: images (..., 3, H, W) uint8, all of them in the same way."""
+    """Torchvision's transform of its policy `name`: images (..., 3, H, W) uint8, all of them in the same way."""
     return _CLASSES[name]()
 
 
 def apply_policy(name: str, image: Tensor) -> Tensor:
     """One image (H, W, 3) uint8 changed by a policy, which draws from torch's CPU generator."""
+    if name in _OWN:
+        return _OWN[name].apply(image[None], _OWN[name].draw(1))[0]
     changed: Tensor = policy_of(name)(image.permute(2, 0, 1)).permute(1, 2, 0)
     return changed
 
 
 def draw_policy(name: str, count: int, generator: torch.Generator) -> Tensor:
-    """The draws of a policy for `count` images, (count, operations) int16: each is a number for `apply_drawn`."""
+    """The draws of a policy for `count` images, (count, ...), for `apply_drawn`.
+
+    Of torchvision's policies (count, operations) int16: a number says the operation, its magnitude and its sign.
+    """
+    if name in _OWN:
+        return _OWN[name].draw(count, generator)
     policy, names = policy_of(name), len(_space(name))
     operations, bins = getattr(policy, "num_ops", 1), policy.num_magnitude_bins
     shape = count, operations
@@ -44,10 +57,12 @@ def draw_policy(name: str, count: int, generator: torch.Generator) -> Tensor:
 
 
 def apply_drawn(name: str, images: Tensor, draws: Tensor) -> Tensor:
-    """Images (B, H, W, 3) uint8, each changed by its own `draws` (B, operations), which are read on the CPU.
+    """Images (B, H, W, 3) uint8, each changed by its own `draws` (B, ...), which are read on the CPU.
 
     Images of the same draw are changed together: a GPU's time goes by the number of operations, not of images.
     """
+    if name in _OWN:
+        return _OWN[name].apply(images, draws)
     images = images.permute(0, 3, 1, 2)
     for draw in draws.long().unbind(1):
         order = draw.argsort(stable=True)

@@ -79,8 +79,8 @@ CFG.DATASET.MEAN = []
 CFG.DATASET.STD = []
 # Decode the images once and keep them in memory if they take at most this much, in GiB; else workers read them.
 CFG.DATASET.MEMORY_GIB = 4.0
-# Augmentation of the training images: "crop_flip", "resized_crop", "randaugment" or "trivialaugment"; empty: the data
-# set's own.
+# Augmentation of the training images: "crop_flip", "resized_crop", "randaugment", "trivialaugment" or "fixmatch"; empty:
+# the data set's own.
 CFG.DATASET.AUGMENT = ""
 # Parameter of the Beta distribution from which the share of a mixed image is drawn; 0: no mixing.
 CFG.DATASET.MIXUP = 0.0
@@ -332,7 +332,7 @@ _RANGES: dict[str, Range] = {
     "DATASET.MEAN": _CHANNELS,
     "DATASET.STD": _CHANNELS,
     "DATASET.MEMORY_GIB": NOT_NEGATIVE,
-    "DATASET.AUGMENT": one_of("", "crop_flip", "resized_crop", "randaugment", "trivialaugment"),
+    "DATASET.AUGMENT": one_of("", "crop_flip", "resized_crop", "randaugment", "trivialaugment", "fixmatch"),
     "DATASET.MIXUP": NOT_NEGATIVE,
     "DATASET.CUTMIX": NOT_NEGATIVE,
     "DATASET.ERASING": interval(0, 1, "[]"),

@@ -28,7 +28,7 @@ from .update import DotUpdate, SumUpdate
 GRAPH = "a step as one CUDA graph"
 _NO_GRAPH = "set SOLVER.CUDA_GRAPH auto or never"
 # Values of DATASET.AUGMENT that make more images of one than can be numbered.
-_ENDLESS = ("resized_crop", "randaugment", "trivialaugment")
+_ENDLESS = ("resized_crop", "randaugment", "trivialaugment", "fixmatch")
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ MODES = (
     _equal("resized crops", "DATASET.AUGMENT", "resized_crop"),
     _equal("RandAugment", "DATASET.AUGMENT", "randaugment"),
     _equal("TrivialAugment", "DATASET.AUGMENT", "trivialaugment"),
+    _equal("FixMatch's augmentation", "DATASET.AUGMENT", "fixmatch"),
     _unlike("MixUp", "DATASET.MIXUP", 0, 0.8),
     _unlike("CutMix", "DATASET.CUTMIX", 0, 1.0),
     _unlike("erasing", "DATASET.ERASING", 0, 0.25),
