@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..models.parameters import Group
 from ._compiled import CompiledForward
 from ._declared import declared
+from ._inferred import infer
 from .facts import RunFacts
 from .registration import register
 
@@ -72,7 +73,8 @@ class Distiller(nn.Module):
     config_section: ClassVar[str] = ""
     # Facts of the run that the constructor needs as keyword arguments after (student, teacher, cfg); see `RunFacts`.
     needs_run: ClassVar[tuple[str, ...]] = ()
-    # Fields of the batch that it needs in addition to image and target, such as "index" or "contrastive_index".
+    # Fields of the batch that it needs in addition to image and target, such as "index" or "contrastive_index". Those
+    # that `forward_train` names need no declaration.
     needs_batch: ClassVar[tuple[str, ...]] = ()
     # False for Vanilla: no teacher is built and no teacher checkpoint is needed.
     needs_teacher: ClassVar[bool] = True
@@ -91,7 +93,8 @@ class Distiller(nn.Module):
     # Its cross-entropy with the labels is `self.cross_entropy(logits, target, **kwargs)`, which knows labels that are
     # smoothed or mixed. Not inherited by a class with a forward_train of its own, which may compute it in another way.
     soft_labels: ClassVar[bool] = False
-    # It softens logits, and does so by `_logits.softened`, which knows EXPERIMENT.LOGIT_STAND.
+    # It softens logits, and does so by `_logits.softened`, which knows EXPERIMENT.LOGIT_STAND. A method that reads that
+    # setting itself need not say so.
     standardizes_logits: ClassVar[bool] = False
     # Beside the cross-entropy, its loss needs the one class, or the one image of the training set, that an image shows.
     # So mixed images (DATASET.MIXUP, CUTMIX) are refused.
@@ -119,6 +122,7 @@ class Distiller(nn.Module):
             value = getattr(cls, name)
             if not (isinstance(value, (tuple, list)) or (value is None and name == "teacher_outputs")):
                 raise TypeError(f'{cls.__name__}.{name} must be a tuple of names, such as ("index",), not {value!r}')
+        infer(cls)
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()

@@ -190,13 +190,7 @@ def _check_frozen(distiller: Distiller) -> None:
 
 
 def _check_deployments(distiller: Distiller) -> None:
-    name, method = type(distiller).__name__, type(distiller)
-    if method.forward_test is not Distiller.forward_test and method.deployments is Distiller.deployments:
-        raise UserError(
-            f"{name} overrides forward_test, but not deployments: the network that is scored would not be the one that "
-            "is saved, averaged and costed. Define deployments(), which returns the deployed networks by name, such as "
-            '{"student": self.deployed}, instead of forward_test'
-        )
+    name = type(distiller).__name__
     networks: Any = distiller.deployments()
     if not (isinstance(networks, Mapping) and networks and all(isinstance(n, nn.Module) for n in networks.values())):
         raise UserError(f"{name}.deployments() must return networks by name, it returns {one_line(networks, 100)}")
@@ -210,18 +204,36 @@ def _check_deployments(distiller: Distiller) -> None:
         raise UserError(f"{name}.deployments() must return the same networks at every call; build them in __init__")
 
 
+def only_scores(distiller: Distiller) -> bool:
+    """Whether a method says how it is scored, and not which network that is, as the original's methods do."""
+    method = type(distiller)
+    return method.forward_test is not Distiller.forward_test and method.deployments is Distiller.deployments
+
+
 def check_scores(distiller: Distiller, image_size: int) -> None:
-    """Refuse a method whose first head is not its main deployment: one that scores another network than it saves.
+    """`check_scored` by an image of noise.
 
     Args:
         image_size: height and width of the run's images.
 
     Raises:
+        UserError: see `check_scored`.
+    """
+    shape = (2, 3, image_size, image_size)
+    parameter = next(distiller.main_network().parameters())
+    check_scored(distiller, torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(parameter))
+
+
+def check_scored(distiller: Distiller, image: Tensor) -> None:
+    """Refuse a method whose first head is not its main deployment: one that scores another network than it saves.
+
+    Args:
+        image: (B, 3, H, W).
+
+    Raises:
         UserError: names both.
     """
     name, main = next(iter(distiller.deployments().items()))
-    shape = (2, 3, image_size, image_size)
-    image = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(next(main.parameters()))
     output = returned(distiller.deployments()[name], image, f"the deployment {name} {type(main).__name__}")
     with eval_mode(distiller):
         deployed = logits_of(output)
@@ -236,6 +248,12 @@ def check_scores(distiller: Distiller, image_size: int) -> None:
         }
     for method, logits in scored.items():
         if logits.shape != deployed.shape or not torch.allclose(logits, deployed, rtol=1e-3, atol=1e-4, equal_nan=True):
+            if only_scores(distiller):
+                raise UserError(
+                    f"{type(distiller).__name__} overrides forward_test, but not deployments: the network that is "
+                    "scored would not be the one that is saved, averaged and costed. Define deployments(), which "
+                    'returns the deployed networks by name, such as {"student": self.deployed}, instead of forward_test'
+                )
             raise UserError(
                 f"{type(distiller).__name__}.{method} scores other logits than its deployment {name!r} "
                 f"({type(main).__name__}) gives; let deployments() return the network that is scored first"

@@ -23,6 +23,7 @@ from ..dataset.batch import fields_of, image_and_label, named_batch
 from ..dataset.labels import check_labels, form
 from ..dataset.workers import started
 from ..distillers import Distiller
+from ..distillers.contract import check_scored, only_scores
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..models.copies import has_hooks
@@ -184,6 +185,14 @@ def _check_index(parts: Parts, batch: Mapping[str, Any]) -> None:
         )
 
 
+def _check_scores(parts: Parts, batch: Mapping[str, Any]) -> None:
+    """Of a trainer built by hand too, the network that is scored is the one that is saved."""
+    if only_scores(parts.distiller):
+        image = batch["image"][:2].nan_to_num()
+        with parts.undisturbed(image):
+            check_scored(parts.distiller, image)
+
+
 def _check_validation(parts: Parts, batch: Mapping[str, Any]) -> None:
     """The first batch of a validation DataLoader of the user's own; training would read it after an epoch only.
 
@@ -225,4 +234,4 @@ def _owner(name: str, network: nn.Module) -> str:
     return f"the {name} {network_name(network)}"
 
 
-_CHECKS = (_check_loaders, _check_images, _check_networks, _check_labels, _check_index, _check_validation)
+_CHECKS = (_check_loaders, _check_images, _check_networks, _check_labels, _check_index, _check_scores, _check_validation)

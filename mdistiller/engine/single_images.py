@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from ..dataset.batch import VIEWS
 from ..distillers import Distiller
 from ..distillers.facts import image_size_of
 from ..distributed.ranks import Ranks
@@ -52,9 +53,11 @@ def check_single_images(distiller: Distiller, reader: BatchReader, cfg: CN, rank
 
 
 def _one_image(reader: BatchReader, cfg: CN) -> dict[str, Tensor]:
-    """A batch of one image, black."""
+    """A batch of one image, black, and of the views of it that the method needs."""
     size, zero = image_size_of(cfg), torch.zeros(1, dtype=torch.int64)
-    return reader({"image": torch.zeros(1, 3, size, size), "target": zero, "index": zero}, epoch=1)
+    views = ("image", *(name for name in VIEWS if name in reader.needs))
+    images = dict.fromkeys(views, torch.zeros(1, 3, size, size))
+    return reader({**images, "target": zero, "index": zero}, epoch=1)
 
 
 def too_few_images(distiller: Distiller, cfg: CN, world: int) -> UserError:

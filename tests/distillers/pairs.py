@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
+from mdistiller.dataset.batch import VIEWS
 from mdistiller.distillers import Distiller, RunFacts, distiller_dict, method_defaults
 from mdistiller.distillers.contract import check_distiller, check_losses, gradient_gap
 from mdistiller.engine.update import TASK_LOSSES
@@ -66,7 +67,7 @@ def network(name: str) -> nn.Module:
 def batch() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     return {
-        "image": torch.randn(BATCH, 3, SIZE, SIZE, generator=generator),
+        **{name: torch.randn(BATCH, 3, SIZE, SIZE, generator=generator) for name in ("image", *VIEWS)},
         "target": torch.tensor([0, 1, 2, 2]),
         "epoch": 1,
         "index": torch.arange(BATCH),

@@ -49,9 +49,7 @@ def small(method: str, groups_file: str, **options: Any) -> Distiller:
 
 def batch() -> dict[str, Any]:
     return {
-        "image": _golden.images(0, 3, 32),
-        "image_weak": _golden.images(1, 3, 32),
-        "image_strong": _golden.images(2, 3, 32),
+        **{name: _golden.images(seed, 3, 32) for seed, name in enumerate(("image", "image_weak", "image_strong"))},
         "target": torch.tensor([0, 3, 1]),
         "index": torch.arange(3),
         "contrastive_index": torch.arange(15).reshape(3, 5) % 8,

@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from yacs.config import CfgNode as CN
 
+from mdistiller.dataset.batch import VIEWS
 from mdistiller.distillers import DCGD, Distiller, RunFacts, distiller_dict, method_defaults
 from mdistiller.models import cifar_model_dict
 
@@ -47,7 +48,7 @@ def batch(step: int, num_data: int, images: int = IMAGES) -> dict:
     index = torch.randperm(num_data, generator=g)[:images]
     negatives = torch.randint(num_data, (images, NEGATIVES), generator=g)
     return {
-        "image": torch.randn(images, 3, 32, 32, generator=g),
+        **{name: torch.randn(images, 3, 32, 32, generator=g) for name in ("image", *VIEWS)},
         "target": torch.randint(100, (images,), generator=g),
         "index": index,
         "contrastive_index": torch.cat([index[:, None], negatives], dim=1),

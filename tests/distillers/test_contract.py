@@ -91,6 +91,13 @@ class DeploysWithoutScoring(HasDeployed):
         return {"student": self.deployed}
 
 
+class ScoresTheStudent(Method):
+    """As a method of the original may, without a need."""
+
+    def forward_test(self, image):
+        return self.student(image)[0]
+
+
 class ScoresNeither(DeploysIt):
     """Declares one network and scores another."""
 
@@ -123,7 +130,7 @@ class NamedLikeAFolder(Method):
         return {"a/b": self.student}
 
 
-@pytest.mark.parametrize("method", [Method, DeclaredUntrained, WithGroups, DeploysIt, DeploysWithoutScoring])
+@pytest.mark.parametrize("method", [Method, DeclaredUntrained, WithGroups, DeploysIt, DeploysWithoutScoring, ScoresTheStudent])
 def test_methods_that_keep_the_contract(method):
     distiller = method()
     check_distiller(distiller)
@@ -144,7 +151,6 @@ def test_methods_that_keep_the_contract(method):
             r"TrainsItsTeacher: teacher.fc.weight, teacher.fc.bias would be trained, but teacher is frozen",
         ),
         (ThawsItsTeacher, r"ThawsItsTeacher: teacher.fc.weight, teacher.fc.bias would be trained"),
-        (ScoresAnother, r"ScoresAnother overrides forward_test, but not deployments.* Define deployments\(\)"),
         (NewEveryTime, r"NewEveryTime.deployments\(\) must return the same networks at every call"),
         (ListOfDeployments, r"ListOfDeployments.deployments\(\) must return networks by name"),
         (NamedLikeAFolder, r"NamedLikeAFolder.deployments\(\): 'a/b' cannot be part of a file's name"),
@@ -162,6 +168,15 @@ def test_a_method_that_scores_another_network_than_it_deploys(method, scorer):
     check_distiller(distiller)
     with pytest.raises(
         UserError, match=rf"{method.__name__}.{scorer} scores other logits than its deployment 'student'"
+    ):
+        check_scores(distiller, 8)
+
+
+def test_a_method_that_only_scores_another_network_is_told_of_deployments():
+    distiller = ScoresAnother()
+    check_distiller(distiller)
+    with pytest.raises(
+        UserError, match=r"ScoresAnother overrides forward_test, but not deployments.* Define deployments\(\)"
     ):
         check_scores(distiller, 8)
 
@@ -193,6 +208,41 @@ def test_what_is_untrained_is_not_learnable():
     *plain, group = learnable_parameters(distiller)
     assert list(map(id, plain)) == list(map(id, distiller.student.conv.parameters()))
     assert group["params"] == [distiller.layer.weight] and group["lr"] == 0.1
+
+
+def test_fields_that_forward_train_names_are_needed():
+    class TwoViews(Method):
+        def forward_train(self, image_weak, image_strong, target, epoch, gain=1.0, *, index, **kwargs):
+            raise AssertionError
+
+    class Inherits(TwoViews):
+        needs_batch = ("image_weak", "contrastive_index")
+
+        def forward_train(self, image_weak, target, **kwargs):
+            raise AssertionError
+
+    class Anything(Method):
+        def forward_train(self, *args, **kwargs):
+            raise AssertionError
+
+    assert TwoViews.needs_batch == ("image_weak", "image_strong", "index")
+    assert Inherits.needs_batch == ("image_weak", "contrastive_index") and Anything.needs_batch == ()
+
+
+def test_a_method_that_reads_logit_stand_standardises_logits():
+    class Reads(Method):
+        def __init__(self, cfg):
+            super().__init__()
+            self.logit_stand = cfg.EXPERIMENT.LOGIT_STAND
+
+    class Deeper(Reads):
+        pass
+
+    class SaysNo(Reads):
+        standardizes_logits = False
+
+    assert Reads.standardizes_logits and Deeper.standardizes_logits
+    assert not SaysNo.standardizes_logits and not Method.standardizes_logits
 
 
 def test_a_text_in_place_of_names_is_a_type_error():

@@ -10,13 +10,14 @@ import pytest
 import torch
 from yacs.config import CfgNode as CN
 
+from mdistiller.dataset.batch import VIEWS
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, method_defaults
 from mdistiller.engine.update import TASK_LOSSES
 from mdistiller.models import cifar_model_dict
 from mdistiller.models.parameters import flat_parameters
 
 # Settings that have no default for every network, or whose default is too large for a test.
-SETTINGS = ["CRD.NCE.K", 16, "DCGD.GROUPS", "res56"]
+SETTINGS = ["CRD.NCE.K", 16, "DCGD.GROUPS", "res56", "CRLD.TAU_W", 0.0, "CRLD.TAU_S", 0.0]
 RUN = {"num_data": 64, "image_size": 32, "epochs": 240, "num_classes": 100}
 EVERY_METHOD = pytest.mark.parametrize("name", sorted(distiller_dict))
 
@@ -42,6 +43,7 @@ def batch(step: int = 0) -> dict[str, Any]:
     negatives = torch.randint(RUN["num_data"], (4, 16), generator=generator)
     return {
         "image": torch.randn(4, 3, 32, 32, generator=generator),
+        **{name: torch.randn(4, 3, 32, 32, generator=generator) for name in VIEWS},
         "target": torch.randint(100, (4,), generator=generator),
         "epoch": 5,
         "index": index,
@@ -166,7 +168,7 @@ def test_precisions(name, precision):
     _, exact = build(name)(**batch())
     if precision == "float64":
         distiller.double()
-        fields["image"] = fields["image"].double()
+        fields |= {name: fields[name].double() for name in ("image", *VIEWS)}
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         _, losses = distiller(**fields)
         total = sum(losses.values())
