@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..models.parameters import Group
 from ._compiled import CompiledForward
 from ._declared import declared
-from ._inferred import infer
+from ._inferred import infer, sections_read
 from .facts import RunFacts
 from .registration import register
 
@@ -202,8 +202,8 @@ class Distiller(nn.Module):
 
     @classmethod
     def config_sections(cls, cfg: CN) -> set[str]:
-        """The sections of the config tree that the method reads."""
-        return {cls.config_section}
+        """The sections of the config tree that the method reads; of one that is not registered, those that it names."""
+        return {cls.config_section} if cls.config_section else sections_read(cls, cfg)
 
     @classmethod
     def label_weights(cls, cfg: CN) -> tuple[str, ...] | None:

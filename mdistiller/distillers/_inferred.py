@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
+# The engine's own sections of the config tree.
+_ENGINE = {"EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG"}
 # What every step passes to `forward_train`; the rest are fields of the batch that a method needs.
 _ALWAYS = ("self", "image", "target", "epoch")
 
@@ -16,6 +19,13 @@ def infer(method: Any) -> None:
         method.needs_batch = tuple(dict.fromkeys((*method.needs_batch, *_fields(own["forward_train"]))))
     if "standardizes_logits" not in own and any(_reads(function, "LOGIT_STAND") for function in own.values()):
         method.standardizes_logits = True
+
+
+def sections_read(method: Any, known: Iterable[str]) -> set[str]:
+    """Which of the `known` sections of the config tree the functions of a class, and of those above it, name."""
+    functions = [function for cls in method.__mro__ for function in vars(cls).values() if inspect.isfunction(function)]
+    named = {name for function in functions for name in function.__code__.co_names}
+    return named.intersection(known) - _ENGINE
 
 
 def _fields(forward_train: Any) -> list[str]:
