@@ -30,6 +30,8 @@ from .ReviewKD import ReviewKD
 from .RKD import RKD
 from .RLD import RLD
 from .SDD import SDD_DKD, SDD_KD, SDD_NKD
+from .SemCKD import SemCKD
+from .SimKD import SimKD
 from .SP import SP
 from .SRRL import SRRL
 from .TTM import TTM
@@ -74,6 +76,8 @@ __all__ = [
     "NormKD",
     "ReviewKD",
     "RunFacts",
+    "SemCKD",
+    "SimKD",
     "Vanilla",
     "declare_defaults",
     "distiller_dict",
