@@ -14,7 +14,7 @@ from ..console import network_name
 from ..errors import UserError
 from ..models.cost import count_parameters
 from ..models.parameters import Group
-from ..models.trunk import Trunk
+from ..models.trunk import Trunk, parameter_layer
 from ..ranges import NOT_NEGATIVE, whole
 from ._base import Distiller, Losses, register
 from ._feature_maps import align, probe_pair, require_maps
@@ -137,7 +137,7 @@ class SimKD(Distiller):
             student.get_parameter(name).requires_grad_(False)
         self.untrained = tuple(f"student.{name}" for name in self._trunk.unused)
         # In a tuple, as its layers are in the state dict already, under the names of student, projector and teacher.
-        self._deployed = (SimKDNetwork(self._trunk.network, self.transfer, _layer(classifier), size_t),)
+        self._deployed = (SimKDNetwork(self._trunk.network, self.transfer, parameter_layer(classifier), size_t),)
 
     @classmethod
     def label_weights(cls, cfg: CN) -> tuple[str, ...]:
@@ -173,8 +173,3 @@ class SimKD(Distiller):
 
 def _last_map(output: Any) -> Tensor:
     return output[1]["feats"][-1]
-
-
-def _layer(classifier: nn.Linear) -> nn.Module:
-    """The layer that holds the classifier's parameters: itself, or the 1x1 convolution whose it reads."""
-    return classifier if next(classifier.parameters(), None) is not None else classifier._conv  # type: ignore[return-value]

@@ -22,6 +22,7 @@ from .NKD import NKD
 from .NormKD import NormKD
 from .LDRLD import LDRLD
 from .MLKD import MLKD
+from .NORM import NORM
 from .NST import NST
 from .OFD import OFD
 from .PKT import PKT
@@ -57,6 +58,7 @@ __all__ = [
     "NKD",
     "LDRLD",
     "MLKD",
+    "NORM",
     "NST",
     "OFD",
     "PKT",

@@ -338,6 +338,12 @@ class Distiller(nn.Module):
         """The network whose weights the files of the deployment `name` hold: by default, the deployment itself."""
         return self.deployments()[name]
 
+    def merge(self) -> None:
+        """Let `deployments()` return networks with fewer layers and equal logits from now on, where there are such.
+
+        For `mdistiller convert --merge`. Training does not go on after it.
+        """
+
     def main_network(self) -> nn.Module:
         """The network whose weights `student_best` holds."""
         return self.network_to_save(next(iter(self.deployments())))

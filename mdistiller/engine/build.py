@@ -26,6 +26,7 @@ from ..models.sources import is_foreign
 from ..registry import Registry, unknown_name
 from .cfg import load_cfg
 from .files.checkpoint import (
+    DEPLOYED,
     HEAD,
     INPUT,
     description_of,
@@ -206,6 +207,8 @@ def load_deployed(ckpt: Path, device: str = "auto") -> tuple[Distiller, list[str
         held = marks(content).get(HEAD, names[0])
         if held not in names:
             raise unknown_name(f"deployment in {ckpt}", held, names)
+        if marks(content).get(DEPLOYED) not in (None, type(distiller.network_to_save(held)).__name__):
+            distiller.merge()  # the file may hold the merged network
         network = distiller.network_to_save(held)
         load_state(network, model_state(content, ckpt), ckpt)
         names = [name for name in names if distiller.network_to_save(name) is network]

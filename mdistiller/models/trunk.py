@@ -100,3 +100,8 @@ def _same(whole: nn.Module, part: nn.Module, read: Read, image: Tensor) -> bool:
             return bool(torch.equal(read(whole(image)), read(part(image))))
     except Exception:  # it needs what was taken out, in whatever way
         return False
+
+
+def parameter_layer(classifier: nn.Linear) -> nn.Module:
+    """The layer that holds a classifier's parameters: itself or, for a `PointwiseLinear`, the 1x1 convolution."""
+    return classifier if next(classifier.parameters(), None) is not None else classifier._conv  # type: ignore[return-value]

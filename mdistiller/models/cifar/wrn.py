@@ -70,6 +70,8 @@ class WideResNet(StagedNet):
     """
 
     last_stage = ("block3", "bn1")
+    # The BatchNorm between the last of `feats` and the ReLU before the pooling.
+    last_norm = "bn1"
 
     def __init__(self, depth: int, widen_factor: int = 1, num_classes: int = 100) -> None:
         super().__init__()
