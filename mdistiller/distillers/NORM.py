@@ -128,7 +128,7 @@ class NormNetwork(nn.Module):
         with torch.no_grad():
             own.weight.copy_((torch.eye(len(residual)).to(residual) + residual)[..., None, None])
             own.bias.copy_(s2 * (w2 @ t1) + t2)  # type: ignore[union-attr]
-        return MergedNormNetwork(self.student, own, self.norm, self.classifier).train(self.training)
+        return MergedNormNetwork(self.student, own, self.norm, self.classifier)
 
 
 class MergedNormNetwork(nn.Module):

@@ -79,7 +79,8 @@ class Trunk:
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether it is called with one tensor, and not a list of layers or a block of which some are called."""
-    return type(module) is nn.Sequential or next(module.children(), None) is None
+    holds_parameters = next(module.parameters(recurse=False), None) is not None
+    return type(module) is nn.Sequential or holds_parameters or next(module.children(), None) is None
 
 
 class _Passing(nn.Module):
