@@ -42,8 +42,8 @@ from ..grouping import (
     save_distances,
     save_groups,
 )
-from ..grouping.class_distances import check_suffix
 from ..grouping.cifar100 import SUPERCLASS, SUPERCLASS_NAMES
+from ..grouping.class_distances import check_suffix
 from ..registry import unknown_name
 from ._arguments import (
     check_batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from ._logits import logit_stand
 from .facts import RunFacts
 from .KD import kd_loss
 from .registration import distiller_dict
+from .stages import Stage
 
 DEFAULTS = CN(
     {
@@ -190,6 +192,17 @@ class DCGD(Distiller):
     def get_extra_parameters(self) -> int:
         """Those of the base method; the branches are part of the student."""
         return self.method.get_extra_parameters()
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Those of the base method, in which the branches do not learn."""
+        return tuple(replace(stage, losses=self._in_one_pass(stage.losses)) for stage in self.method.stages())
+
+    def _in_one_pass(self, losses: Callable[..., Losses]) -> Callable[..., Losses]:
+        def kept(image: Tensor, target: Tensor, **kwargs: Any) -> Losses:
+            with self._student_kept, self._teacher_kept:
+                return losses(image, target, **kwargs)
+
+        return kept
 
     def settled(self) -> bool:
         return self.method.settled()

@@ -14,6 +14,7 @@ from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, WHOLE, list_of, whole
 from ._base import FeatureDistiller, Features, Losses, register
 from ._feature_maps import hint_layers, input_size, probe_pair, regressor, require_maps
+from .stages import Stage, parameters_behind
 
 DEFAULTS = CN(
     {
@@ -43,9 +44,8 @@ class FitNet(FeatureDistiller):
     HINT_LAYER counts in both networks' lists, from the stem's map, or from the deepest one if it is negative. A pair in
     DISTILLER.PAIRS, [[guided layer, hint layer]], replaces it. The regressor takes maps of any sizes, see `regressor`.
 
-    During the first INIT_EPOCHS epochs the cross-entropy has weight 0: the paper's first stage, in which the hint
-    alone trains the student up to the guided layer. `loss_ce` is then 0, and the layers above the guided one get zero
-    gradients, but the optimizer's weight decay still changes them. The default, 0, skips this stage, like the original.
+    INIT_EPOCHS is the paper's first stage: so many epochs before training, in which `loss_kd` alone trains the student up
+    to the guided layer, and the regressor. The default, 0, skips this stage, like the original.
 
     Args:
         image_size: of the run; without it FITNET.INPUT_SIZE counts, [] for the data set's.
@@ -59,15 +59,13 @@ class FitNet(FeatureDistiller):
 
     needs_run = ("image_size",)
     teacher_outputs = ("feats",)
-    soft_labels = True
-    label_weight = "LOSS.CE_WEIGHT"
     compares_maps = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher, cfg.FITNET)
         self.init_epochs = cfg.FITNET.INIT_EPOCHS
-        size = input_size(cfg.FITNET.INPUT_SIZE, image_size, cfg, "FITNET.INPUT_SIZE")
-        maps_s, maps_t = (features["feats"] for features in probe_pair(student, teacher, size))
+        self.size = input_size(cfg.FITNET.INPUT_SIZE, image_size, cfg, "FITNET.INPUT_SIZE")
+        maps_s, maps_t = (features["feats"] for features in probe_pair(student, teacher, self.size))
         self.guided, self.hint = hint_layers(cfg, "FITNET", (len(maps_s), len(maps_t)), (student, teacher))
         self.reads_only("teacher", [f"feats[{self.hint}]"])
         hint = maps_s[self.guided].shape, maps_t[self.hint].shape
@@ -84,8 +82,13 @@ class FitNet(FeatureDistiller):
         guided = self.conv_reg(feature_student["feats"][self.guided])
         return F.mse_loss(guided, feature_teacher["feats"][self.hint])
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, losses = super().forward_train(image, target, **kwargs)
-        if self.init_epochs:
-            losses["loss_ce"] = losses["loss_ce"] * (kwargs.get("epoch", 1) > self.init_epochs)
-        return logits_student, losses
+    def stages(self) -> tuple[Stage, ...]:
+        if not self.init_epochs:
+            return ()
+        trunk = parameters_behind(self.student, self.size, lambda features: [features["feats"][self.guided]])
+        return (Stage("hint", self.init_epochs, [*trunk, *self.conv_reg.parameters()], self.hint_alone),)
+
+    def hint_alone(self, image: Tensor, target: Tensor, **kwargs: Any) -> Losses:
+        """The stage's loss."""
+        features = self.student(image)[1], self.teacher_forward(image)[1]
+        return {"loss_kd": self.feat_loss_weight * self.feature_loss(*features)}

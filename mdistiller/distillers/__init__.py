@@ -5,24 +5,29 @@ or add it to `distiller_dict` at the end of this file and its hyper-parameters t
 """
 
 from ._base import Distiller, Vanilla, logits_of
+from .AB import AB
 from .ABKD import ABKD
 from .AT import AT
 from .CAT_KD import CAT_KD
+from .CC import CC
 from .CRD import CRD
-from .CTKD import CTKD
 from .CRLD import CRLD
+from .CTKD import CTKD
 from .DCGD import DCGD, DCGD_CE, DCGD_DKD, DCGD_KD
 from .DIST import DIST
 from .DKD import DKD
 from .facts import RunFacts
 from .FitNet import FitNet
+from .FSP import FSP
+from .FT import FT
+from .ICKD import ICKD
 from .KD import KD
 from .KDSVD import KDSVD
-from .NKD import NKD
-from .NormKD import NormKD
 from .LDRLD import LDRLD
 from .MLKD import MLKD
+from .NKD import NKD
 from .NORM import NORM
+from .NormKD import NormKD
 from .NST import NST
 from .OFD import OFD
 from .PKT import PKT
@@ -35,29 +40,35 @@ from .SemCKD import SemCKD
 from .SimKD import SimKD
 from .SP import SP
 from .SRRL import SRRL
+from .stages import Stage
 from .TTM import TTM
 from .VID import VID
-from .WTTM import WTTM
 from .WKD import WKD
+from .WTTM import WTTM
 
 __all__ = [
+    "AB",
     "ABKD",
     "AT",
     "CAT_KD",
+    "CC",
     "CRD",
-    "CTKD",
     "CRLD",
+    "CTKD",
     "DCGD",
     "DCGD_CE",
     "DCGD_DKD",
     "DCGD_KD",
     "DIST",
     "DKD",
+    "FSP",
+    "FT",
+    "ICKD",
     "KD",
     "KDSVD",
-    "NKD",
     "LDRLD",
     "MLKD",
+    "NKD",
     "NORM",
     "NST",
     "OFD",
@@ -71,8 +82,8 @@ __all__ = [
     "SRRL",
     "TTM",
     "VID",
-    "WTTM",
     "WKD",
+    "WTTM",
     "Distiller",
     "FitNet",
     "NormKD",
@@ -80,6 +91,7 @@ __all__ = [
     "RunFacts",
     "SemCKD",
     "SimKD",
+    "Stage",
     "Vanilla",
     "declare_defaults",
     "distiller_dict",

@@ -21,6 +21,7 @@ from ._declared import declared
 from ._inferred import infer, sections_read
 from .facts import RunFacts
 from .registration import register
+from .stages import Stage, train_layers
 
 Features = dict[str, Any]
 Losses = dict[str, Tensor]
@@ -133,6 +134,9 @@ class Distiller(nn.Module):
         # submodule and is not saved in checkpoints.
         self._runners: dict[str, Callable[[Tensor], Any]] = {}
         self._compiled: CompiledForward | None = None
+        # The stage before training that is on, and the parameters whose requires_grad it has changed.
+        self.stage: Stage | None = None
+        self._set_aside: list[nn.Parameter] = []
         self._in_step = False
         self._output_checked = False
         self._without_labels = False
@@ -162,8 +166,10 @@ class Distiller(nn.Module):
             self.frozen[name] = tuple(outputs)
 
     def train(self, mode: bool = True) -> Distiller:
-        """Training mode for everything but the frozen networks, see `evaluated`."""
+        """Training mode for everything but the frozen networks, see `evaluated`; in a stage, for what it trains."""
         super().train(mode)
+        if mode and self.stage is not None:
+            train_layers(self, set(map(id, self.stage.parameters)))
         for name in self.evaluated:
             self.get_submodule(name).eval()
         return self
@@ -184,6 +190,24 @@ class Distiller(nn.Module):
     def get_extra_parameters(self) -> int:
         """How many parameters the method adds to the student while training."""
         return 0
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages before training, in their order; by default there are none. See `Stage`."""
+        return ()
+
+    def turn_to(self, stage: Stage | None) -> None:
+        """Be in one of the `stages` from now on, or in none: its losses instead of `forward_train`'s, its parameters.
+
+        The trainer does it, and a training loop of one's own may; `train()` comes after it.
+        """
+        for p in self._set_aside:
+            p.requires_grad_(not p.requires_grad)
+        trained = set() if stage is None else set(map(id, stage.parameters))
+        others = [] if stage is None else [p for p in self.parameters() if p.requires_grad != (id(p) in trained)]
+        for p in others:
+            p.requires_grad_(not p.requires_grad)
+        self.stage, self._set_aside = stage, others
+        self._compiled, self._output_checked = None, False
 
     @classmethod
     def from_run(cls, student: nn.Module, teacher: nn.Module | None, cfg: CN, facts: RunFacts) -> Distiller:
@@ -227,8 +251,15 @@ class Distiller(nn.Module):
             object.__setattr__(self, name, network)  # in no state dict or module list; train() leaves it alone
 
     def compile_training(self, sizes: Collection[int], *args: Any, **options: Any) -> None:
-        """Run `forward_train` of batches of these sizes through torch.compile from now on; see `CompiledForward`."""
-        self._compiled = CompiledForward(self.forward_train, sizes, *args, **options)
+        """Run `forward_train` of batches of these sizes through torch.compile from now on; see `CompiledForward`.
+
+        In a stage, its losses.
+        """
+        self._compiled = CompiledForward(self._trained_by(), sizes, *args, **options)
+
+    def _trained_by(self) -> Callable[..., Any]:
+        """What a step calls: `forward_train`, or the losses of the stage."""
+        return self.forward_train if self.stage is None else self.stage.losses
 
     def settled(self) -> bool:
         """Whether `forward_train` computes what it will compute from now on, so that it can be compiled.
@@ -364,18 +395,23 @@ class Distiller(nn.Module):
         return {name: logits_of(network(image)) for name, network in networks.items()}
 
     def forward(self, **kwargs: Any) -> Any:
-        """`forward_train` in training mode, else `forward_test` of `image`. See `one_step`."""
+        """`forward_train` in training mode, else `forward_test` of `image`. See `one_step`.
+
+        In a stage, its losses beside logits that say nothing: no classifier is trained there.
+        """
         if not self.training:
             return self.forward_test(kwargs["image"])
         compiled = self._compiled
-        if compiled is not None and compiled.takes(kwargs) and self.settled():
+        if compiled is not None and compiled.takes(kwargs) and (self.stage is not None or self.settled()):
             output = compiled(kwargs)
         else:
-            output = self.forward_train(**kwargs)
+            output = self._trained_by()(**kwargs)
+        if self.stage is not None:
+            output = kwargs["image"].new_zeros(len(kwargs["target"]), 1), output
         if not self._output_checked:
             _check_output(type(self).__name__, output, kwargs["target"])
             self._output_checked = True
-        if not self._in_step:
+        if not self._in_step and self.stage is None:
             with torch.no_grad():
                 self.after_step()
         return output

@@ -117,6 +117,7 @@ class MapPairs:
         method: for the messages.
         kinds: which of the student's and of the teacher's features are paired: "feats" or "preact_feats".
         least: number of pairs that the method needs.
+        stem: pair the stems' maps too.
 
     Attributes:
         counts: number of maps of the student and of the teacher.
@@ -137,12 +138,14 @@ class MapPairs:
         method: str,
         kinds: tuple[str, str] = ("feats", "feats"),
         least: int = 1,
+        stem: bool = False,
     ) -> None:
         self.kinds = kinds
         maps_s, maps_t = self._lists(features, (student, teacher), method)
         self.counts = len(maps_s), len(maps_t)
         self.configured = configured_pairs(cfg, *self.counts)
-        self.indices = self.configured or pair_stages(*self.counts, int(getattr(teacher, "stem_in_feats", True)))
+        first = 0 if stem else int(getattr(teacher, "stem_in_feats", True))
+        self.indices = self.configured or pair_stages(*self.counts, first)
         self.shapes = [(maps_s[i].shape, maps_t[j].shape) for i, j in self.indices]
         require_maps(self.shapes, method, (student, teacher))
         if len(self.indices) < least:
@@ -170,6 +173,19 @@ class MapPairs:
         if not kept or (self.configured and len(kept) < len(self.indices)):
             raise UserError(f"{method} cannot compare the pairs {self.indices} of feature maps: {why}")
         self.indices, self.shapes = map(list, zip(*kept))
+
+    def keep_one(self, method: str) -> None:
+        """Keep the deepest pair, or the one that DISTILLER.PAIRS names, for a method that compares one.
+
+        Raises:
+            UserError: DISTILLER.PAIRS names several.
+        """
+        if len(self.configured) > 1:
+            raise UserError(
+                f"{method} compares one pair of maps, DISTILLER.PAIRS names {len(self.configured)}: {self.configured}"
+            )
+        if not self.configured:
+            self.keep_deepest(1, method, "it compares the last ones")
 
     def require_positions(self, method: str) -> None:
         """Refuse pairs all of which have a map of 1x1, for a method that compares where in a map the activations are.
@@ -344,7 +360,7 @@ class ResizedReg(ConvReg):
 _WIDEST_KERNEL = 8
 
 
-def regressor(s_shape: Sequence[int], t_shape: Sequence[int]) -> ConvReg:
+def regressor(s_shape: Sequence[int], t_shape: Sequence[int], use_relu: bool = True) -> ConvReg:
     """A regressor from a student's map (B, C, H, W) to a teacher's, of any sizes.
 
     `ConvReg` where it takes both shapes: one convolution, of stride 2, transposed, or whose kernel of at most 8x8 is as
@@ -353,7 +369,7 @@ def regressor(s_shape: Sequence[int], t_shape: Sequence[int]) -> ConvReg:
     (s_h, s_w), (t_h, t_w) = s_shape[2:], t_shape[2:]
     half, twice = (s_h, s_w) == (2 * t_h, 2 * t_w), (t_h, t_w) == (2 * s_h, 2 * s_w)
     shrinks = all(0 <= s - t < _WIDEST_KERNEL for s, t in ((s_h, t_h), (s_w, t_w)))
-    return (ConvReg if half or twice or (shrinks and s_h != 2 * t_h) else ResizedReg)(s_shape, t_shape)
+    return (ConvReg if half or twice or (shrinks and s_h != 2 * t_h) else ResizedReg)(s_shape, t_shape, use_relu)
 
 
 def align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,13 +33,17 @@ def check_distiller(distiller: nn.Module) -> None:
     _check_frozen(distiller)
     _check_owned(distiller)
     _check_deployments(distiller)
+    _check_stages(distiller)
 
 
 def learnable_parameters(distiller: Distiller) -> list[nn.Parameter | Group]:
-    """What the optimizer updates: `get_learnable_parameters()` without what the method names as untrained."""
+    """What the optimizer updates: `get_learnable_parameters()` without what the method names as untrained.
+
+    In a stage before training, what that one trains.
+    """
     untrained = {id(p) for key, p in distiller.named_parameters() if _belongs(key, distiller.untrained)}
     learnable: list[nn.Parameter | Group] = []
-    for entry in distiller.get_learnable_parameters():
+    for entry in _trained(distiller):
         if isinstance(entry, dict):
             learnable.append({**entry, "params": [p for p in entry["params"] if id(p) not in untrained]})
         elif id(entry) not in untrained:
@@ -162,8 +166,13 @@ def _named(tensors: Iterable[Tensor], hidden: Iterable[tuple[Tensor, str]]) -> l
     return list(dict.fromkeys(names.get(id(tensor), f"a parameter {tuple(tensor.shape)}") for tensor in tensors))
 
 
+def _trained(distiller: Distiller) -> Iterable[nn.Parameter | Group]:
+    """What the method says is trained now."""
+    return distiller.get_learnable_parameters() if distiller.stage is None else distiller.stage.learnable
+
+
 def _learnable_ids(distiller: Distiller) -> set[int]:
-    return set(map(id, flat_parameters(distiller.get_learnable_parameters())))
+    return set(map(id, flat_parameters(_trained(distiller))))
 
 
 def _belongs(key: str, names: Iterable[str]) -> bool:
@@ -208,6 +217,27 @@ def only_scores(distiller: Distiller) -> bool:
     """Whether a method says how it is scored, and not which network that is, as the original's methods do."""
     method = type(distiller)
     return method.forward_test is not Distiller.forward_test and method.deployments is Distiller.deployments
+
+
+def _check_stages(distiller: Distiller) -> None:
+    """Each stage before training has a name of its own, and trains parameters of the method's modules."""
+    method, names = type(distiller).__name__, [stage.name for stage in distiller.stages()]
+    if len(set(names)) < len(names) or not all(names):
+        raise UserError(f"{method}.stages() names its stages {', '.join(map(repr, names))}; give each its own name")
+    own, frozen = set(map(id, distiller.parameters())), dict[int, str]()
+    for name in distiller.frozen:
+        frozen |= {id(p): key for key, p in distiller.get_submodule(name).named_parameters(prefix=name)}
+    for stage in distiller.stages():
+        parameters = stage.parameters
+        if not parameters:
+            raise UserError(f"{method}: the stage {stage.name!r} has no parameters to train")
+        strange = [p for p in parameters if id(p) not in own]
+        if strange:
+            names = _few(_named(strange, _hidden(distiller)))
+            raise UserError(f"{method}: the stage {stage.name!r} is to train {names}, which no module of it has. {_OWNED}")
+        taught = [frozen[id(p)] for p in parameters if id(p) in frozen]
+        if taught:
+            raise UserError(f"{method}: the stage {stage.name!r} would train {_few(taught)}, which is frozen")
 
 
 def check_scores(distiller: Distiller, image_size: int) -> None:

@@ -30,6 +30,12 @@ def is_data_parallel(module: nn.Module) -> TypeGuard[DistributedDataParallel]:
     return isinstance(module, DistributedDataParallel)
 
 
+def release(module: nn.Module) -> None:
+    """Let the gradients of a module that `data_parallel` made no longer be averaged; others are left as they are."""
+    if is_data_parallel(module):
+        module._remove_autograd_hooks()
+
+
 @contextmanager
 def averaging(module: nn.Module, now: bool) -> Iterator[None]:
     """Within this context, backward averages the gradients over the ranks or, if not `now`, only adds them up locally.

@@ -42,6 +42,10 @@ class EMA:
     def updates(self, number: int) -> None:
         self._updates.fill_(number)
 
+    def begin(self, network: nn.Module) -> None:
+        """Average from the present state of `network` on, as if it were made now."""
+        self.load_state_dict({"updates": 0, "model": network.state_dict()})
+
     def tensors(self) -> list[Tensor]:
         """All that an update changes."""
         return [self._updates, *_state(self.network)]

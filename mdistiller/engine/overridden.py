@@ -120,6 +120,21 @@ def _say_what_is_left_out(trainer: Any) -> None:
         )
 
 
+def check_knows_stages(trainer: Any) -> None:
+    """Refuse a subclass whose `train_iter` takes the whole step, for a method with stages before training.
+
+    Raises:
+        UserError: it would train by `forward_train` with its own optimizer in the stages too.
+    """
+    if isinstance(trainer.train_iter, OwnStep):
+        stages = ", ".join(stage.name for stage in trainer.phases.stages)
+        raise UserError(
+            f"{type(trainer).__name__}.train_iter(data, epoch, train_meters) takes the whole step itself, which does not "
+            f"go with {type(trainer.distiller).__name__}'s stages before training ({stages}); take SOLVER.TRAINER base, "
+            "or leave the stages out"
+        )
+
+
 class OwnStep:
     """Calls a subclass's `train_iter(data, epoch, train_meters)`, with the arguments of the original.
 

@@ -17,15 +17,16 @@ class ProgressBar:
     """Steps, time left, learning rate, images per second, and each loss term.
 
     Args:
-        epoch: shown in the title.
+        epoch: shown in the title; a number, or what a stage calls it.
         steps: number of steps of the epoch.
         done: number of these already done.
         shown: whether this process shows the bar; it is never shown if stderr is not a terminal.
     """
 
-    def __init__(self, epoch: int, steps: int, done: int, shown: bool) -> None:
+    def __init__(self, epoch: int | str, steps: int, done: int, shown: bool) -> None:
         off = not (shown and sys.stderr and sys.stderr.isatty())
-        self.bar = tqdm(total=steps, initial=done, disable=off, desc=f"epoch {epoch}", leave=False, dynamic_ncols=True)
+        title = epoch if isinstance(epoch, str) else f"epoch {epoch}"
+        self.bar = tqdm(total=steps, initial=done, disable=off, desc=title, leave=False, dynamic_ncols=True)
         self._refreshed, self._images = time.perf_counter(), 0
 
     def update(self, lr: float, meters: Meters, images: int) -> None:

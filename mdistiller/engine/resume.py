@@ -32,6 +32,7 @@ from .files.checkpoint import (
 from .files.run_folder import newest_whole, prune
 from .generators import Generators
 from .nan_watch import NanPolicy, NonFiniteLossError
+from .phases import Phases
 from .resume_facts import Facts, compare_facts
 from .scores import ScoreRecord
 from .update import SumUpdate
@@ -69,7 +70,10 @@ class RunState:
         scores: the accuracies of the heads.
         position: the progress of the present epoch.
         interrupted: whether the restored checkpoint was saved within an epoch that is still to be taken up.
+        phases: of the run; set it where there are stages before training.
     """
+
+    phases: Phases | None = None
 
     def __init__(
         self, folder: Path, distiller: Distiller, update: SumUpdate, ema: EMA | None, nan_policy: NanPolicy,
@@ -121,6 +125,14 @@ class RunState:
             files["student_latest_ema"] = self._deployment("ema")
         self._write(files | {"student_latest": main, "latest": self._content(epoch)}, (epoch, 0))
 
+    def save_stage(self, epoch: int) -> None:
+        """After an epoch of a stage before training: write `latest`. Nothing is scored, so that nothing is best.
+
+        Raises:
+            NonFiniteLossError, SaveError: see `_write`.
+        """
+        self._write({"latest": self._content(epoch)}, (epoch, 0))
+
     def _deployment(self, head: str) -> dict[str, Any]:
         """The content of a `student_*` file: the weights of the deployment that a head scores, or of the EMA."""
         networks = self.distiller.deployments()
@@ -169,7 +181,10 @@ class RunState:
         if self._saved is None:
             return ""
         epochs, step = self._saved
-        return f"epoch {epochs + 1}, step {step}" if step else f"the end of epoch {epochs}"
+        return f"{self._words(epochs + 1)}, step {step}" if step else f"the end of {self._words(epochs)}"
+
+    def _words(self, epoch: int) -> str:
+        return f"epoch {epoch}" if self.phases is None else self.phases.words(epoch)
 
     def _content(self, epoch: int) -> dict[str, Any]:
         """Everything that resuming needs at the end of `epoch`: the original's keys, and more."""
@@ -233,12 +248,15 @@ class RunState:
             changed = compare_facts(dict(content.get(_FACTS, {})), self.facts, within.get("step", 0))
             # Earlier versions kept it there.
             content = {"nan_policy": within.get("nan_policy", {})} | content
+        left_out = self._take_up_phase(int(content["epoch"]) + 1, bool(within))
         for name, part in self.parts.items():
+            if name in left_out:
+                continue
             # `load_state` says itself which weights do not fit; a fault in a method's own code keeps its traceback.
             with _naming(path) if name == "model" else _fitting(path, name):
                 _load(name, part, content)
         if self.ema is not None and "ema" not in content:
-            self.ema.load_state_dict({"updates": 0, "model": self.distiller.main_network().state_dict()})
+            self.ema.begin(self.distiller.main_network())
             changed = ", ".join(filter(None, [changed, "an EMA that starts at the checkpoint's weights"]))
         self.position.begin(int(content["epoch"]) + 1)
         for name, part in self.within.items() if within else ():
@@ -248,9 +266,16 @@ class RunState:
         self._saved = self._tried = (int(content["epoch"]), self.position.step)
         return changed
 
+    def _take_up_phase(self, epoch: int, within: bool) -> tuple[str, ...]:
+        """Be in the phase of the `epoch` to go on with; returns the parts of the phase before that are of no use there."""
+        if self.phases is None:
+            return ()
+        self.parts["optimizer"] = self.phases.turn_to(epoch).update
+        return ("optimizer",) if not within and self.phases.begins_anew(epoch) else ()
+
     def take_up(self, epoch: int) -> EpochState:
         """The progress of `epoch`, at its beginning or where it was interrupted; seeds the generators for the epoch."""
-        self.generators.seed(epoch)
+        self.generators.seed(epoch if self.phases is None else self.phases.now.own(epoch))
         if self.interrupted:
             self.position.clock.go_on()
         else:

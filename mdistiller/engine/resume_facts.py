@@ -29,6 +29,7 @@ class Change(Enum):
 
 _STEPS, _PROCESSES = "the number of steps in an epoch", "the number of processes"
 _TEACHER = "the digest of the teacher's weights"
+_STAGES = "the stages before training"
 
 # Every fact and every setting that is not listed may change, and the change is said. A setting that only says where a
 # run is executed is not a fact of it, but for those of `_EXECUTION`.
@@ -44,6 +45,7 @@ CHANGES: dict[str, Change] = {
     "the number of classes": Change.REFUSED,
     _TEACHER: Change.REFUSED,  # the checkpoint's would be used, whatever DISTILLER.TEACHER_CKPT says
     "the student's groups": Change.REFUSED,
+    _STAGES: Change.REFUSED,
     "DATASET.TRAIN_FRACTION": Change.BETWEEN_EPOCHS,
     "EXPERIMENT.SEED": Change.BETWEEN_EPOCHS,
     "SOLVER.BATCH_SIZE": Change.BETWEEN_EPOCHS,
@@ -81,6 +83,7 @@ def facts_of_run(cfg: CN, distiller: Distiller, update: SumUpdate, train_loader:
         # As it was built: a method may change its teacher while it trains. Half of the digest is plenty.
         _TEACHER: weights_digest(distiller.teacher)[:32] if distiller.needs_teacher else None,
         "the student's groups": getattr(distiller.student, "groups", None),
+        _STAGES: ", ".join(f"{stage.name} {stage.epochs}" for stage in distiller.stages() if stage.epochs) or "none",
         "the number of training images": _length(getattr(train_loader, "targets", None)),
         _STEPS: len(train_loader),
         _PROCESSES: ranks.world,

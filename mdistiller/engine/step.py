@@ -14,7 +14,7 @@ from yacs.config import CfgNode as CN
 from ..console import warn
 from ..distillers import Distiller
 from ..distillers.contract import check_losses, check_parameters, gradient_gap, not_averaged
-from ..distributed.data_parallel import averaging, data_parallel, is_data_parallel
+from ..distributed.data_parallel import averaging, data_parallel, is_data_parallel, release
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from .ema import EMA
@@ -79,10 +79,30 @@ class Step:
         self._gradients_checked = False
         self._takes_one_image = False  # once a single image has passed
         self._left_out_said = False
-        self.module = self._module()
+        self._built: nn.Module | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that the step calls: the distiller, compiled and data-parallel if the run asks for it.
+
+        Made for the first step, as it is for the parameters that require gradients then: stages before training come
+        first, and train others.
+        """
+        if self._built is None:
+            self._built = self._module()
+        return self._built
+
+    @module.setter
+    def module(self, own: nn.Module) -> None:
+        self._built = own
+
+    def close(self) -> None:
+        """Take no steps for now: other parameters are trained meanwhile."""
+        if self._built is not None:
+            release(self._built)
+        self._built = None
 
     def _module(self) -> nn.Module:
-        """The module that the step calls: the distiller, compiled and data-parallel if the run asks for it."""
         if self.compiled:
             whole: Batch = {"target": torch.empty(self.full_batch)}
             sizes = {len(part["target"]) for part in split_batch(whole, self.micro_batches, self.full_batch)}
@@ -160,8 +180,9 @@ class Step:
     def _apply(self, norm: Tensor) -> None:
         """Change what a sound step changes: the parameters, the method's own state, the EMA."""
         self.update.step(norm)
-        with torch.no_grad():
-            self.distiller.after_step()
+        if self.distiller.stage is None:
+            with torch.no_grad():
+                self.distiller.after_step()
         if self.ema is not None:
             self.ema.update(self.distiller.main_network())
 

@@ -35,8 +35,9 @@ from .lr_schedule import adjust_learning_rate, learning_rate
 from .meters import Meters
 from .modes import GRAPH, Setup, check_modes, obstacle
 from .nan_watch import NonFiniteLossError, nan_policy_dict
-from .overridden import OwnStep, adopt_optimizer, adopt_overrides
+from .overridden import OwnStep, adopt_optimizer, adopt_overrides, check_knows_stages
 from .parts import Parts
+from .phases import Phase, Phases
 from .placing import counted, own_share, placed
 from .progress_bar import ProgressBar
 from .resume import RunState
@@ -110,20 +111,22 @@ class BaseTrainer:
         self.ema = EMA(self.distiller.main_network(), cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
         policy = nan_policy_dict[cfg.SOLVER.NAN_POLICY]
         self.nan_policy = policy(self.log_path, self.distiller, self.device, self.ranks, cfg)
-        frozen = FrozenNetworks(self.distiller, self.train_loader, cfg)
         against = obstacle(GRAPH, Setup(cfg, self.distiller, self.update_rule, self.ranks.world, train_loader))
         if isinstance(self.train_iter, OwnStep):
             against = against or f"{type(self).__name__}.train_iter takes the steps"
-        recorder = recorder_for(self.device, cfg, against)
-        self.step = Step(
-            self.distiller, self.update, self.nan_policy, self.ema, frozen, self.device, self.ranks, cfg,
-            in_graph=recorder is not None and not self.update.host_reads(),
-        )  # fmt: skip
-        self.take_step = GraphedStep(self.step, recorder, required=cfg.SOLVER.CUDA_GRAPH == "always")
+        self._recorder = recorder_for(self.device, cfg, against)
+        self.take_step = self._taken_by(self.update, cfg, self.ema)
+        self.step = self.take_step.step
+        self.step.frozen = FrozenNetworks(self.distiller, self.train_loader, cfg)
+        training = Phase(0, cfg.SOLVER.EPOCHS, cfg, self.take_step)
+        self.phases = Phases(self.distiller, training, partial(self._taken_by, ema=None))
+        if self.phases.stages:
+            check_knows_stages(self)
         self.state = RunState(
             self.log_path, self.distiller, self.update, self.ema, self.nan_policy, self.device, self.ranks, cfg,
             facts_of_run(cfg, self.distiller, self.update, self.train_loader, self.ranks), self.train_loader,
         )  # fmt: skip
+        self.state.phases = self.phases
         self.best_acc = -1.0
         self.overwrite = self._replace = False
         self.first_step = FirstStep(
@@ -132,6 +135,18 @@ class BaseTrainer:
         self.when_begun: Callable[[], None] = lambda: None
         self.stop = StopRequest()
         self._agreed_stop = self.ranks.late_maximum()
+
+    def _taken_by(self, update: SumUpdate, cfg: CN, ema: EMA | None) -> GraphedStep:
+        """What takes the steps of an update rule."""
+        in_graph = self._recorder is not None and not update.host_reads()
+        step = Step(self.distiller, update, self.nan_policy, ema, None, self.device, self.ranks, cfg, in_graph)
+        return GraphedStep(step, self._recorder, required=cfg.SOLVER.CUDA_GRAPH == "always")
+
+    def _turn_to(self, epoch: int) -> Phase:
+        """The phase of an epoch, whose steps are taken from now on."""
+        phase = self.phases.turn_to(epoch)
+        self.take_step, self.step, self.state.parts["optimizer"] = phase.take_step, phase.step, phase.update
+        return phase
 
     @property
     def optimizer(self) -> Optimizer:
@@ -151,7 +166,7 @@ class BaseTrainer:
         self.logger.epoch(epoch, {"lr": lr, **log_dict})
 
     def train(self, resume: bool = False) -> None:
-        """Train to SOLVER.EPOCHS, from the start or from `latest`: `begin`, then `run`.
+        """Train the method's stages and to SOLVER.EPOCHS, from the start or from `latest`: `begin`, then `run`.
 
         As in the original, its progress is seen: on the terminal, unless the log has a handler already. `mdistiller
         train` calls it too, so that a subclass may do more around it.
@@ -165,6 +180,8 @@ class BaseTrainer:
     def begin(self, resume: bool = False, overwrite: bool = False) -> int:
         """The first epoch to train: 1, or with `resume` the one where the run stopped. Writes nothing.
 
+        The epochs of stages before training are numbered up to 0, see `phases`.
+
         Raises:
             UserError: with `resume`, there is no checkpoint or it does not fit; without it, the folder already holds a
                 run's checkpoint, and `overwrite` is not set.
@@ -173,16 +190,17 @@ class BaseTrainer:
         if resume:
             done = self.state.restore()
             self.best_acc = next(iter(self.state.best_acc.values()), -1.0)
+            self._turn_to(done + 1)
             # The teacher now has the checkpoint's weights.
             self.step.frozen = None  # whose cache is freed before there is a new one
             self.step.frozen = FrozenNetworks(self.distiller, self.train_loader, self.cfg)
             return done + 1
         if not overwrite:
             check_no_run(self.log_path)
-        return 1
+        return self.phases.first
 
     def run(self, first: int) -> None:
-        """Train from epoch `first` to SOLVER.EPOCHS.
+        """Train from epoch `first`, which `begin` returns, to SOLVER.EPOCHS.
 
         Raises:
             UserError: a loss became NaN or infinite (NonFiniteLossError), a checkpoint could not be written, or
@@ -203,10 +221,11 @@ class BaseTrainer:
                 self.first_step.open_files = partial(self._open, first, done)
             stack.enter_context(self.stop.listening())
             try:
-                if first == 1 and not self.state.interrupted:
+                if first == self.phases.first and not self.state.interrupted:
                     self._score_teacher()
                 for epoch in range(first, self.cfg.SOLVER.EPOCHS + 1):
-                    self.train_epoch(epoch)
+                    with self.phases.naming(epoch):
+                        self.train_epoch(epoch)
             except WorkerError as error:
                 raise self._saved_after(error) from None
         for name, best in self.state.best_acc.items():
@@ -225,61 +244,96 @@ class BaseTrainer:
         if self._replace:
             remove_run(self.log_path)
         record_run(self.log_path, self.cfg, device=str(self.device), processes=self.ranks.world)
-        self.logger = build_logger(self.log_path, self.name, self.cfg, first, done)
+        resumed = first > self.phases.first or bool(self.state.position.step)
+        self.logger = build_logger(self.log_path, self.name, self.cfg, first, done, resumed)
 
     def train_epoch(self, epoch: int) -> None:
-        """One epoch, or the rest of one: its steps, then validation, then the log, then the checkpoints."""
-        at = self.state.take_up(epoch)
+        """One epoch, or the rest of one: its steps, then validation, then the log, then the checkpoints.
+
+        Without validation in a stage before training, in which the student's classifier does not learn.
+        """
+        phase = self._turn_to(epoch)
+        at, own = self.state.take_up(epoch), phase.own(epoch)
+        if self.ema is not None and self.phases.stages and epoch == 1 and not at.step:
+            self.ema.begin(self.distiller.main_network())
         if hasattr(self.train_loader, "set_epoch"):
-            self.train_loader.set_epoch(epoch)
+            self.train_loader.set_epoch(own)
         steps = len(self.train_loader)
         self.distiller.train()
         self.step.begin_epoch()
-        bar = ProgressBar(epoch, steps, at.step, shown=self.ranks.first)
+        bar = ProgressBar(phase.words(epoch), steps, at.step, shown=self.ranks.first)
         batches = batches_from(self.train_loader, at.step)
         self.state.take_up_draws()
         for batch in at.clock.around(batches):
-            lr = adjust_learning_rate(epoch, self.cfg, self.optimizer, at.step, steps)
+            lr = adjust_learning_rate(own, phase.cfg, phase.update.optimizer, at.step, steps)
             at.step += 1
             log_now = at.step % self.cfg.LOG.TENSORBOARD_FREQ == 0
-            fields = self.prepare_batch(batch, epoch)
+            fields = self.prepare_batch(batch, own)
             with self.first_step.around(fields, at.clock):
-                self.train_iter(fields, epoch, at.meters, at.recent, at.step, measure=log_now)
+                self.train_iter(fields, own, at.meters, at.recent, at.step, measure=log_now)
             bar.update(lr, at.meters, len(fields["target"]) * self.ranks.world)
             if log_now:
-                recent = self.measure.of_steps(at.recent.over(self.ranks).means())
+                recent = self._of_steps(at.recent.over(self.ranks).means())
                 self.logger.step((epoch - 1) * steps + at.step, {"lr": lr, **recent})
                 at.recent.reset()
             self._save_or_stop(at)
         bar.close()
         if not at.step:
             raise UserError(
-                f"epoch {epoch}: the training loader yields no batch; let iter() of it begin anew in every epoch, as a "
-                "torch DataLoader's does"
+                f"{phase.words(epoch)}: the training loader yields no batch; let iter() of it begin anew in every epoch, "
+                "as a torch DataLoader's does"
             )
         self.first_step.open(at.clock)  # of an epoch that is resumed after its last step
         self.nan_policy.check()
         whole = at.meters.over(self.ranks)
         if not whole.count:
-            raise NonFiniteLossError(f"epoch {epoch}: no step had finite losses; try a lower SOLVER.LR")
+            raise NonFiniteLossError(f"epoch {own}: no step had finite losses; try a lower SOLVER.LR")
         means = whole.means()  # waits for the device: the clock stops after it
         at.clock.stop_training()
 
+        if phase.stage is not None:
+            self._end_stage_epoch(phase, epoch, self._of_steps(means) | at.clock.metrics(steps, whole.count))
+            return
         self.state.save_within(at)  # so that a run that is stopped within validation loses nothing
         scores = self.validate(at)
         metrics = epoch_metrics(means, scores, self.measure)
         self._end_epoch(epoch, scores, metrics | at.clock.metrics(steps, whole.count))
         self._stop_if_asked(self.ranks.maximum(self.stop.signal))
 
-    def _end_epoch(self, epoch: int, scores: dict[str, Score], metrics: dict[str, float]) -> None:
-        """Log, save and print the results of an epoch."""
-        steps = len(self.train_loader)
-        lr = learning_rate(epoch, self.cfg, steps - 1, steps)
+    def _of_steps(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of steps; without accuracies in a stage, where no classifier is trained."""
+        own = self.measure.of_steps(means)
+        in_stage = self.phases.now.stage is not None
+        return {name: mean for name, mean in own.items() if not (in_stage and name.startswith("train_acc"))}
+
+    def _end_stage_epoch(self, phase: Phase, epoch: int, metrics: dict[str, float]) -> None:
+        """Log, save and print the results of an epoch of a stage before training."""
+        self.ranks.copy_buffers(self.distiller)
+        own, lr, metrics = phase.own(epoch), phase.cfg.SOLVER.LR, self._of_device(metrics)
+        if self.ranks.first:
+            self.log(lr, epoch, metrics)
+        self.state.save_stage(epoch)
+        self._say(
+            f"{phase.name}, epoch {own}/{phase.epochs}: lr {lr:g}, train_loss {metrics['train_loss']:.4f}, "
+            f"{metrics['epoch_seconds']:.1f} s, {metrics['images_per_second']:.0f} images/s"
+        )
+        # No message of the steps is under way while workers are forked for the next epoch.
+        self._stop_if_asked(self.ranks.maximum(max(self.stop.signal, self._agreed_stop.settle())))
+
+    def _of_device(self, metrics: dict[str, float]) -> dict[str, float]:
+        """`metrics` and what the device, the teacher cache and the NaN policy tell of an epoch."""
         metrics = {**metrics, "peak_memory_mib": peak_memory(self.device)}
         if self.step.teacher_cache is not None:
             metrics["teacher_cache_hits"] = self.step.teacher_cache.hit_rate()
         if self.nan_policy.skipped is not None:
             metrics["skipped_steps"], self.nan_policy.skipped = self.nan_policy.skipped, 0
+        return metrics
+
+    def _end_epoch(self, epoch: int, scores: dict[str, Score], metrics: dict[str, float]) -> None:
+        """Log, save and print the results of an epoch."""
+        steps = len(self.train_loader)
+        lr = learning_rate(epoch, self.cfg, steps - 1, steps)
+        metrics = self._of_device(metrics)
         own = {name: float(value) for name, value in self.distiller.metrics().items()}
         metrics |= {f"method/{name}": value for name, value in own.items()}
         if self.ranks.first:

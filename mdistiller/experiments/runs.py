@@ -108,7 +108,10 @@ def read_run(folder: str | Path) -> Run:
 
 
 def read_epochs(folder: Path) -> list[dict[str, float]]:
-    """The metrics of each epoch of a run, from metrics.csv; see `Run.epochs` and `read_run`."""
+    """The metrics of each epoch of a run, from metrics.csv; see `Run.epochs` and `read_run`.
+
+    Those of stages before training, numbered up to 0, are left out: they have no accuracy.
+    """
     try:
         with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -117,6 +120,7 @@ def read_epochs(folder: Path) -> list[dict[str, float]]:
         raise UserError(f"{folder} is no run's folder: it has no metrics.csv") from None
     except (ValueError, TypeError, csv.Error):
         raise UserError(f"{folder / 'metrics.csv'} holds something that is not a number") from None
+    epochs = [row for row in epochs if row.get("epoch", 1) >= 1]
     scored = next((column for column in SCORES if epochs and column in epochs[0]), SCORES[0])
     if not epochs or not all({"epoch", scored} <= row.keys() for row in epochs):
         raise UserError(f"{folder / 'metrics.csv'} holds no finished epoch")

@@ -67,7 +67,7 @@ class Worklog:
     rule = "-" * 25
     # Whole lines that a trainer's own `log` has written after a block: neither the next block, nor what `finish` wrote.
     foreign = rf"(?:(?!{rule}\n|(?:best|last)_(?:acc|agreement)\S*\t)[^\x00-\x08\x0a-\x1f\ufffd]*\n)*"
-    block = re.compile(rf"^{rule}\nepoch: (\d+)\n(?:.*\n)*?{rule}\n{foreign}", re.MULTILINE)
+    block = re.compile(rf"^{rule}\nepoch: (-?\d+)\n(?:.*\n)*?{rule}\n{foreign}", re.MULTILINE)
 
     def __init__(self, folder: Path, start_epoch: int) -> None:
         path = folder / "worklog.txt"
@@ -134,7 +134,7 @@ def _whole_rows(text: str) -> Iterator[dict[str, str]]:
     columns = _cells(first)
     for line in lines:
         row = dict(zip(columns, _cells(line)))
-        if row.get("epoch", "").isdecimal() and len(row) == len(columns) == len(_cells(line)):
+        if row.get("epoch", "").removeprefix("-").isdecimal() and len(row) == len(columns) == len(_cells(line)):
             yield row
 
 

@@ -73,13 +73,16 @@ class Logger:
             self._warned.add(name)
 
 
-def build_logger(folder: Path, name: str, cfg: CN, start_epoch: int, start_step: int = 0) -> Logger:
+def build_logger(
+    folder: Path, name: str, cfg: CN, start_epoch: int, start_step: int = 0, resumed: bool | None = None
+) -> Logger:
     """The logger of a run in `folder`. Entries of epochs and steps that will run again are dropped.
 
     Args:
         name: the run's name, PROJECT/NAME.
-        start_epoch: the first epoch that will be logged.
-        start_step: number of steps of the run that are done; 0 with `start_epoch` 1 is a new run.
+        start_epoch: the first epoch that will be logged; 0 or less within stages before training.
+        start_step: number of steps of the run that are done, counted from epoch 1.
+        resumed: whether the run has begun before; None: 0 steps with `start_epoch` 1 is a new one.
     """
     makers: dict[str, Callable[[], Writer]] = {
         "worklog.txt": lambda: Worklog(folder, start_epoch),
@@ -88,6 +91,6 @@ def build_logger(folder: Path, name: str, cfg: CN, start_epoch: int, start_step:
     }
     if cfg.LOG.WANDB:
         tags, config = cfg.EXPERIMENT.TAG.split(","), yaml.safe_load(cfg.dump())
-        resume = start_epoch > 1 or start_step > 0
+        resume = resumed if resumed is not None else start_epoch > 1 or start_step > 0
         makers["wandb"] = lambda: Wandb(folder, cfg.EXPERIMENT.PROJECT, name, tags, config, resume)
     return Logger(makers)
