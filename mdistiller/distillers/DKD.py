@@ -10,16 +10,8 @@ from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE, whole
 from ._base import Distiller, Losses, register, warm_up
-from ._logits import (
-    Temperature,
-    check_logits,
-    check_two_classes,
-    kl_divergence,
-    logit_stand,
-    one_against_others,
-    softened,
-    tempered_mean,
-)
+from ._decoupled import decoupled_losses, decoupled_parts
+from ._logits import Temperature, logit_stand, tempered_mean
 from ._precision import full_precision
 
 
@@ -61,13 +53,8 @@ def dkd_loss(
 
     Reference: Zhao et al. 2022, arXiv 2203.08679, equation 7.
     """
-    check_logits(logits_student, logits_teacher, temperature)
-    check_two_classes("DKD", logits_student)
-    binary_student, others_student = one_against_others(softened(logits_student, temperature, logit_stand), target)
-    binary_teacher, others_teacher = one_against_others(softened(logits_teacher, temperature, logit_stand), target)
-    tckd = kl_divergence(binary_student, binary_teacher)
-    nckd = kl_divergence(others_student, others_teacher)
-    return tempered_mean(alpha * tckd + beta * nckd, temperature)
+    parts = decoupled_parts(logits_student, logits_teacher, target, temperature, logit_stand=logit_stand)
+    return tempered_mean(alpha * parts.target + beta * parts.others, temperature)
 
 
 @register(
@@ -80,13 +67,15 @@ def dkd_loss(
 class DKD(Distiller):
     """Cross-entropy with the labels and `dkd_loss` with the teacher.
 
-    The weight of `dkd_loss` grows linearly over the first WARMUP epochs.
+    The weight of `dkd_loss` grows linearly over the first WARMUP epochs. Decoupled, so do ALPHA and BETA, the weights of
+    the two parts of `decoupled_losses`.
     """
 
     teacher_outputs = ("logits",)
     soft_labels = True
     standardizes_logits = True
     reads_labels = True  # its two terms are for one target class and for the others
+    decouples = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher)
@@ -105,4 +94,17 @@ class DKD(Distiller):
         return logits_student, {
             "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
             "loss_kd": warm_up(kwargs["epoch"], self.warmup) * loss_dkd,
+        }
+
+    def forward_decoupled(self, image: Tensor, target: Tensor, top: int = 0, **kwargs: Any) -> tuple[Tensor, Losses]:
+        logits_student, _ = self.student(image)
+        logits_teacher, _ = self.teacher_forward(image)
+        loss_tckd, loss_nckd = decoupled_losses(
+            logits_student, logits_teacher, target, self.temperature, top, logit_stand=self.logit_stand
+        )
+        factor = warm_up(kwargs["epoch"], self.warmup)
+        return logits_student, {
+            "loss_task": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
+            "loss_tckd": factor * self.alpha * loss_tckd,
+            "loss_nckd": factor * self.beta * loss_nckd,
         }

@@ -11,6 +11,7 @@ from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE
 from ._base import Distiller, Losses, register
+from ._decoupled import decoupled_losses
 from ._logits import Temperature, check_logits, kl_divergence, logit_stand, softened, tempered_mean
 from ._precision import full_precision
 
@@ -52,12 +53,16 @@ def kd_loss(
     ranges={"TEMPERATURE": TEMPERATURE, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.KD_WEIGHT": NOT_NEGATIVE},
 )
 class KD(Distiller):
-    """Cross-entropy with the labels and `kd_loss` with the teacher."""
+    """Cross-entropy with the labels and `kd_loss` with the teacher.
+
+    Decoupled, it has the two parts of `decoupled_losses` with weight 1 in place of `kd_loss`, and KD_WEIGHT has no effect.
+    """
 
     teacher_outputs = ("logits",)
     soft_labels = True
     label_weight = "LOSS.CE_WEIGHT"
     standardizes_logits = True
+    decouples = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher)
@@ -73,4 +78,16 @@ class KD(Distiller):
         return logits_student, {
             "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
             "loss_kd": self.kd_loss_weight * loss_kd,
+        }
+
+    def forward_decoupled(self, image: Tensor, target: Tensor, top: int = 0, **kwargs: Any) -> tuple[Tensor, Losses]:
+        logits_student, _ = self.student(image)
+        logits_teacher, _ = self.teacher_forward(image)
+        loss_tckd, loss_nckd = decoupled_losses(
+            logits_student, logits_teacher, target, self.temperature, top, by_doubt=True, logit_stand=self.logit_stand
+        )
+        return logits_student, {
+            "loss_task": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
+            "loss_tckd": loss_tckd,
+            "loss_nckd": loss_nckd,
         }

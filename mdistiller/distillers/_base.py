@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, overload
 
 import torch
@@ -89,6 +90,8 @@ class Distiller(nn.Module):
     compares_images: ClassVar[bool] = False
     # False for Vanilla: it has no distillation loss, so DOT cannot train it.
     distills: ClassVar[bool] = True
+    # It defines `forward_decoupled`, which DeepKD trains on. Not inherited by a class with a forward_train of its own.
+    decouples: ClassVar[bool] = False
     # It compares the feature maps that DISTILLER.PAIRS names.
     compares_maps: ClassVar[bool] = False
     # Its cross-entropy with the labels is `self.cross_entropy(logits, target, **kwargs)`, which knows labels that are
@@ -119,6 +122,8 @@ class Distiller(nn.Module):
             cls.soft_labels = False
         if "forward_train" in cls.__dict__ and "label_weight" not in cls.__dict__:
             cls.label_weight = ""
+        if "forward_train" in cls.__dict__ and "decouples" not in cls.__dict__:
+            cls.decouples = False
         for name in ("needs_run", "needs_batch", "teacher_outputs", "untrained"):
             value = getattr(cls, name)
             if not (isinstance(value, (tuple, list)) or (value is None and name == "teacher_outputs")):
@@ -140,6 +145,7 @@ class Distiller(nn.Module):
         self._in_step = False
         self._output_checked = False
         self._without_labels = False
+        self._decoupled_top: int | None = None
         self.student = student
         self.add_frozen("teacher", teacher, self.teacher_outputs)
 
@@ -251,15 +257,19 @@ class Distiller(nn.Module):
             object.__setattr__(self, name, network)  # in no state dict or module list; train() leaves it alone
 
     def compile_training(self, sizes: Collection[int], *args: Any, **options: Any) -> None:
-        """Run `forward_train` of batches of these sizes through torch.compile from now on; see `CompiledForward`.
+        """Run the steps' forward passes of batches of these sizes through torch.compile from now on.
 
-        In a stage, its losses.
+        See `CompiledForward` for the arguments.
         """
         self._compiled = CompiledForward(self._trained_by(), sizes, *args, **options)
 
     def _trained_by(self) -> Callable[..., Any]:
-        """What a step calls: `forward_train`, or the losses of the stage."""
-        return self.forward_train if self.stage is None else self.stage.losses
+        """What a step calls: the losses of the stage, or `forward_train`, or `forward_decoupled`."""
+        if self.stage is not None:
+            return self.stage.losses
+        if self._decoupled_top is not None:
+            return partial(self.forward_decoupled, top=self._decoupled_top)
+        return self.forward_train
 
     def settled(self) -> bool:
         """Whether `forward_train` computes what it will compute from now on, so that it can be compiled.
@@ -355,6 +365,25 @@ class Distiller(nn.Module):
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         """One training step's logits and losses; see the class."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward_train(image, target, **kwargs)")
+
+    def decouple(self, top: int) -> None:
+        """Train on the losses of `forward_decoupled` from now on; see there for `top`."""
+        self._decoupled_top = top
+
+    def forward_decoupled(
+        self, image: Tensor, target: Tensor, top: int = 0, **kwargs: Any
+    ) -> tuple[Tensor, Losses]:
+        """`forward_train` with the distillation loss in two parts: of the target, and of the other classes.
+
+        A method that declares `decouples` defines it.
+
+        Args:
+            top: the part of the other classes is over the teacher's `top` largest ones alone; 0: over all.
+
+        Returns:
+            The logits (B, C), and the losses () "loss_task", "loss_tckd" and "loss_nckd".
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no forward_decoupled(image, target, top, **kwargs)")
 
     def deployments(self) -> dict[str, nn.Module]:
         """The networks that can be deployed after training, by name; the main one first.

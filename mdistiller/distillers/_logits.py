@@ -97,31 +97,39 @@ def centred_and_deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
     return centred, variance.masked_fill(equal, 1).sqrt().masked_fill(equal, 0)
 
 
-def one_against_others(logits: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
+def one_against_others(logits: Tensor, one: Tensor, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The logarithms of two distributions: of one class against all others together, and among these others.
 
         b = (p_one, 1 - p_one),   q = softmax(z) over the classes other than `one`
 
-    From log-odds: value and gradient are finite for logits any distance apart. Where all other classes are -inf, so is
-    log q.
+    From log-odds: value and gradient are finite for logits any distance apart. Where no class is left for q, log q is
+    -inf.
 
     Args:
         logits: (B, C), C >= 2.
         one: (B,) int64, the one class of each image.
+        left_out: (B, C) bool, other classes that q leaves out too, and b does not; None: none.
 
     Returns:
         log b (B, 2) and log q (B, C - 1), its classes in their order.
     """
     one = one.unsqueeze(1)
     columns = torch.arange(logits.shape[1] - 1, device=one.device).expand(len(one), -1)
-    others = logits.gather(1, columns + (columns >= one))
-    # A row of -inf is filled with zeros meanwhile: its log_softmax is NaN, and so are both functions' gradients.
-    empty = (others == -torch.inf).all(dim=1, keepdim=True)
-    others = others.masked_fill(empty, 0)
-    log_sum = others.logsumexp(dim=1, keepdim=True).masked_fill(empty, -torch.inf)
+    columns = columns + (columns >= one)  # the one class left out
+    others = logits.gather(1, columns)
+    filled, empty = _filled(others)
+    log_sum = filled.logsumexp(dim=1, keepdim=True).masked_fill(empty, -torch.inf)
     log_odds = logits.gather(1, one) - log_sum
-    log_q = F.log_softmax(others, dim=1).masked_fill(empty, -torch.inf)
+    if left_out is not None:
+        filled, empty = _filled(others.masked_fill(left_out.gather(1, columns), -torch.inf))
+    log_q = F.log_softmax(filled, dim=1).masked_fill(empty, -torch.inf)
     return F.logsigmoid(torch.cat([log_odds, -log_odds], dim=1)), log_q
+
+
+def _filled(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`logits` with zeros in rows of -inf alone, whose softmax and its gradient are NaN, and (B, 1) which rows are so."""
+    empty = (logits == -torch.inf).all(dim=1, keepdim=True)
+    return logits.masked_fill(empty, 0), empty
 
 
 def check_two_classes(method: str, logits: Tensor) -> None:

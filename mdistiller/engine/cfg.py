@@ -141,7 +141,8 @@ CFG.DISTILLER.TEACHER_CACHE_GIB = 8.0
 CFG.DISTILLER.TEACHER_CACHE_DEVICE = "auto"
 
 CFG.SOLVER = CN()
-# "base", or "dot": distillation-oriented training (DOT). "crd" and "crd_dot", the original's names, do the same.
+# "base"; "dot": distillation-oriented training (DOT); "deepkd": DeepKD, over KD and DKD; "aligned": the distillation
+# gradient loses what points against the task gradient. "crd" and "crd_dot", the original's names, are base and dot.
 CFG.SOLVER.TRAINER = "base"
 # Images of one optimizer step, over all devices and all micro-batches (ACCUMULATE) together.
 CFG.SOLVER.BATCH_SIZE = 64
@@ -152,12 +153,23 @@ CFG.SOLVER.LR_DECAY_STAGES = [150, 180, 210]
 CFG.SOLVER.LR_DECAY_RATE = 0.1
 CFG.SOLVER.WEIGHT_DECAY = 0.0001
 CFG.SOLVER.MOMENTUM = 0.9
-# The optimizer: "SGD", which uses MOMENTUM, or "AdamW", which uses BETAS. The trainer "dot" supports SGD only.
+# The optimizer: "SGD", which uses MOMENTUM, or "AdamW", which uses BETAS. The trainers "dot" and "deepkd" support
+# SGD only.
 CFG.SOLVER.TYPE = "SGD"
 CFG.SOLVER.BETAS = [0.9, 0.999]
 CFG.SOLVER.DOT = CN()
 # DOT's momentum is MOMENTUM - DELTA for the task gradient and MOMENTUM + DELTA for the distillation gradient.
 CFG.SOLVER.DOT.DELTA = 0.075
+CFG.SOLVER.DEEPKD = CN()
+# DeepKD's momentum is MOMENTUM plus DELTA_TOG for the task gradient, plus DELTA_TCG for that of the target part of the
+# distillation loss, and plus DELTA_NCG for that of its non-target part. The paper's: 0.05 for DELTA_NCG over DKD.
+CFG.SOLVER.DEEPKD.DELTA_TOG = 0.075
+CFG.SOLVER.DEEPKD.DELTA_TCG = -0.075
+CFG.SOLVER.DEEPKD.DELTA_NCG = 0.075
+# The non-target part is over the teacher's TOPK largest classes alone; 0: over all.
+CFG.SOLVER.DEEPKD.TOPK = 0
+# As the released code: the task gradient has the momentum of the target part's, and DELTA_TOG no effect.
+CFG.SOLVER.DEEPKD.RELEASED = False
 # "step" (see LR_DECAY_STAGES), or "cosine": from LR after the warm-up to LR_MIN at the end of the last epoch.
 CFG.SOLVER.LR_SCHEDULE = "step"
 CFG.SOLVER.LR_MIN = 0.0
@@ -367,6 +379,10 @@ _RANGES: dict[str, Range] = {
     "SOLVER.WEIGHT_DECAY": NOT_NEGATIVE,
     "SOLVER.MOMENTUM": interval(0, 1, "[)"),
     "SOLVER.DOT.DELTA": interval(-1, 1, "()"),
+    "SOLVER.DEEPKD.DELTA_TOG": interval(-1, 1, "()"),
+    "SOLVER.DEEPKD.DELTA_TCG": interval(-1, 1, "()"),
+    "SOLVER.DEEPKD.DELTA_NCG": interval(-1, 1, "()"),
+    "SOLVER.DEEPKD.TOPK": whole(0),
     "LOG.TENSORBOARD_FREQ": whole(1),
     "LOG.SAVE_CHECKPOINT_FREQ": whole(1),
     "LOG.SAVE_CHECKPOINT_ITERS": whole(0),

@@ -20,9 +20,10 @@ from ..models.outputs import feature_of
 from .optimizers import optimizer_dict
 from .overrides import setting
 from .runtime.device import pick_device
+from .split_update import AlignedUpdate, DeepKDUpdate, DotUpdate, MomentaUpdate, SplitUpdate
 from .teacher.cache import cache_wanted
 from .teacher.rows import OUTPUTS
-from .update import DotUpdate, SumUpdate
+from .update import SumUpdate
 
 # A whole step that is recorded and replayed, see `graphed_step`.
 GRAPH = "a step as one CUDA graph"
@@ -55,6 +56,11 @@ class Setup:
         return (self.method if isinstance(self.method, type) else type(self.method)).__name__
 
     @property
+    def trainer(self) -> str:
+        """The name of the update rule."""
+        return self.update.title
+
+    @property
     def judged(self) -> Distiller | type[Distiller]:
         """What declares whether the method compares images or maps, and the mode of its teacher."""
         return self.method.judged_as(self.cfg) if isinstance(self.method, type) else self.method
@@ -75,6 +81,13 @@ class Setup:
             return f"DATASET.AUGMENT {data.AUGMENT}"
         of_loader = self.loader is not None and not getattr(self.loader, "variants", None)
         return f"DATASET.TYPE {data.TYPE}" if of_loader else ""
+
+    @property
+    def unfit_delta(self) -> str:
+        """The change of a momentum that makes it no momentum, with its value; empty if none does."""
+        solver = self.cfg.SOLVER
+        deltas = {name: solver.DEEPKD[name] for name in ("DELTA_TOG", "DELTA_TCG", "DELTA_NCG")}
+        return next((f"{k} {v}" for k, v in deltas.items() if not 0 <= solver.MOMENTUM + v < 1), "")
 
     @property
     def labelled(self) -> bool:
@@ -151,6 +164,12 @@ def _unlike(name: str, key: str, off: Any, example: Any, **more: Any) -> Mode:
     return Mode(name, lambda run: setting(run.cfg, key) != off, f"{key} {{cfg.{key}}}", {key: example, **more})
 
 
+def _trainer(name: str, rule: type[SumUpdate], trainer: str) -> Mode:
+    """The mode that a trainer's update rule is."""
+    holds: Callable[[Setup], bool] = lambda run: issubclass(run.update, rule)  # noqa: E731
+    return Mode(name, holds, "{trainer} (SOLVER.TRAINER)", {"SOLVER.TRAINER": trainer})
+
+
 MODES = (
     _equal("bf16", "SOLVER.AMP", "bf16"),
     _equal("fp16", "SOLVER.AMP", "fp16"),
@@ -164,7 +183,9 @@ MODES = (
     _unlike("EMA", "SOLVER.EMA", 0, 0.9),
     _equal("steps skipped at NaN", "SOLVER.NAN_POLICY", "skip"),
     _equal("AdamW", "SOLVER.TYPE", "AdamW", **{"SOLVER.LR": 0.001}),
-    Mode("DOT", lambda run: issubclass(run.update, DotUpdate), "DOT (SOLVER.TRAINER)", {"SOLVER.TRAINER": "dot"}),
+    _trainer("DOT", DotUpdate, "dot"),
+    _trainer("DeepKD", DeepKDUpdate, "deepkd"),
+    _trainer("aligned gradients", AlignedUpdate, "aligned"),
     _equal("cosine", "SOLVER.LR_SCHEDULE", "cosine"),
     _unlike("warm-up", "SOLVER.WARMUP_EPOCHS", 0, 1),
     _unlike("teacher cache", "DISTILLER.TEACHER_CACHE", "", "cache"),
@@ -209,6 +230,7 @@ TRAITS = (
     Side(
         "methods without `distills`", lambda run: not run.method.distills, "{name}, which has no distillation loss",
     ),
+    Side("methods without `decouples`", lambda run: not run.method.decouples, "{name}, which cannot be decoupled"),
     Side(
         "methods without `needs_teacher`", lambda run: not run.method.needs_teacher, "{name}, which has no teacher",
     ),
@@ -245,6 +267,13 @@ TRAITS = (
         "optimizers of one gradient",
         lambda run: run.cfg.SOLVER.TYPE in optimizer_dict and run.cfg.SOLVER.TYPE not in run.update.optimizers,
         "SOLVER.TYPE {cfg.SOLVER.TYPE}",
+    ),
+    Side("trainers of several momenta", lambda run: issubclass(run.update, MomentaUpdate), "{trainer} (SOLVER.TRAINER)"),
+    Side("trainers of several gradients", lambda run: issubclass(run.update, SplitUpdate), "{trainer} (SOLVER.TRAINER)"),
+    Side(
+        "`MOMENTUM` and `DEEPKD.DELTA_*` too large",
+        lambda run: bool(run.unfit_delta),
+        "SOLVER.DEEPKD.{unfit_delta} with SOLVER.MOMENTUM {cfg.SOLVER.MOMENTUM}",
     ),
     Side(
         "`MOMENTUM` and `DOT.DELTA` too large",
@@ -307,6 +336,10 @@ _LABEL_RULES = (
             ("methods that need two views", "the labels are of the mixed image, and the views are not mixed"),
         )
     ),
+    *(
+        Rule(mixing, "DeepKD", "its parts are those of one label, and a mixed image has two", f"set {key} 0")
+        for mixing, key in (("MixUp", "DATASET.MIXUP"), ("CutMix", "DATASET.CUTMIX"))
+    ),
     Rule(
         "label smoothing", "methods without `soft_labels`", "it would learn the label as it is",
         "set SOLVER.LABEL_SMOOTHING 0",
@@ -328,26 +361,41 @@ RULES = (
         "set SOLVER.ACCUMULATE 1",
     ),
     Rule(
-        "micro-batches", "DOT", "DOT keeps the two gradients of one batch and does not add those of micro-batches",
-        "set SOLVER.ACCUMULATE 1",
+        "micro-batches", "trainers of several momenta",
+        "it keeps the gradients of one batch apart and does not add those of micro-batches", "set SOLVER.ACCUMULATE 1",
     ),
     Rule(
-        "clipping", "DOT", "DOT has two gradients, and their common norm is not defined", "set SOLVER.CLIP_GRAD_NORM 0"
+        "clipping", "trainers of several momenta", "it has several gradients, and their common norm is not defined",
+        "set SOLVER.CLIP_GRAD_NORM 0",
     ),
     Rule(
-        "fp16", "DOT", "fp16 scales one gradient, and DOT has two", "set SOLVER.AMP bf16 or fp16-teacher",
+        "fp16", "trainers of several momenta", "fp16 scales one gradient, and it has several",
+        "set SOLVER.AMP bf16 or fp16-teacher",
     ),
-    Rule("optimizers of one gradient", "DOT", "DOT has a form of SGD alone", "set SOLVER.TYPE SGD"),
+    Rule(
+        "optimizers of one gradient", "trainers of several momenta", "it has a form of SGD alone", "set SOLVER.TYPE SGD",
+    ),
     Rule(
         "`MOMENTUM` and `DOT.DELTA` too large", "DOT", "MOMENTUM minus and plus DELTA must both be in [0, 1)",
         "take a smaller SOLVER.DOT.DELTA",
     ),
     Rule(
-        "DOT", "methods without `distills`", "DOT steps on the gradients of a task loss and of a distillation loss",
-        "use SOLVER.TRAINER base",
+        "`MOMENTUM` and `DEEPKD.DELTA_*` too large", "DeepKD", "MOMENTUM plus the change must be in [0, 1)",
+        "take another SOLVER.MOMENTUM, or another change",
+    ),
+    Rule(
+        "trainers of several gradients", "methods without `distills`",
+        "it steps on the gradients of a task loss and of a distillation loss", "use SOLVER.TRAINER base",
+    ),
+    Rule(
+        "DeepKD", "methods without `decouples`", "it trains on the target and the non-target part of a loss of logits",
+        "take DISTILLER.TYPE KD or DKD, or SOLVER.TRAINER base",
     ),
     *_CACHE_RULES,
     *_LABEL_RULES,
+    Rule(
+        "images without labels", "DeepKD", "its target part is that of the label", "use SOLVER.TRAINER base",
+    ),
     Rule("images without labels", "a weighted loss of the labels", "there are none to read", "set {run.zeros}"),
     Rule(
         "images without labels", "a loss of the labels without a weight", "there are none to read",
@@ -393,7 +441,9 @@ def obstacle(name: str, run: Setup) -> str:
 
 def _filled(text: str, run: Setup) -> str:
     """A text of the table for a run."""
-    of_run = {name: getattr(run, name) for name in ("cfg", "name", "world", "share", "unstored", "endless")}
+    of_run = {name: getattr(run, name) for name in (
+        "cfg", "name", "trainer", "world", "share", "unstored", "endless", "unfit_delta",
+    )}
     return text.format(run=run, **of_run)
 
 

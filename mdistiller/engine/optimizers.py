@@ -11,12 +11,14 @@ from yacs.config import CfgNode as CN
 from ..errors import UserError
 from ..models.parameters import Group
 from ..registry import Registry
+from .deepkd import DeepKDOptimizer
 from .dot import DistillationOrientedTrainer
 
-# SOLVER.TYPE -> function of (parameter groups, cfg.SOLVER), for one gradient and for DOT's two. The settings of SOLVER
-# are those of a group that has none of its own.
+# SOLVER.TYPE -> function of (parameter groups, cfg.SOLVER), for one gradient, for DOT's two and for DeepKD's
+# three. The settings of SOLVER are those of a group that has none of its own.
 optimizer_dict = Registry("SOLVER.TYPE")
 dot_optimizer_dict = Registry("SOLVER.TYPE for the DOT trainers")
+deepkd_optimizer_dict = Registry("SOLVER.TYPE for the DeepKD trainer")
 
 
 @optimizer_dict.register("SGD")
@@ -47,6 +49,15 @@ def dot_sgd(groups: list[Group], solver: CN) -> DistillationOrientedTrainer:
     """DOT with momentum MOMENTUM - DELTA for the task and MOMENTUM + DELTA for the distillation."""
     momenta = {"momentum": solver.MOMENTUM - solver.DOT.DELTA, "momentum_kd": solver.MOMENTUM + solver.DOT.DELTA}
     return DistillationOrientedTrainer(groups, lr=solver.LR, weight_decay=solver.WEIGHT_DECAY, **momenta)
+
+
+@deepkd_optimizer_dict.register("SGD")
+def deepkd_sgd(groups: list[Group], solver: CN) -> DeepKDOptimizer:
+    """DeepKD with MOMENTUM plus DELTA_TOG for the task, DELTA_TCG for the target and DELTA_NCG for the other classes."""
+    own = solver.DEEPKD
+    names = {"momentum": own.DELTA_TOG, "momentum_target": own.DELTA_TCG, "momentum_others": own.DELTA_NCG}
+    momenta = {name: solver.MOMENTUM + delta for name, delta in names.items()}
+    return DeepKDOptimizer(groups, lr=solver.LR, weight_decay=solver.WEIGHT_DECAY, released=own.RELEASED, **momenta)
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -24,11 +24,11 @@ from ..distillers.contract import learnable_parameters
 from ..errors import UserError
 from ..models.parameters import flat_parameters
 from ..models.tensor_groups import all_finite
-from .dot import DistillationOrientedTrainer
 from .lr_schedule import LR_SCALE
 from .meters import Meters
 from .nan_watch import NonFiniteLossError
 from .overrides import setting
+from .split_update import MomentaUpdate
 from .utils import AverageMeter
 
 # Methods that must call the inherited one, and what to do otherwise.
@@ -89,7 +89,7 @@ def adopt_optimizer(trainer: Any, own: Any, must: str) -> None:
     update = trainer.update
     if own is update.optimizer:
         return
-    kind = DistillationOrientedTrainer if isinstance(update.optimizer, DistillationOrientedTrainer) else Optimizer
+    kind = update.optimizer_class if isinstance(update, MomentaUpdate) else Optimizer
     if not isinstance(own, kind):
         raise UserError(f"{type(trainer).__name__}.{must} a {kind.__name__}, not a {type(own).__name__}")
     if update.scaler and isinstance(own, torch.optim.SGD) and any(group["fused"] for group in own.param_groups):

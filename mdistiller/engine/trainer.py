@@ -48,9 +48,10 @@ from .runtime.malloc import keep_freed_memory
 from .runtime.signals import Stopped, StopRequest
 from .scores import Measure, Score, by_head, epoch_metrics, evaluate, score_teacher
 from .single_images import check_single_images
+from .split_update import AlignedUpdate, DeepKDUpdate, DotUpdate
 from .step import Step
 from .teacher.fast_teacher import FrozenNetworks
-from .update import DotUpdate, SumUpdate
+from .update import SumUpdate
 
 
 class BaseTrainer:
@@ -96,6 +97,7 @@ class BaseTrainer:
         check_class_names(train_loader, val_loader)
         check_modes(cfg, plain, self.update_rule, self.ranks.world, train_loader)
         plain.smooth_labels(cfg.SOLVER.LABEL_SMOOTHING)
+        self.update_rule.prepare(plain, cfg)
         self.distiller: Distiller = placed(plain, self.device, self.ranks, cfg)
         self.train_loader, self.val_loader = (
             own_share(loader, self.device, self.ranks) for loader in (counted(train_loader), val_loader)
@@ -438,4 +440,21 @@ class CRDDOT(DOT):
     """DOT for CRD."""
 
 
-trainer_dict = Registry("trainer", {"base": BaseTrainer, "crd": CRDTrainer, "dot": DOT, "crd_dot": CRDDOT})
+class DeepKD(BaseTrainer):
+    """Three momenta: of the task's gradient, of the target part's and of the other classes'. arXiv 2505.15133."""
+
+    update_rule = DeepKDUpdate
+
+
+class Aligned(BaseTrainer):
+    """The distillation gradient loses what points against the task gradient. arXiv 2411.08937."""
+
+    update_rule = AlignedUpdate
+
+
+trainer_dict = Registry(
+    "trainer",
+    {
+        "base": BaseTrainer, "crd": CRDTrainer, "dot": DOT, "crd_dot": CRDDOT, "deepkd": DeepKD, "aligned": Aligned,
+    },
+)  # fmt: skip

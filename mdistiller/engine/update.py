@@ -1,4 +1,4 @@
-"""Update rules: how losses change the parameters. Only this module calls `backward()` and `step()`."""
+"""The update rule: how losses change the parameters. Only this module calls `backward()` and `step()`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from yacs.config import CfgNode as CN
 
-from ..distributed.gather import mean_over_ranks, world_size
-from ..errors import UserError
+from ..distillers import Distiller
 from ..models.parameters import Learnable, flat_parameters, parameter_groups
 from ..models.tensor_groups import by_kind
 from ..registry import Registry
-from .dot import DistillationOrientedTrainer
 from .lr_schedule import scaled_groups
-from .optimizers import dot_optimizer_dict, load_optimizer_state, optimizer_dict
-
-# Names of the task losses; all other losses of a distiller are distillation losses.
-TASK_LOSSES = ("ce", "loss_ce", "loss_CE", "loss_multi_ce")
+from .optimizers import load_optimizer_state, optimizer_dict
 
 
 class SumUpdate:
@@ -43,6 +38,12 @@ class SumUpdate:
     optimizers: ClassVar[Registry] = optimizer_dict
     # Whether DistributedDataParallel averages the gradients over the ranks during the backward pass.
     one_backward: ClassVar[bool] = True
+    # What `SOLVER.TRAINER` switches on, in messages.
+    title: ClassVar[str] = "base"
+
+    @classmethod
+    def prepare(cls, distiller: Distiller, cfg: CN) -> None:
+        """Set what the rule needs of the method; called once, before anything is built of it."""
 
     def __init__(self, learnable: Learnable, cfg: CN) -> None:
         groups = scaled_groups(parameter_groups(learnable), cfg.SOLVER)
@@ -61,10 +62,14 @@ class SumUpdate:
 
     def backward(self, losses: dict[str, Tensor], weight: float = 1.0) -> Tensor:
         """Accumulate the gradients of `weight` times the sum of the losses; returns the unweighted sum ()."""
-        total = _total(losses.values())
-        weighted = total * weight if weight != 1 else total
-        (self.scaler.scale(weighted) if self.scaler else weighted).backward()
+        total = total_of(losses.values())
+        self._backward(total, weight)
         return total.detach()
+
+    def _backward(self, loss: Tensor, weight: float, retain_graph: bool = False) -> None:
+        """Accumulate the gradients of `weight` times a loss."""
+        weighted = loss * weight if weight != 1 else loss
+        (self.scaler.scale(weighted) if self.scaler else weighted).backward(retain_graph=retain_graph)
 
     def ready_to_compile(self) -> bool:
         """Whether the next step may be compiled."""
@@ -74,7 +79,7 @@ class SumUpdate:
         """What the host reads in the optimizer's step, so that no CUDA graph can hold it; empty if nothing."""
         name = type(self.optimizer).__name__
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
-        if fused or isinstance(self.optimizer, DistillationOrientedTrainer):
+        if fused:
             return ""
         if self.scaler:
             return f"under SOLVER.AMP fp16 the host sees whether {name} may take the step"
@@ -108,7 +113,7 @@ class SumUpdate:
         """The L2 norm () of the gradients, before clipping and without fp16's scale. Call it once a step at most."""
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        return _norm_of([p.grad for p in self.parameters if p.grad is not None])
+        return norm_of([p.grad for p in self.parameters if p.grad is not None])
 
     def unexplained(self, norm: Tensor) -> Tensor:
         """`norm` (), from `norm()`; 0 where fp16's search for its scale may be why it is not finite.
@@ -172,72 +177,12 @@ class SumUpdate:
             self.scaler.load_state_dict(state["scaler"])
 
 
-class DotUpdate(SumUpdate):
-    """One step of DOT: "ce" and "loss_ce" are task losses, all others distillation losses. arXiv 2307.08436.
-
-    `engine.modes` refuses the settings that DOT does not support.
-    """
-
-    optimizers = dot_optimizer_dict
-    optimizer: DistillationOrientedTrainer
-    one_backward = False
-
-    def __init__(self, learnable: Learnable, cfg: CN) -> None:
-        super().__init__(learnable, cfg)
-        self.compiled = cfg.SOLVER.COMPILE
-
-    def ready_to_compile(self) -> bool:
-        return self.optimizer.ready()
-
-    def backward(self, losses: dict[str, Tensor], weight: float = 1.0) -> Tensor:
-        """One backward pass for the distillation losses and one for the task losses; returns the total loss ().
-
-        Raises:
-            UserError: there is no task loss, or no distillation loss.
-        """
-        task = [loss for name, loss in losses.items() if name in TASK_LOSSES]
-        distillation = [loss for name, loss in losses.items() if name not in TASK_LOSSES]
-        if not (task and distillation):
-            raise UserError(
-                f"DOT needs a task loss ({' or '.join(TASK_LOSSES[:2])}) and a distillation loss, this method has only "
-                f"{', '.join(losses)}; use SOLVER.TRAINER base"
-            )
-        loss_task, loss_kd = _total(task), _total(distillation)
-        loss_kd.backward(retain_graph=True)
-        self.optimizer.step_kd()
-        loss_task.backward()
-        if self.compiled:
-            self.optimizer.drop_zeros_for_none()
-        self._average()
-        return (loss_task + loss_kd).detach()
-
-    def _average(self) -> None:
-        """Average both gradients over the ranks: one exchange for each dtype."""
-        if world_size() == 1:
-            return
-        task = [p.grad for p in self.parameters if p.grad is not None]
-        for (grads,) in by_kind([*self.optimizer.kd_gradients(), *task]):
-            flat = mean_over_ranks(torch.cat([grad.flatten() for grad in grads]))
-            pieces = flat.split([grad.numel() for grad in grads])
-            torch._foreach_copy_(grads, [piece.view(grad.shape) for piece, grad in zip(pieces, grads)])
-
-    def norm(self) -> Tensor:
-        """The L2 norm () of the sum of both gradients."""
-        return _norm_of(self.optimizer.gradients())
-
-    def without_gradient(self) -> list[nn.Parameter]:
-        return [p for p in super().without_gradient() if not self.optimizer.has_kd(p)]
-
-    def _drop(self) -> None:
-        self.optimizer.drop_kd()
-        super()._drop()
-
-
-def _total(losses: Iterable[Tensor]) -> Tensor:
+def total_of(losses: Iterable[Tensor]) -> Tensor:
+    """The sum () of the losses; the mean is taken of one that is not a scalar."""
     return torch.stack([loss.mean() if loss.ndim else loss for loss in losses]).sum()
 
 
-def _norm_of(grads: list[Tensor]) -> Tensor:
+def norm_of(grads: list[Tensor]) -> Tensor:
     """The L2 norm () of all gradients together; 0 if there are none."""
     if not grads:
         return torch.zeros(())

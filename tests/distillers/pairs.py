@@ -15,7 +15,7 @@ from yacs.config import CfgNode as CN
 from mdistiller.dataset.batch import VIEWS
 from mdistiller.distillers import Distiller, RunFacts, distiller_dict, method_defaults
 from mdistiller.distillers.contract import check_distiller, check_losses, gradient_gap
-from mdistiller.engine.update import TASK_LOSSES
+from mdistiller.engine.split_update import TASK_LOSSES
 from mdistiller.errors import UserError
 from mdistiller.models.parameters import flat_parameters
 from mdistiller.models.sources import build_network

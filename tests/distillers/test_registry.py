@@ -12,7 +12,7 @@ from yacs.config import CfgNode as CN
 
 from mdistiller.dataset.batch import VIEWS
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, method_defaults
-from mdistiller.engine.update import TASK_LOSSES
+from mdistiller.engine.split_update import TASK_LOSSES
 from mdistiller.models import cifar_model_dict
 from mdistiller.models.parameters import flat_parameters
 

@@ -16,6 +16,9 @@ from mdistiller.engine.meters import Meters
 from mdistiller.engine.runtime.seeds import seed_everything
 from mdistiller.engine.trainer import trainer_dict
 
+# Methods under the trainers that take gradients apart.
+SPLIT = [("KD", "dot"), ("CRD", "crd_dot"), ("KD", "deepkd"), ("DKD", "deepkd"), ("KD", "aligned")]
+
 
 def gradients(method, trainer_name, teacher, groups, branches="auto"):
     """Gradients of the first batch by parameter name, in float64.
@@ -44,7 +47,9 @@ def gradients(method, trainer_name, teacher, groups, branches="auto"):
     def note(norm):
         names = {p: name for name, p in trainer.distiller.named_parameters()}
         for p in trainer.update.parameters:
-            own = [g for g in (p.grad, getattr(trainer.optimizer, "_kd_grads", {}).get(p)) if g is not None]
+            kinds = getattr(trainer.optimizer, "kinds", ())
+            of_kinds = (trainer.optimizer.gradient(kind, p) for kind in kinds)
+            own = [g for g in (of_kinds if kinds else (p.grad,)) if g is not None]
             grads[names[p]] = torch.stack(own)
 
     trainer.update.step = note
@@ -60,7 +65,7 @@ def main():
     torch.set_num_threads(1)
     with joined_ranks("cpu") as ranks:
         found = {}
-        for method, trainer_name in [*((m, "base") for m in distiller_dict), ("KD", "dot"), ("CRD", "crd_dot")]:
+        for method, trainer_name in [*((m, "base") for m in distiller_dict), *SPLIT]:
             found[f"{method}/{trainer_name}"] = gradients(method, trainer_name, teacher, groups)
         # What `auto` is on a GPU.
         found["DCGD/base/together"] = gradients("DCGD", "base", teacher, groups, "together")

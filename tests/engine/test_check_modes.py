@@ -8,8 +8,9 @@ from mdistiller.distillers import AT, CRD, DCGD, DKD, KD, OFD, RKD, Distiller, R
 from mdistiller.engine import build
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.modes import MODES, RULES, SIDES, TRAITS, Setup, broken_rule, check_modes
+from mdistiller.engine.split_update import AlignedUpdate, DeepKDUpdate, DotUpdate
 from mdistiller.engine.trainer import BaseTrainer
-from mdistiller.engine.update import DotUpdate, SumUpdate
+from mdistiller.engine.update import SumUpdate
 from mdistiller.errors import UserError
 from mdistiller.models import build_model, cifar_model_dict
 
@@ -45,6 +46,17 @@ REFUSED = [
     ("SOLVER.DOT.DELTA 0.95", KD, DotUpdate, 1, None, "SOLVER.DOT.DELTA 0.95", "SOLVER.MOMENTUM 0.9"),
     ("SOLVER.DOT.DELTA -0.2", KD, DotUpdate, 1, None, "SOLVER.DOT.DELTA -0.2", "SOLVER.MOMENTUM 0.9"),
     ("", Vanilla, DotUpdate, 1, None, "DOT (SOLVER.TRAINER)", "Vanilla, which has no distillation loss"),
+    ("SOLVER.ACCUMULATE 2", KD, DeepKDUpdate, 1, None, "SOLVER.ACCUMULATE 2", "DeepKD (SOLVER.TRAINER)"),
+    ("SOLVER.TYPE AdamW", DKD, DeepKDUpdate, 1, None, "SOLVER.TYPE AdamW", "DeepKD (SOLVER.TRAINER)"),
+    ("SOLVER.DEEPKD.DELTA_TOG 0.1", KD, DeepKDUpdate, 1, None, "SOLVER.DEEPKD.DELTA_TOG 0.1", "MOMENTUM 0.9"),
+    ("SOLVER.DEEPKD.DELTA_NCG -0.95", KD, DeepKDUpdate, 1, None, "SOLVER.DEEPKD.DELTA_NCG -0.95", "must be in [0, 1)"),
+    ("", RKD, DeepKDUpdate, 1, None, "DeepKD (SOLVER.TRAINER)", "RKD, which cannot be decoupled"),
+    ("", DCGD, DeepKDUpdate, 1, None, "DeepKD (SOLVER.TRAINER)", "DCGD, which cannot be decoupled"),
+    ("", Vanilla, DeepKDUpdate, 1, None, "DeepKD (SOLVER.TRAINER)", "Vanilla, which has no distillation loss"),
+    (MIXUP, KD, DeepKDUpdate, 1, None, MIXUP, "DeepKD (SOLVER.TRAINER)"),
+    (CUTMIX, KD, DeepKDUpdate, 1, None, CUTMIX, "DeepKD (SOLVER.TRAINER)"),
+    (NO_CE, KD, DeepKDUpdate, 1, UNLABELLED, NO_LABELS, "DeepKD (SOLVER.TRAINER)"),
+    ("", Vanilla, AlignedUpdate, 1, None, "aligned gradients (SOLVER.TRAINER)", "Vanilla, which has no distillation"),
     ("DISTILLER.TEACHER_CACHE c", Vanilla, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "Vanilla, which has no"),
     ("DISTILLER.TEACHER_CACHE c", OFD, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "OFD, which runs its"),
     ("DISTILLER.TEACHER_CACHE c", ReviewKD, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "reads preact_feats of"),
@@ -85,6 +97,10 @@ ACCEPTED = [
     (NO_CE, KD, SumUpdate, 1, UNLABELLED),
     ("AT.LOSS.CE_WEIGHT 0", AT, SumUpdate, 1, UNLABELLED),
     ("", KD, DotUpdate, 2, FINITE),
+    ("EXPERIMENT.LOGIT_STAND True SOLVER.DEEPKD.DELTA_NCG 0.095", KD, DeepKDUpdate, 2, FINITE),
+    (f"SOLVER.DEEPKD.RELEASED True SOLVER.AMP bf16 {SMOOTHING}", DKD, DeepKDUpdate, 1, FINITE),
+    ("SOLVER.AMP fp16 SOLVER.ACCUMULATE 2 SOLVER.CLIP_GRAD_NORM 1.0 SOLVER.TYPE AdamW", KD, AlignedUpdate, 2, FINITE),
+    (f"{MIXUP} {CUTMIX}", RKD, AlignedUpdate, 1, ENDLESS),
     ("SOLVER.ACCUMULATE 32", KD, SumUpdate, 2, ENDLESS),
     ("SOLVER.DOT.DELTA 0.95 SOLVER.ACCUMULATE 2", KD, SumUpdate, 1, FINITE),
     ("SOLVER.AMP bf16 SOLVER.DOT.DELTA 0.09", KD, DotUpdate, 1, FINITE),

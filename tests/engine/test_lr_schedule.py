@@ -7,7 +7,8 @@ import torch
 
 from mdistiller.engine.cfg import CFG
 from mdistiller.engine.lr_schedule import adjust_learning_rate, learning_rate
-from mdistiller.engine.update import DotUpdate, SumUpdate
+from mdistiller.engine.split_update import DotUpdate
+from mdistiller.engine.update import SumUpdate
 
 
 def config(**solver):

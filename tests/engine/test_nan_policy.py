@@ -12,8 +12,9 @@ from mdistiller.engine import nan_watch
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.kept_buffers import KeptBuffers
 from mdistiller.engine.nan_watch import NonFiniteLossError, Outcome, nan_policy_dict
+from mdistiller.engine.split_update import DotUpdate
 from mdistiller.engine.step import Step
-from mdistiller.engine.update import DotUpdate, SumUpdate
+from mdistiller.engine.update import SumUpdate
 from mdistiller.errors import UserError
 from mdistiller.models import build_model, cifar_model_dict
 

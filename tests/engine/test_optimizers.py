@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mdistiller.engine.update import DotUpdate, SumUpdate
+from mdistiller.engine.split_update import DotUpdate
+from mdistiller.engine.update import SumUpdate
 from mdistiller.errors import UnknownNameError
 
 from ._small import config, network

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from mdistiller.engine.update import DotUpdate, SumUpdate
+from mdistiller.engine.split_update import DotUpdate
+from mdistiller.engine.update import SumUpdate
 
 from ._small import config, network
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mdistiller.engine.dot import DistillationOrientedTrainer
+from mdistiller.engine.dot import KD, DistillationOrientedTrainer
 from mdistiller.engine.lr_schedule import adjust_learning_rate
-from mdistiller.engine.update import DotUpdate, SumUpdate
+from mdistiller.engine.split_update import DotUpdate
+from mdistiller.engine.update import SumUpdate
 from mdistiller.errors import UserError
 
 from ._small import config, network
@@ -273,4 +274,4 @@ def test_dot_takes_the_branches_cross_entropy_for_a_task_loss():
     g_task = torch.autograd.grad(task, list(model.parameters()), retain_graph=True)
     update.backward({"loss_multi_kd": kd, "loss_multi_ce": task})
     for p, expected_kd, expected_task in zip(model.parameters(), g_kd, g_task):
-        assert torch.equal(update.optimizer._kd_grads[p], expected_kd) and torch.equal(p.grad, expected_task)
+        assert torch.equal(update.kept.of(KD)[p], expected_kd) and torch.equal(p.grad, expected_task)
