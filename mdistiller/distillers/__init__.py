@@ -14,6 +14,7 @@ from .CRD import CRD
 from .CRLD import CRLD
 from .CTKD import CTKD
 from .DCGD import DCGD, DCGD_CE, DCGD_DKD, DCGD_KD
+from .DHKD import DHKD
 from .DIST import DIST
 from .DKD import DKD
 from .facts import RunFacts
@@ -59,6 +60,7 @@ __all__ = [
     "DCGD_CE",
     "DCGD_DKD",
     "DCGD_KD",
+    "DHKD",
     "DIST",
     "DKD",
     "FSP",

@@ -50,6 +50,7 @@ def case(batch, *overrides, steps=4, **more):
 # 8 for the ranks, in 3 micro-batches (of the 5) on one and in 4 on the other.
 SPLIT = {
     "64 images in 9": case(64, "SOLVER.ACCUMULATE", "9", steps=3, still=True),
+    "aligned, 32 images in 5": case(32, "SOLVER.ACCUMULATE", "5", "SOLVER.TRAINER", "aligned", steps=5, still=True),
     "32 images in 5": case(32, "SOLVER.ACCUMULATE", "5", steps=5, still=True),
 }
 SKIP, STOP = ("SOLVER.NAN_POLICY", "skip"), ("SOLVER.NAN_POLICY", "stop")
@@ -59,6 +60,8 @@ SKIPPED = {
     "skip, loss": case(32, *SKIP, bad=[1, 2, "loss"]),
     "skip, gradient": case(32, *SKIP, bad=[1, 2, "gradient"]),
     "skip, gradient, DOT": case(32, *SKIP, *DOT, bad=[1, 2, "gradient"]),
+    "skip, gradient, DeepKD": case(32, *SKIP, "SOLVER.TRAINER", "deepkd", bad=[1, 2, "gradient"]),
+    "skip, gradient, aligned": case(32, *SKIP, "SOLVER.TRAINER", "aligned", bad=[1, 2, "gradient"]),
     "skip, loss, CRD": case(32, *SKIP, *CRD, bad=[1, 2, "loss"]),
 }
 STOPPED = {

@@ -66,6 +66,8 @@ MODES = {
     "three micro-batches": (("SOLVER.ACCUMULATE", "3"), 2),  # 6, 6 and 4
     "two micro-batches": (("SOLVER.ACCUMULATE", "2"), 1),
     "DOT": (("SOLVER.TRAINER", "dot"), 1),
+    "DeepKD": (("SOLVER.TRAINER", "deepkd"), 1),
+    "aligned": (("SOLVER.TRAINER", "aligned"), 1),
     "DOT, CRD": (("SOLVER.TRAINER", "crd_dot", "DISTILLER.TYPE", "CRD"), 1),
     "FitNet's first stage": (("DISTILLER.TYPE", "FITNET", "FITNET.INIT_EPOCHS", "1"), 1),
     "skip, EMA, clipped": (("SOLVER.NAN_POLICY", "skip", "SOLVER.EMA", "0.9", "SOLVER.CLIP_GRAD_NORM", "1.0"), 1),

@@ -9,13 +9,14 @@ import torch.nn as nn
 from mdistiller.engine.files.checkpoint import load_checkpoint
 from mdistiller.engine.meters import Meters
 from mdistiller.engine.nan_watch import NonFiniteLossError
-from mdistiller.engine.trainer import DOT, BaseTrainer
+from mdistiller.engine.trainer import DOT, Aligned, BaseTrainer
 from mdistiller.errors import UserError
 
 from .._networks import Net
 from ._recorder import recording  # noqa: F401
 from ._runs import BATCH, STEPS, Plain, rows_of, student_of, trainer_of
 
+ADAMW = ("SOLVER.TYPE", "AdamW", "SOLVER.LR", "0.001")
 NEVER = ("SOLVER.CUDA_GRAPH", "never")
 MODES = {
     "plain": ((), BaseTrainer),
@@ -26,6 +27,8 @@ MODES = {
     "bf16": (("SOLVER.AMP", "bf16"), BaseTrainer),
     "fp16": (("SOLVER.AMP", "fp16", "SOLVER.TYPE", "AdamW", "SOLVER.LR", "0.001"), BaseTrainer),
     "DOT": ((), DOT),
+    "aligned": ((), Aligned),
+    "aligned, fp16, micro-batches": (("SOLVER.AMP", "fp16", "SOLVER.ACCUMULATE", "3", *ADAMW), Aligned),
 }
 
 

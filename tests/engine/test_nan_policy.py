@@ -12,7 +12,7 @@ from mdistiller.engine import nan_watch
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.kept_buffers import KeptBuffers
 from mdistiller.engine.nan_watch import NonFiniteLossError, Outcome, nan_policy_dict
-from mdistiller.engine.split_update import DotUpdate
+from mdistiller.engine.split_update import AlignedUpdate, DotUpdate
 from mdistiller.engine.step import Step
 from mdistiller.engine.update import SumUpdate
 from mdistiller.errors import UserError
@@ -88,6 +88,7 @@ MODES = {
     "clipped": (("SOLVER.CLIP_GRAD_NORM", "1.0"), SumUpdate),
     "AdamW": (("SOLVER.TYPE", "AdamW"), SumUpdate),
     "DOT": ((), DotUpdate),
+    "aligned": ((), AlignedUpdate),
 }
 
 

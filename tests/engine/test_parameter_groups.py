@@ -82,6 +82,7 @@ def cfg_of(tmp_path):
 
 @pytest.mark.parametrize("solver", [
     ("SOLVER.CLIP_GRAD_NORM", "0.5"), ("SOLVER.TYPE", "AdamW"), ("SOLVER.TRAINER", "dot"),
+    ("SOLVER.TRAINER", "aligned"),
 ], ids=lambda solver: solver[1])  # fmt: skip
 def test_a_resumed_run_with_groups_ends_like_one_that_was_never_stopped(cfg_of, solver):
     whole, interrupted = trainer_of(cfg_of(*solver), "whole"), trainer_of(cfg_of(*solver), "interrupted")
@@ -124,7 +125,7 @@ torch.set_num_threads(1)
 out, empty = sys.argv[1:]
 with joined_ranks("cpu") as ranks:
     found = {}
-    for name in ("base", "dot"):
+    for name in ("base", "dot", "aligned"):
         settings = ["SOLVER.TRAINER", name, "SOLVER.BATCH_SIZE", "8", "EXPERIMENT.DEVICE", "cpu"]
         trainer = trainer_of(load_cfg(empty, settings), dtype=torch.float64)
         trainer.distiller.train()
@@ -148,7 +149,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
     one, first, second = (torch.load(tmp_path / name) for name in ("one.0", "two.0", "two.1"))
-    assert {"base/temperature", "dot/temperature"} <= one.keys()
+    assert {"base/temperature", "dot/temperature", "aligned/temperature"} <= one.keys()
     for key, value in one.items():
         torch.testing.assert_close(first[key], value, rtol=1e-9, atol=1e-12)
         assert torch.equal(first[key], second[key])

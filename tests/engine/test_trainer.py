@@ -98,7 +98,7 @@ def test_the_learning_rate_decays_after_each_stage():
 
 
 def test_the_four_trainers_have_the_originals_names():
-    assert set(trainer_dict) == {"base", "crd", "dot", "crd_dot"}
+    assert set(trainer_dict) == {"base", "crd", "dot", "crd_dot", "deepkd", "aligned"}
 
 
 def test_a_run_writes_the_originals_files(cfg_of):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from mdistiller.engine.dot import KD, DistillationOrientedTrainer
 from mdistiller.engine.lr_schedule import adjust_learning_rate
-from mdistiller.engine.split_update import DotUpdate
+from mdistiller.engine.split_update import AlignedUpdate, DotUpdate
 from mdistiller.engine.update import SumUpdate
 from mdistiller.errors import UserError
 
@@ -108,7 +108,7 @@ class Heated(nn.Module):
         return terms
 
 
-RULES = {"SGD": (SumUpdate, {}), "AdamW": (SumUpdate, {"TYPE": "AdamW"}), "DOT": (DotUpdate, {})}
+RULES = {"SGD": (SumUpdate, {}), "AdamW": (SumUpdate, {"TYPE": "AdamW"}), "DOT": (DotUpdate, {}), "aligned": (AlignedUpdate, {})}
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])

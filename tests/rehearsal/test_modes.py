@@ -34,7 +34,7 @@ SETTINGS = {
 METHOD = {"chosen pairs of maps": "AT"}
 # Those that change the step most.
 OF_STEPS = (
-    "DOT", "steps skipped at NaN", "fp16, micro-batches, clipping, EMA", "teacher cache in memory",
+    "DOT", "DeepKD", "aligned gradients", "steps skipped at NaN", "fp16, micro-batches, clipping, EMA", "teacher cache in memory",
     "teacher cache in files",
 )  # fmt: skip
 
