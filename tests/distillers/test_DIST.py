@@ -68,9 +68,9 @@ def test_one_image_has_no_relation_between_images():
     assert loss.item() == 1 and s.grad.eq(0).all()
 
 
-def test_extremes():
-    for options in OPTIONS[:2]:
-        check_extremes(lambda s, t, y: dist_loss(s, t, *options), lambda s, t, y: naive_dist_loss(s, t, *options))
+@pytest.mark.parametrize("options", OPTIONS[:2])
+def test_extremes(options):
+    check_extremes(lambda s, t, y: dist_loss(s, t, *options), lambda s, t, y: naive_dist_loss(s, t, *options))
 
 
 def test_float32_of_almost_certain_predictions():

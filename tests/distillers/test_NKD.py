@@ -43,7 +43,8 @@ def test_by_hand():
     p_t, p_s = (torch.tensor([p], dtype=torch.float64) for p in ((1 / 2, 1 / 8, 3 / 8), (1 / 4, 3 / 8, 3 / 8)))
     target = torch.tensor([0])
     of_target, of_others = 1 / 2 * math.log(4), math.log(2)
-    assert nkd_loss(p_s.log(), p_t.log(), target, 1, 1.5).item() == pytest.approx(of_target + 1.5 * of_others, rel=1e-12)
+    alone = nkd_loss(p_s.log(), p_t.log(), target, 1, 1.5).item()
+    assert alone == pytest.approx(of_target + 1.5 * of_others, rel=1e-12)
     # Temperature 2 for the others alone: the logits twice as far apart are (1/16, 9/64, 9/64) / (22/64), and so on.
     p_s_y, p_t_y = 4 / 22, 16 / 26
     doubled = -p_t_y * math.log(p_s_y) + 1.5 * 4 * of_others
@@ -76,16 +77,16 @@ def test_masked_classes_by_hand():
     assert nkd_loss(torch.tensor([[0.0, -math.inf, 0.0]]), s.detach(), target, 1.0, 1.5).item() == math.inf
 
 
-def test_extremes():
-    for options in OPTIONS[:2]:
-        check_extremes(lambda s, t, y: nkd_loss(s, t, y, *options), lambda s, t, y: naive_nkd_loss(s, t, y, *options))
+@pytest.mark.parametrize("options", OPTIONS[:2])
+def test_extremes(options):
+    check_extremes(lambda s, t, y: nkd_loss(s, t, y, *options), lambda s, t, y: naive_nkd_loss(s, t, y, *options))
 
 
-def test_gradients_and_precision():
+@pytest.mark.parametrize("stand", [False, True])
+def test_gradients_and_precision(stand):
     s, t, y = normal(3, 5), normal(3, 5, seed=1), torch.tensor([4, 0, 2])
-    for stand in (False, True):
-        check_precision(lambda s, t: nkd_loss(s, t, y, 3.0, 3.5, stand), s.detach(), t.detach())
-        assert gradcheck(lambda s, t: nkd_loss(s, t, y, 3.0, 3.5, stand), (s.requires_grad_(), t.requires_grad_()))
+    check_precision(lambda s, t: nkd_loss(s, t, y, 3.0, 3.5, stand), s, t)
+    assert gradcheck(lambda s, t: nkd_loss(s, t, y, 3.0, 3.5, stand), (s.requires_grad_(), t.requires_grad_()))
     temperature = torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda T: nkd_loss(s, t, y, T, 1.5), temperature)
 

@@ -45,7 +45,8 @@ def test_agrees_with_the_naive_form(batch, classes, options):
 
 def test_by_hand():
     # Label 0. Teacher (1/4, 1/2, 1/8, 1/8): the wrong class 1 is ahead. Student (1/8, 1/8, 1/4, 1/2).
-    p_t, p_s = (torch.tensor([p], dtype=torch.float64) for p in ((1 / 4, 1 / 2, 1 / 8, 1 / 8), (1 / 8, 1 / 8, 1 / 4, 1 / 2)))
+    p_t = torch.tensor([[1 / 4, 1 / 2, 1 / 8, 1 / 8]], dtype=torch.float64)
+    p_s = torch.tensor([[1 / 8, 1 / 8, 1 / 4, 1 / 2]], dtype=torch.float64)
     target = torch.tensor([0])
     scd = 1 / 2 * math.log(4) + 1 / 2 * math.log(4 / 7)  # (1/2, 1/2) against (1/8, 7/8)
     mcd = 1 / 2 * math.log(3 / 2) + 1 / 2 * math.log(3 / 4)  # (1/2, 1/2) against (1/3, 2/3): of classes 2 and 3
@@ -79,17 +80,17 @@ def test_a_saturated_student_by_hand():
     assert s.grad.tolist() == [pytest.approx([1 / 3, -1 / 6, -1 / 6])]
 
 
-def test_extremes():
-    for options in OPTIONS[:2]:
-        check_extremes(lambda s, t, y: rld_loss(s, t, y, *options), lambda s, t, y: naive_rld_loss(s, t, y, *options))
+@pytest.mark.parametrize("options", OPTIONS[:2])
+def test_extremes(options):
+    check_extremes(lambda s, t, y: rld_loss(s, t, y, *options), lambda s, t, y: naive_rld_loss(s, t, y, *options))
 
 
-def test_gradients_and_precision():
+@pytest.mark.parametrize("stand", [False, True])
+def test_gradients_and_precision(stand):
     s, t, y = normal(3, 5), normal(3, 5, seed=1), torch.tensor([4, 0, 2])
-    for stand in (False, True):
-        rest = y, 1.0, 8.0, 4.0, 2.0, stand
-        check_precision(lambda s, t: rld_loss(s, t, *rest), s.detach(), t.detach())
-        assert gradcheck(lambda s, t: rld_loss(s, t, *rest), (s.requires_grad_(), t.requires_grad_()))
+    rest = y, 1.0, 8.0, 4.0, 2.0, stand
+    check_precision(lambda s, t: rld_loss(s, t, *rest), s, t)
+    assert gradcheck(lambda s, t: rld_loss(s, t, *rest), (s.requires_grad_(), t.requires_grad_()))
     temperature = torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda T: rld_loss(s, t, y, 1.0, 8.0, T, T), temperature)
 
