@@ -274,7 +274,7 @@ class SDD_KD(SDD):
 
 @register("SDD_DKD", section="SDD")
 class SDD_DKD(SDD):
-    """Cross-entropy with the labels and `sdd_dkd_loss` with the teacher, by the settings of DKD, its warm-up included."""
+    """Cross-entropy with the labels and `sdd_dkd_loss` with the teacher, by the settings of DKD, warm-up included."""
 
     teacher_outputs = ("last_map",)
     soft_labels = True

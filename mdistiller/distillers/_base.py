@@ -82,9 +82,9 @@ class Distiller(nn.Module):
     needs_teacher: ClassVar[bool] = True
     # OFD keeps its teacher in training mode, as its paper's code does; every other frozen network is in eval mode.
     teacher_in_train_mode: ClassVar[bool] = False
-    # What the method reads of the teacher: "logits" and names of features ("feats", "preact_feats", "last_map", "pooled_feat"), or
-    # of single maps ("feats[3]"). Then a faster copy of the teacher runs, which returns just that. None: the teacher
-    # itself runs. Not inherited, as a subclass may read more than its parent class, in other ways.
+    # What the method reads of the teacher: "logits" and names of features ("feats", "preact_feats", "last_map",
+    # "pooled_feat"), or of single maps ("feats[3]"). Then a faster copy of the teacher runs, which returns just that.
+    # None: the teacher itself runs. Not inherited, as a subclass may read more than its parent class, in other ways.
     teacher_outputs: tuple[str, ...] | None = None
     # The loss compares the images of a batch with each other, so SOLVER.ACCUMULATE cannot split it into micro-batches.
     compares_images: ClassVar[bool] = False

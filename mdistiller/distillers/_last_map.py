@@ -1,4 +1,4 @@
-"""The map that a network pools for its classifier, and that classifier: for the methods that compare what it sees where."""
+"""The map that a network pools for its classifier, and that classifier, for the methods that read them."""
 
 from __future__ import annotations
 

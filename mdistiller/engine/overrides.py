@@ -57,6 +57,8 @@ def merge(cfg: CN, tree: dict[Any, Any], defaults: CN, above: tuple[str, ...] = 
         if key not in cfg:
             near = [".".join((*above, k)) for k in near_names(own, cfg)]
             hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(cfg)}"
+            if isinstance(key, bool):
+                hint = f'YAML reads ON, OFF, YES and NO as true and false; write such a key in quotes, "ON" ({hint})'
             raise UserError(f"unknown config key {name!r}; {hint}")
         if isinstance(cfg[key], CN):
             if not isinstance(value, dict):

@@ -9,8 +9,8 @@ A branch is another last stage on the same trunk, with its own classifier:
     branch = net.new_last_stage()                                              # state: layer3.* (or block3.*, bn1.*)
     _, _, pooled = net.forward_last(branch, feats[-1])
 
-`forward_last` reads its layers from its first argument, so the network and its branches share one forward. It pools the
-map of `forward_last_map`, which a family defines.
+`forward_last` reads its layers from its first argument, so the network and its branches share one forward. It pools
+the map of `forward_last_map`, which a family defines.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def global_pool(x: Tensor) -> Tensor:
 class StagedNet(Network):
     """An image classifier whose last stage can be split off; see the module's docstring.
 
-    A family defines `forward_trunk`, `forward_last_map`, `last_stage`, its `classifier_name`, and what distillers call on
-    every network: `get_feat_modules`, `get_bn_before_relu`, `get_stage_channels`.
+    A family defines `forward_trunk`, `forward_last_map`, `last_stage`, its `classifier_name`, and what distillers call
+    on every network: `get_feat_modules`, `get_bn_before_relu`, `get_stage_channels`.
     """
 
     # The submodules that `forward_last_map` reads.
@@ -62,7 +62,7 @@ class StagedNet(Network):
     def forward_trunk(self, image: Tensor) -> tuple[Maps, Maps]:
         """Feature maps after and before the activation, of the stem and of every stage but the last.
 
-        In WRN the next stage's BatchNorm computes the map before the activation; `forward_last_map` returns the last one.
+        In WRN the next stage's BatchNorm computes the map before the activation; `forward_last_map` returns the last.
         """
         raise NotImplementedError
 

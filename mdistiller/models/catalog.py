@@ -22,8 +22,8 @@ def create_model(
 ) -> nn.Module:
     """The network `name` as training uses it: (B, 3, H, W) -> (logits (B, C), features by name).
 
-    The features are {"feats", "preact_feats": lists of maps (B, C, H, W), "last_map": (B, D, H, W), "pooled_feat": (B, D)}. A network of another
-    library is wrapped; `.bare` is the network itself.
+    The features are {"feats", "preact_feats": lists of maps (B, C, H, W), "last_map": (B, D, H, W), "pooled_feat":
+    (B, D)}. A network of another library is wrapped; `.bare` is the network itself.
 
     Args:
         name: "resnet56", "timm/resnet18", "torchvision/vit_b_16", "hf-hub:user/repository", "file.py:function".

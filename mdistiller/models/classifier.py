@@ -1,4 +1,4 @@
-"""The classifier of a network: the linear layer from the mean of its last map, or from its pooled feature, to the logits."""
+"""The classifier of a network: the linear layer from its pooled feature, the mean of its last map, to the logits."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def classifier_of(network: nn.Module) -> nn.Linear:
         layer = PointwiseLinear(layer)
     if not isinstance(layer, nn.Linear):
         raise UserError(
-            f"the classifier of {name} is {type(layer).__name__}, not one linear layer; choose a network that ends in a "
-            "linear layer, such as a ResNet, or let its get_classifier() return it"
+            f"the classifier of {name} is {type(layer).__name__}, not one linear layer; choose a network that ends in "
+            "one, such as a ResNet, or let its get_classifier() return it"
         )
     return layer
 
@@ -64,5 +64,6 @@ class PointwiseLinear(nn.Linear):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
         own = nn.Linear(self.in_features, self.out_features, self.bias is not None).to(self.weight)
-        own.load_state_dict({"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias})
+        state = {"weight": self.weight, "bias": self.bias}
+        own.load_state_dict({name: value for name, value in state.items() if value is not None})
         return own.requires_grad_(self.weight.requires_grad)

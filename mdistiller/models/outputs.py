@@ -1,4 +1,4 @@
-"""Which of a network's outputs are read, by name: "logits", "pooled_feat", "last_map", "feats" (all maps), "feats[3]"."""
+"""Which of a network's outputs are read, by name: "logits", "pooled_feat", "feats" (all maps), "feats[3]" (one map)."""
 
 from __future__ import annotations
 

@@ -99,8 +99,8 @@ def find_head(calls: Sequence[Call], logits: Tensor) -> Head | None:
 def last_map_of(calls: Sequence[Call], head: Head, stages: Sequence[Stage]) -> Reading | None:
     """The map (B, D, H, W) whose mean over its positions is the classifier's input; None where no layer has one.
 
-    The largest, as a pooled map of 1x1 is its own mean; among equals that of the last stage, else the earliest. None too
-    where only pooled maps have that mean, as where a normalisation follows the pooling.
+    The largest, as a pooled map of 1x1 is its own mean; among equals that of the last stage, else the earliest. None
+    too where only pooled maps have that mean, as where a normalisation follows the pooling.
     """
     classifier = {(call.path, call.number): call for call in calls}
     (reading, dims), *others = head.inputs

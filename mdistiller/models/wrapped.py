@@ -23,13 +23,12 @@ _LARGE = 224
 
 
 class WrappedNetwork(Network):
-    """A network of another library: image (B, 3, H, W) -> (logits (B, C), {"feats", "preact_feats", "last_map",
-    "pooled_feat"}).
+    """A network of another library: image (B, 3, H, W) -> (logits (B, C), features by name).
 
-    feats and preact_feats are lists of maps (B, C, H, W), [] of a network without any, such as a perceptron;
-    pooled_feat (B, D) is the classifier's input. last_map (B, D, H, W) is the map of which that is the mean, where a layer
-    takes or returns one; else the last of feats, such as the tokens of a transformer that classifies its class token.
-    The state dict is the bare network's.
+    The features are {"feats", "preact_feats", "last_map", "pooled_feat"}. feats and preact_feats are lists of maps
+    (B, C, H, W), [] of a network without any, such as a perceptron; pooled_feat (B, D) is the classifier's input.
+    last_map (B, D, H, W) is the map of which that is the mean, where a layer takes or returns one; else the last of
+    feats, such as the tokens of a transformer that classifies its class token. The state dict is the bare network's.
 
     Args:
         bare: a network that gives logits; it gets hooks that do nothing outside of the wrapped network's forward.

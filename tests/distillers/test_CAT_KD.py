@@ -25,8 +25,9 @@ def naive_maps(x, weight, r):
     height, width = x.shape[2:]
     cells = [
         [
-            full[:, :, i * height // r : math.ceil((i + 1) * height / r), j * width // r : math.ceil((j + 1) * width / r)]
-            .mean((2, 3))
+            full[
+                :, :, i * height // r : math.ceil((i + 1) * height / r), j * width // r : math.ceil((j + 1) * width / r)
+            ].mean((2, 3))
             for j in range(r)
         ]
         for i in range(r)
@@ -72,12 +73,17 @@ def test_gradients_and_precision(normalize):
     assert gradcheck(lambda s: cat_loss(s, t, normalize), (s.clone().requires_grad_(),))
     check_precision(lambda s, t: cat_loss(s, t, normalize), s, t)
     x, weight = normal(2, 3, 4, 4, seed=2), normal(3, 3, seed=3)
-    assert gradcheck(lambda x, w: cat_loss(class_maps(x, w, 2), t, normalize), (x.requires_grad_(), weight.requires_grad_()))
+    assert gradcheck(
+        lambda x, w: cat_loss(class_maps(x, w, 2), t, normalize), (x.requires_grad_(), weight.requires_grad_())
+    )
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_far_and_zero_maps(normalize):
-    for s, t in ((torch.zeros(1, 2, 2, 2), torch.ones(1, 2, 2, 2)), (torch.full((1, 2, 2, 2), 1e4), torch.zeros(1, 2, 2, 2))):
+    for s, t in (
+        (torch.zeros(1, 2, 2, 2), torch.ones(1, 2, 2, 2)),
+        (torch.full((1, 2, 2, 2), 1e4), torch.zeros(1, 2, 2, 2)),
+    ):
         s = s.clone().requires_grad_()
         loss = cat_loss(s, t, normalize)
         loss.backward()
@@ -118,7 +124,9 @@ def test_a_step(teacher):
     )  # fmt: skip
     image, target = torch.randn(3, 3, 32, 32), torch.tensor([1, 2, 3])
     _, losses = distiller(image=image, target=target, epoch=1)
-    maps = [naive_maps(n(image)[1]["last_map"], classifier_of(n).weight, 4) for n in (distiller.student, distiller.teacher)]
+    maps = [
+        naive_maps(n(image)[1]["last_map"], classifier_of(n).weight, 4) for n in (distiller.student, distiller.teacher)
+    ]
     torch.testing.assert_close(losses["loss_CAT"], 3 * naive_loss(*maps, True), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses["loss_CE"], F.cross_entropy(distiller.student(image)[0], target))
     assert {k for k in distiller.state_dict() if not k.startswith(("student.", "teacher."))} == set()

@@ -78,12 +78,16 @@ def test_the_released_nkd_keeps_the_target():
         ours = -t.softmax(1)[0, y] * s.log_softmax(1)[0, y]
         return (ours - 1.5 * 9 * ((t / 3).softmax(1) * (s / 3).log_softmax(1)).sum()).squeeze()
 
-    check_agrees(lambda s, t: sdd_nkd_loss(s, t, y, 3.0, 1.5, keep_target=True), lambda s, t: naive(base)(s, t, y), s, t)
+    check_agrees(
+        lambda s, t: sdd_nkd_loss(s, t, y, 3.0, 1.5, keep_target=True), lambda s, t: naive(base)(s, t, y), s, t
+    )
 
 
 def test_by_hand():
     """Two regions; teacher (1/2, 1/2 and more at the label in region 0, less in region 1), student uniform."""
-    p = torch.tensor([[[3 / 4, 1 / 4], [1 / 4, 3 / 4]]], dtype=torch.float64)  # region 0 predicts class 0, region 1 class 1
+    p = torch.tensor(
+        [[[3 / 4, 1 / 4], [1 / 4, 3 / 4]]], dtype=torch.float64
+    )  # region 0 predicts class 0, region 1 class 1
     s, y = torch.zeros(1, 2, 2, dtype=torch.float64), torch.tensor([0])
     kl = 3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2)
     assert region_weights(p.log(), y).tolist() == [[1, 2]]  # region 0 is right, region 1 is not
@@ -206,9 +210,7 @@ def test_pinned_dkd(row):
 def test_pinned_nkd(row):
     s, t, y = regions_of(row)
     released = "as released" in row["what"]
-    tensor_rows.check(
-        row, lambda: sdd_nkd_loss(s, t, y, row["opts"]["T"], 1.5, keep_target=released), student=s
-    )
+    tensor_rows.check(row, lambda: sdd_nkd_loss(s, t, y, row["opts"]["T"], 1.5, keep_target=released), student=s)
 
 
 @pytest.mark.parametrize("row", tensor_rows.rows("SDD"))
@@ -258,7 +260,12 @@ def test_a_step_with_labels_of_which_the_teacher_knows_half(method, factor):
 def test_its_settings():
     y = torch.tensor([1, 2, 3, 4])
     plain = built("SDD_NKD", "SDD.NKD_WARMUP", "0")(**BATCH, target=y)[1]["loss_kd"]
-    for options in (("NKD.GAMMA", "3.0"), ("SDD.M", "[1, 2]"), ("SDD.NKD_KEEPS_TARGET", "True"), ("NKD.TEMPERATURE", "3.0")):
+    for options in (
+        ("NKD.GAMMA", "3.0"),
+        ("SDD.M", "[1, 2]"),
+        ("SDD.NKD_KEEPS_TARGET", "True"),
+        ("NKD.TEMPERATURE", "3.0"),
+    ):
         other = built("SDD_NKD", "SDD.NKD_WARMUP", "0", *options)(**BATCH, target=y)[1]["loss_kd"]
         assert abs(other.item() - plain.item()) > 1e-4, options
 
@@ -298,7 +305,10 @@ class Without(nn.Module):
 def test_networks_without_a_last_map_or_a_classifier_are_refused_when_it_is_built(method):
     own, cfg = cifar_model_dict["resnet8"][0](num_classes=10), CFG.clone()
     cases = [
-        (Without(), r'reads the map that the student Without pools for its classifier, but it has none; let it return fea'),
+        (
+            Without(),
+            r"reads the map that the student Without pools for its classifier, but it has none; let it return fea",
+        ),
         (Without(last_map=True), r"Without does not tell its classifier; give it a method get_classifier\(self\)"),
         (Without(True, True, between=True), "but its logits are not its classifier's output for the mean of that map"),
     ]

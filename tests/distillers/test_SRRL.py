@@ -32,7 +32,12 @@ def naive(g, h, z, weight, bias):
 @pytest.mark.parametrize("batch, width, classes", [(1, 1, 2), (3, 4, 5)])
 @pytest.mark.parametrize("part", [0, 1])
 def test_agrees_with_loops(batch, width, classes, part):
-    rest = normal(batch, width, seed=1), 3 * normal(batch, classes, seed=2), normal(classes, width, seed=3), normal(classes)
+    rest = (
+        normal(batch, width, seed=1),
+        3 * normal(batch, classes, seed=2),
+        normal(classes, width, seed=3),
+        normal(classes),
+    )
     check_agrees(lambda g: srrl_losses(g, *rest)[part], lambda g: naive(g, *rest)[part], normal(batch, width))
 
 
@@ -123,5 +128,5 @@ def test_refusals():
     pytest.importorskip("torchvision")
     with pytest.raises(UserError, match=r"its logits are not its classifier's output for `pooled_feat`"):
         SRRL(own, build_network("torchvision/squeezenet1_1", 10, 64), cfg, image_size=64)
-    with pytest.raises(UserError, match="SRRL.ON must be one of map, pooled"):
+    with pytest.raises(UserError, match=r"SRRL\.ON must be one of map, pooled"):
         load_cfg("configs/cifar100/kd.yaml", ["DISTILLER.TYPE", "SRRL", "SRRL.ON", "maps"])
