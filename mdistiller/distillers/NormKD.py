@@ -88,24 +88,21 @@ DEFAULTS = CN(
     {
         # The temperature of logits whose deviation is 1.
         "TEMPERATURE_NORM": 2.0,
-        # Over KD, with the weights in LOSS.
-        "LOSS": CN({"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}),
-        # True: over DKD, with the weights that follow, which mean what they mean in DKD's own section.
+        # Over DKD in place of KD; what follows is for DKD alone. The weights in LOSS apply to both: DKD's own are 1 and 1.
         "DKD": False,
-        "CE_WEIGHT": 1.0,
         "ALPHA": 4.0,
         "BETA": 5.0,
         "WARMUP": 20,
+        "LOSS": CN({"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}),
     }
 )
 RANGES = {
     "TEMPERATURE_NORM": TEMPERATURE,
-    "LOSS.CE_WEIGHT": NOT_NEGATIVE,
-    "LOSS.KD_WEIGHT": NOT_NEGATIVE,
-    "CE_WEIGHT": NOT_NEGATIVE,
     "ALPHA": NOT_NEGATIVE,
     "BETA": NOT_NEGATIVE,
     "WARMUP": whole(0),
+    "LOSS.CE_WEIGHT": NOT_NEGATIVE,
+    "LOSS.KD_WEIGHT": NOT_NEGATIVE,
 }
 
 
@@ -124,12 +121,13 @@ class NormKD(Distiller):
         own = cfg.NormKD
         self.norm = own.TEMPERATURE_NORM
         self.over_dkd = own.DKD
-        self.ce_loss_weight = own.CE_WEIGHT if own.DKD else own.LOSS.CE_WEIGHT
+        self.ce_loss_weight = own.LOSS.CE_WEIGHT
         self.kd_loss_weight = own.LOSS.KD_WEIGHT
         self.alpha = own.ALPHA
         self.beta = own.BETA
         self.warmup = own.WARMUP
-        self.reads_labels = own.DKD  # DKD's two terms are for one target class and for the others
+        # DKD's two terms are for one target class and for the others.
+        self.reads_labels = own.DKD  # type: ignore[misc]
 
     @classmethod
     def label_weights(cls, cfg: CN) -> tuple[str, ...] | None:
@@ -144,8 +142,8 @@ class NormKD(Distiller):
             loss_dkd = normkd_dkd_loss(*logits, target, self.alpha, self.beta, self.norm)
             loss_kd = warm_up(kwargs["epoch"], self.warmup) * loss_dkd
         else:
-            loss_kd = self.kd_loss_weight * normkd_loss(*logits, self.norm)
+            loss_kd = normkd_loss(*logits, self.norm)
         return logits_student, {
             "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": loss_kd,
+            "loss_kd": self.kd_loss_weight * loss_kd,
         }
