@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from mdistiller.commands.group_classes import group_classes
 from mdistiller.dataset import dataset_info
 from mdistiller.engine.files.checkpoint import save_checkpoint
 from mdistiller.errors import UserError
-from mdistiller.grouping import count_confusions, group_by_confusion, load_groups
+from mdistiller.grouping import class_distances, count_confusions, group_by_confusion, load_distances, load_groups
 from mdistiller.models import build_model, cifar_model_dict
 
 
@@ -95,9 +96,21 @@ def test_cifar_is_grouped_by_superclasses(tmp_path, monkeypatch):
     assert len(content["confusion"]) == 100
 
 
+@pytest.mark.parametrize("name", ["distances.npy", "distances.json"])
+def test_the_distances_of_the_classes_for_wkd(tmp_path, teacher, name):
+    path = tmp_path / "made" / name
+    text, *_ = run(tmp_path, distances=path)
+    assert f"WKD.COST_MATRIX {path}" in text
+    image, target = next(iter(dataset_info["digits"].read(None, True).loader(60, 0, train=False)))
+    with torch.no_grad():
+        expected = class_distances(teacher(image)[1]["pooled_feat"], target)
+    torch.testing.assert_close(load_distances(str(path), "WKD.COST_MATRIX").float(), expected)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"distances": Path("distances.csv")}, "written as .npy or .json, not as 'distances.csv'"),
         ({"num_groups": 6}, "from 1 to 5"),
         ({"num_groups": 0}, "from 1 to 5"),
         ({"split": "tset"}, "test"),

@@ -130,6 +130,18 @@ def test_metrics_hold_every_loss_term_and_both_heads(cfg_of):
     assert rows[0].keys() > TIMES
 
 
+def test_a_method_logs_numbers_of_its_own_each_epoch(cfg_of, caplog):
+    caplog.set_level("INFO")
+    trainer = trainer_of(cfg_of("SOLVER.EPOCHS", "2"))
+    seen = iter([15.5, 2.25])
+    trainer.distiller.metrics = lambda: {"temperature": torch.full((1,), next(seen))}
+    trainer.train()
+    assert [row["method/temperature"] for row in rows_of(trainer)] == ["15.5", "2.25"]
+    worklog = (trainer.log_path / "worklog.txt").read_text()
+    assert worklog.count("method/temperature: ") == 2 and "method/temperature: 15.50\n" in worklog
+    assert "temperature 2.25, " in caplog.text
+
+
 def test_the_means_weight_every_image_equally_even_if_the_last_batch_is_short(cfg_of):
     trainer = trainer_of(cfg_of("SOLVER.LR", "1e-20", "SOLVER.EPOCHS", "1", "SOLVER.WEIGHT_DECAY", "0"))
     trainer.train()
