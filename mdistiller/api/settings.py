@@ -109,15 +109,15 @@ def _meant(
     keyword: str, value: Any, known: list[str], short: Mapping[str, list[str]], method: str
 ) -> Iterable[tuple[str, Any]]:
     """The settings that one keyword argument gives, with their values."""
-    whole = keyword.upper()
-    section = whole in CFG or any(key.startswith(f"{whole}.") for key in known)
+    whole, own_case = keyword.upper(), {key.upper(): key for key in known}  # a method's own keys may be of lower case
+    section = whole in CFG or any(key.startswith(f"{whole}.") for key in own_case)
     if isinstance(value, Mapping) and (keyword == "settings" or section):
         above = "" if keyword == "settings" else f"{whole}."
         for key, inner in value.items():
             yield from _meant(f"{above}{key}", inner, known, short, method)
         return
-    if whole in known:
-        yield whole, value
+    if whole in own_case:
+        yield own_case[whole], value
         return
     keys = [_ALIASES[keyword]] if keyword in _ALIASES else short.get(keyword.lower(), [])
     if len(keys) > 1:

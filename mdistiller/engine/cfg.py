@@ -79,7 +79,7 @@ CFG.DATASET.MEAN = []
 CFG.DATASET.STD = []
 # Decode the images once and keep them in memory if they take at most this much, in GiB; else workers read them.
 CFG.DATASET.MEMORY_GIB = 4.0
-# Augmentation of the training images: "crop_flip", "resized_crop", "randaugment", "trivialaugment" or "fixmatch"; empty:
+# Augmentation of the training images: "crop_flip", "resized_crop", "randaugment", "trivialaugment", "fixmatch"; empty:
 # the data set's own.
 CFG.DATASET.AUGMENT = ""
 # Parameter of the Beta distribution from which the share of a mixed image is drawn; 0: no mixing.

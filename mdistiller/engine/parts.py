@@ -234,4 +234,6 @@ def _owner(name: str, network: nn.Module) -> str:
     return f"the {name} {network_name(network)}"
 
 
-_CHECKS = (_check_loaders, _check_images, _check_networks, _check_labels, _check_index, _check_scores, _check_validation)
+_CHECKS = (
+    _check_loaders, _check_images, _check_networks, _check_labels, _check_index, _check_scores, _check_validation,
+)  # fmt: skip

@@ -40,7 +40,7 @@ def test_it_trains_from_the_command_line(run, teacher, tool, tmp_path, monkeypat
         (row,) = csv.DictReader(file)
     terms = {name: float(value) for name, value in row.items() if name.startswith("loss/")}
     assert float(row["train_loss"]) == pytest.approx(sum(terms.values()), rel=1e-4)
-    assert len(terms) == {"NONE": 1, "DCGD": 4, "DCGD_CE": 3, "DCGD_KD": 4, "DCGD_DKD": 4}.get(method, 2)
+    assert len(terms) == {"NONE": 1, "MLKD": 4, "DCGD": 4, "DCGD_CE": 3, "DCGD_KD": 4, "DCGD_DKD": 4}.get(method, 2)
 
 
 @pytest.mark.parametrize(

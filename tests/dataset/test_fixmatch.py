@@ -105,7 +105,7 @@ def test_operations_and_strengths_are_drawn_uniformly():
         counts = number.bincount(minlength=14).double()
         assert len(counts) == 14 and ((counts - 1000) ** 2 / 1000).sum() < 34.5  # 13 degrees of freedom: 99.9 %
     for uniform in draws[:, 2:].unbind(1):
-        assert 0 <= uniform.min() and uniform.max() < 1
+        assert uniform.min() >= 0 and uniform.max() < 1
         assert (uniform.sort().values - torch.linspace(0, 1, 14_000)).abs().max() < 1.95 / 14_000**0.5  # Kolmogorov
 
 

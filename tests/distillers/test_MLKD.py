@@ -86,7 +86,8 @@ def test_agrees_with_the_naive_form(batch, classes, temperature, standardize, as
 def test_by_hand():
     # At every temperature, the student gives 1/2 to both classes. The teacher, on the weak view: (1, 0) and (1/2, 1/2).
     even, teacher = torch.zeros(2, 2, dtype=torch.float64), torch.tensor([[1e4, -1e4], [0, 0]], dtype=torch.float64)
-    # T^2 of 1, 3, 5, 2, 6 is 75 in sum, of 2 and 6 it is 40. Half of the images, and of the classes, is up to the median.
+    # T^2 of 1, 3, 5, 2, 6 is 75 in sum, of 2 and 6 it is 40. Half of the images, and of the classes, is up to the
+    # median.
     kd, cc, bc = mlkd_loss(even, teacher, even, even, 1)
     assert kd.item() == pytest.approx((75 / 2 + 40) * math.log(2) / 2)
     assert cc.item() == pytest.approx(5 * 0.5 * (0.75**2 + 3 * 0.25**2) / 2)  # (5/4, 1/4; 1/4, 1/4) against 1/2

@@ -130,7 +130,9 @@ class NamedLikeAFolder(Method):
         return {"a/b": self.student}
 
 
-@pytest.mark.parametrize("method", [Method, DeclaredUntrained, WithGroups, DeploysIt, DeploysWithoutScoring, ScoresTheStudent])
+@pytest.mark.parametrize(
+    "method", [Method, DeclaredUntrained, WithGroups, DeploysIt, DeploysWithoutScoring, ScoresTheStudent]
+)
 def test_methods_that_keep_the_contract(method):
     distiller = method()
     check_distiller(distiller)

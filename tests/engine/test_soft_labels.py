@@ -27,6 +27,7 @@ from .test_compile import graphs  # noqa: F401
 MIXED = ("DATASET.MIXUP", "0.8", "DATASET.CUTMIX", "1.0")
 ALL = (*MIXED, "DATASET.ERASING", "0.3", "SOLVER.LABEL_SMOOTHING", "0.1")
 READ_LABELS = {"CRD", "DKD", "DCGD_DKD"}
+TWO_VIEWS = {name for name, method in distiller_dict.items() if "image_weak" in method.needs_batch}
 TASK = ("ce", "loss_ce", "loss_multi_ce")
 
 
@@ -85,12 +86,16 @@ def test_every_method_learns_both_labels_of_a_mixed_image_and_distils_as_before(
 def test_every_method_smooths_its_labels_and_distils_as_before(name):
     logits, plain = losses_of(name)
     _, smoothed = losses_of(name, smoothing=0.3)
+    shown = [logits]
+    if name in TWO_VIEWS:
+        strong, _ = losses_of(name, image_weak=batch()["image_strong"])
+        shown.append(strong)
     for key in plain.keys() - set(TASK):
         torch.testing.assert_close(smoothed[key], plain[key], rtol=1e-6, atol=0, msg=key)
     for key in plain.keys() & {"ce", "loss_ce"}:
         target = batch()["target"]
-        weight = plain[key] / F.cross_entropy(logits, target)
-        expected = weight * F.cross_entropy(logits, target, label_smoothing=0.3)
+        weight = plain[key] / sum(F.cross_entropy(own, target) for own in shown)
+        expected = weight * sum(F.cross_entropy(own, target, label_smoothing=0.3) for own in shown)
         torch.testing.assert_close(smoothed[key], expected, rtol=1e-5, atol=1e-6)
     assert all(smoothed[key] != plain[key] for key in plain.keys() & set(TASK))
 
@@ -100,10 +105,11 @@ def test_every_method_smooths_its_labels_and_distils_as_before(name):
 def test_methods_that_read_labels_are_refused_by_name(name, key):
     cfg = configured(key, "0.5", "DCGD.BASE", "KD")
     method = distiller_dict[name]
-    if name not in READ_LABELS:
+    if name not in READ_LABELS | TWO_VIEWS:
         check_modes(cfg, method, SumUpdate, 1)
         return
-    names = rf"{key} 0.5 does not go with {method.__name__}, whose loss reads .*set {key} 0"
+    why = "which needs two views of each image: " if name in TWO_VIEWS else "whose loss reads "
+    names = rf"{key} 0.5 does not go with {method.__name__}, {why}.*set {key} 0"
     with pytest.raises(UserError, match=names):
         check_modes(cfg, method, SumUpdate, 1)
 
