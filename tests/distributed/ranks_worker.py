@@ -8,6 +8,7 @@ import sys
 import torch
 
 from mdistiller.dataset import get_dataset
+from mdistiller.dataset.batch import VIEWS
 from mdistiller.distillers import RunFacts, distiller_dict
 from mdistiller.distributed.ranks import joined_ranks
 from mdistiller.engine.build import build_distiller
@@ -38,7 +39,7 @@ def gradients(method, trainer_name, teacher, groups, branches="auto"):
     if method == "KD":  # although SYNC_BN converts BatchNorms
         assert trainer.step.frozen.words["teacher"] == "a copy with its BatchNorms folded"
     batch = trainer.prepare_batch(next(iter(trainer.train_loader)), epoch=1)
-    batch["image"] = batch["image"].double()
+    batch |= {name: batch[name].double() for name in ("image", *VIEWS) if name in batch}
     trainer.distiller.train()
     assert branches == "auto" or trainer.distiller.student._together(batch["image"])
 

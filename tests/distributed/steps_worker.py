@@ -13,6 +13,7 @@ import sys
 import torch
 import torch.nn as nn
 
+from mdistiller.dataset.batch import VIEWS
 from mdistiller.dataset import get_dataset
 from mdistiller.distillers import RunFacts
 from mdistiller.distributed.ranks import joined_ranks
@@ -66,7 +67,7 @@ def steps(teacher, case, folder):
     for number, batch in zip(range(1, case["steps"] + 1), trainer.train_loader):
         states.append({k: v.clone() for k, v in trainer.distiller.state_dict().items()})
         fields = trainer.prepare_batch(batch, 1)
-        fields["image"] = fields["image"].double()
+        fields |= {name: fields[name].double() for name in ("image", *VIEWS) if name in fields}
         try:
             result = trainer.step(fields, 1, number)
         except NonFiniteLossError as stop:

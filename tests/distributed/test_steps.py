@@ -134,7 +134,7 @@ def test_nan_on_one_rank_stops_both_at_that_step(ranks):
 
 
 METHODS = {
-    **dict.fromkeys(("KD", "CRD", "RKD", "SP", "PKT", "DIST"), ()),
+    **dict.fromkeys(("KD", "CRD", "RKD", "SP", "PKT", "DIST", "MLKD"), ()),
     "KD in 3": ("SOLVER.ACCUMULATE", "3"),
     "KD, DOT": DOT,
 }
