@@ -129,7 +129,7 @@ def _unit_vectors(x: Tensor, own: Embedding) -> Tensor:
 
 
 class Regressor(nn.Module):
-    """(B, C_s, H, W) -> (B, C_t, H, W): 1x1, BatchNorm, ReLU, 3x3, BatchNorm, ReLU, 1x1, with 2 C_t channels between."""
+    """(B, C_s, H, W) -> (B, C_t, H, W): 1x1, BatchNorm, ReLU, 3x3, BatchNorm, ReLU, 1x1, of 2 C_t channels between."""
 
     def __init__(self, channels_s: int, channels_t: int) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class SemCKD(Distiller):
 
     def _stages(self, features: Features, role: int, *networks: nn.Module) -> Sequence[Tensor]:
         """The maps after the stem of the student (`role` 0) or of the teacher (1)."""
-        maps = features["feats"] if "feats" in features else []
+        maps = features.get("feats", [])
         if len(maps) <= self.first[role]:
             student, teacher = map(network_name, networks)
             raise UserError(

@@ -54,8 +54,8 @@ def simkd_loss(projected: Tensor, f_t: Tensor) -> Tensor:
 def projector(channels_s: int, channels_t: int, factor: int) -> nn.Sequential:
     """(B, C_s, H, W) -> (B, C_t, H, W): 1x1, 3x3 and 1x1 convolutions without biases, each with BatchNorm and ReLU.
 
-    Between them there are M = C_t / factor channels, at least one. It has C_s M + 9 M^2 + M C_t weights, and two numbers
-    for each channel of its BatchNorms.
+    Between them there are M = C_t / factor channels, at least one. It has C_s M + 9 M^2 + M C_t weights, and two
+    numbers for each channel of its BatchNorms.
     """
     between = max(channels_t // factor, 1)
     return nn.Sequential(

@@ -34,7 +34,7 @@ def unused_parameters(network: nn.Module, read: Read, image: Tensor) -> list[str
 class Trunk:
     """A network for one of its outputs: `network` returns what the whole one does, of which only `read` is right.
 
-    It is for deployment and cost: a classifier, or a last convolution, that is not needed is neither saved nor computed.
+    It is for deployment and cost: a classifier, or a last convolution, that is not needed is not saved or computed.
     A network that does not run without them stays whole.
 
     Args:
@@ -73,7 +73,9 @@ class Trunk:
             name: None if child is None else self._without(child, unused, f"{prefix}{name}.")
             for name, child in whole._modules.items()
         }
-        self._links.append((own, whole, [name for name, child in whole._modules.items() if own._modules[name] is child]))
+        self._links.append(
+            (own, whole, [name for name, child in whole._modules.items() if own._modules[name] is child])
+        )
         return own
 
 

@@ -1,4 +1,4 @@
-"""Methods that deploy more than the student, through the tools as processes: what eval prints is what training logged."""
+"""Methods that deploy more than the student, through the tools as processes: eval prints what training logged."""
 
 import csv
 import os

@@ -128,10 +128,16 @@ def test_the_factor_divides_the_projectors_channels(factor, between):
 
 @pytest.mark.parametrize(
     "student, teacher",
-    [("resnet8", "wrn_16_2"), ("wrn_16_1", "resnet14"), ("vgg8", "resnet14"), ("resnet8", "vgg8"), ("ShuffleV1", "vgg8")],
+    [
+        ("resnet8", "wrn_16_2"),
+        ("wrn_16_1", "resnet14"),
+        ("vgg8", "resnet14"),
+        ("resnet8", "vgg8"),
+        ("ShuffleV1", "vgg8"),
+    ],
 )
 def test_the_teachers_classifier_gets_what_its_own_pooling_would(student, teacher):
-    """A projected map that equals the teacher's last map gives the teacher's logits: for WRN, after BatchNorm and ReLU."""
+    """A projected map that equals the teacher's last map gives its logits: for WRN, after BatchNorm and ReLU."""
     distiller = built(network(student), network(teacher, seed=1)).eval()
     check_scores(distiller, 32)
     (deployed,) = distiller.deployments().values()

@@ -8,7 +8,7 @@ from .test_steps import case, parameters, run, same, teacher  # noqa: F401
 METHODS = {
     name: case(32, "DISTILLER.TYPE", name, *more, steps=5, still=still)
     for name, still, more in (
-        ("SEMCKD", True, ()),
+        ("SEMCKD", True, ("SOLVER.LR", "0.001", "SEMCKD.LOSS.FEAT_WEIGHT", "1.0")),
         ("SIMKD", True, ("DISTILLER.STUDENT", "wrn_16_1")),
         ("NORM", True, ("NORM.N", "2")),
     )

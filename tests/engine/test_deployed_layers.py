@@ -86,7 +86,9 @@ def test_a_merged_file_scores_the_same(trained, capsys):
     trainer, _, method = trained
     folder = trainer.log_path
     if method == "SIMKD":
-        with pytest.raises(UserError, match="no layers that can be merged: SimKD deploys a SimKDNetwork as it is; leave"):
+        with pytest.raises(
+            UserError, match="no layers that can be merged: SimKD deploys a SimKDNetwork as it is; leave"
+        ):
             convert(folder / "student_best", folder / "never", merge=True)
         return
     for file in ("student_best", "student_latest_ema", "latest"):

@@ -79,7 +79,7 @@ def test_every_method_learns_both_labels_of_a_mixed_image_and_distils_as_before(
     for key, loss in both.items():
         expected = share * one[key] + (1 - share) * two[key] if key in TASK else one[key]
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6, msg=key)
-    assert set(TASK).intersection(both)
+    assert set(TASK).intersection(both) or distiller_dict[name].label_weights(CFG) == ()  # it reads no labels
 
 
 @pytest.mark.parametrize("name", sorted(distiller_dict))

@@ -24,7 +24,9 @@ def trunk(network, image=IMAGE):
     return Trunk(network, last_map, image)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2", "res56_M_r20"])
+@pytest.mark.parametrize(
+    "name", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2", "res56_M_r20"]
+)
 def test_it_computes_the_same_map_with_the_networks_own_layers(name):
     torch.manual_seed(0)
     network = cifar_model_dict[name][0](num_classes=100).eval()
