@@ -64,7 +64,7 @@ RANGES = {"INIT_EPOCHS": whole(1), "MARGIN": POSITIVE, "LOSS.FEAT_WEIGHT": NOT_N
 
 @register("AB", DEFAULTS, ranges=RANGES)
 class AB(Distiller):
-    """A stage of INIT_EPOCHS epochs with `ab_loss` on the pairs of maps before the activation, then cross-entropy alone.
+    """A stage of INIT_EPOCHS epochs with `ab_loss` on pairs of maps before the activation, then cross-entropy alone.
 
     The stage trains the student up to the deepest of these maps, and connectors from its maps to the teacher's: none
     between maps of one shape, as in the common benchmark's code, else a convolution and BatchNorm, see `regressor`. The

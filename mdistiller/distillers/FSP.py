@@ -44,7 +44,7 @@ def fsp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
     """Mean squared difference of the networks' `flow` from each map to the next, summed over these steps.
 
     Args:
-        g_s, g_t: the maps of student and teacher, from shallow to deep, n >= 2 each; map i has as many channels in both.
+        g_s, g_t: the maps of student and teacher, from shallow to deep, two or more; map i has as many channels in both.
 
     Returns:
         () >= 0, the student's dtype; float32 for half precision.
@@ -56,8 +56,9 @@ def fsp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
     """
     channels = [[f.shape[1] for f in maps] for maps in (g_s, g_t)]
     if len(g_s) < 2 or channels[0] != channels[1]:
-        raise ValueError(f"FSP needs two maps or more of the same channels: the student's {channels[0]}, the teacher's "
-                         f"{channels[1]}")  # fmt: skip
+        raise ValueError(
+            f"FSP needs two maps or more of the same channels: the student's {channels[0]}, the teacher's {channels[1]}"
+        )
     steps = zip(itertools.pairwise(g_s), itertools.pairwise(g_t))
     return torch.stack([F.mse_loss(flow(*own), flow(*other)) for own, other in steps]).sum()
 

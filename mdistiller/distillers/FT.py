@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ def reconstruction_loss(f: Tensor, target: Tensor) -> Tensor:
 def _layers(conv: type[nn.Module], widths: tuple[int, ...], norm: Callable[[int], nn.Module]) -> nn.Sequential:
     """3x3 convolutions from each width to the next, each with a norm and LeakyReLU of slope 0.1."""
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:]):
+    for before, after in itertools.pairwise(widths):
         layers += [conv(before, after, 3, 1, 1), norm(after), nn.LeakyReLU(0.1)]
     return nn.Sequential(*layers)
 

@@ -44,8 +44,8 @@ class FitNet(FeatureDistiller):
     HINT_LAYER counts in both networks' lists, from the stem's map, or from the deepest one if it is negative. A pair in
     DISTILLER.PAIRS, [[guided layer, hint layer]], replaces it. The regressor takes maps of any sizes, see `regressor`.
 
-    INIT_EPOCHS is the paper's first stage: so many epochs before training, in which `loss_kd` alone trains the student up
-    to the guided layer, and the regressor. The default, 0, skips this stage, like the original.
+    INIT_EPOCHS is the paper's first stage: so many epochs before training, in which `loss_kd` alone trains the student
+    up to the guided layer, and the regressor. The default, 0, skips this stage, like the original.
 
     Args:
         image_size: of the run; without it FITNET.INPUT_SIZE counts, [] for the data set's.

@@ -233,8 +233,11 @@ def _check_stages(distiller: Distiller) -> None:
             raise UserError(f"{method}: the stage {stage.name!r} has no parameters to train")
         strange = [p for p in parameters if id(p) not in own]
         if strange:
-            names = _few(_named(strange, _hidden(distiller)))
-            raise UserError(f"{method}: the stage {stage.name!r} is to train {names}, which no module of it has. {_OWNED}")
+            found = _few(_named(strange, _hidden(distiller)))
+            raise UserError(
+                f"{method}: the stage {stage.name!r} is to train {found}, which no module of it has. In __init__, make "
+                "them attributes: a Module, or an nn.Parameter"
+            )
         taught = [frozen[id(p)] for p in parameters if id(p) in frozen]
         if taught:
             raise UserError(f"{method}: the stage {stage.name!r} would train {_few(taught)}, which is frozen")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..models.eval_mode import eval_mode
-from ..models.parameters import Group, flat_parameters
+from ..models.parameters import Learnable, flat_parameters, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,13 @@ class Stage:
 
     name: str
     epochs: int
-    learnable: Sequence[nn.Parameter | Group]
+    learnable: Learnable
     losses: Callable[..., dict[str, Tensor]]
     lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        # Groups of lists: a caller's may be of generators, which can be read once.
+        object.__setattr__(self, "learnable", tuple(parameter_groups(self.learnable)))
 
     @property
     def parameters(self) -> list[nn.Parameter]:

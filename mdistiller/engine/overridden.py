@@ -129,9 +129,9 @@ def check_knows_stages(trainer: Any) -> None:
     if isinstance(trainer.train_iter, OwnStep):
         stages = ", ".join(stage.name for stage in trainer.phases.stages)
         raise UserError(
-            f"{type(trainer).__name__}.train_iter(data, epoch, train_meters) takes the whole step itself, which does not "
-            f"go with {type(trainer.distiller).__name__}'s stages before training ({stages}); take SOLVER.TRAINER base, "
-            "or leave the stages out"
+            f"{type(trainer).__name__}.train_iter(data, epoch, train_meters) takes the whole step itself, which does "
+            f"not go with {type(trainer.distiller).__name__}'s stages before training ({stages}); take SOLVER.TRAINER "
+            "base, or leave the stages out"
         )
 
 

@@ -1,8 +1,8 @@
 """What a run trains in which of its epochs: the stages of its method, then the training itself.
 
-The epochs of the training are 1 to SOLVER.EPOCHS, whatever comes before. Those of the stages are numbered up to 0, so that
-a run's epochs have one order: a stage of three epochs has -2, -1 and 0. Methods, loaders and schedules do not see these
-numbers: for them, the epochs of each stage count from 1.
+The epochs of the training are 1 to SOLVER.EPOCHS, whatever comes before. Those of the stages are numbered up to 0, so
+that a run's epochs have one order: a stage of three epochs has -2, -1 and 0. Methods, loaders and schedules do not see
+these numbers: for them, the epochs of each stage count from 1.
 """
 
 from __future__ import annotations

@@ -267,7 +267,7 @@ class RunState:
         return changed
 
     def _take_up_phase(self, epoch: int, within: bool) -> tuple[str, ...]:
-        """Be in the phase of the `epoch` to go on with; returns the parts of the phase before that are of no use there."""
+        """Be in the phase of the `epoch` to go on with; returns the saved parts that belong to the one before."""
         if self.phases is None:
             return ()
         self.parts["optimizer"] = self.phases.turn_to(epoch).update

@@ -282,8 +282,8 @@ class BaseTrainer:
         bar.close()
         if not at.step:
             raise UserError(
-                f"{phase.words(epoch)}: the training loader yields no batch; let iter() of it begin anew in every epoch, "
-                "as a torch DataLoader's does"
+                f"{phase.words(epoch)}: the training loader yields no batch; let iter() of it begin anew in every "
+                "epoch, as a torch DataLoader's does"
             )
         self.first_step.open(at.clock)  # of an epoch that is resumed after its last step
         self.nan_policy.check()

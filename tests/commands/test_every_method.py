@@ -13,6 +13,7 @@ from mdistiller.models import cifar_model_dict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOT = {"KD with DOT": ("KD", "dot"), "CRD with DOT": ("CRD", "crd_dot")}
+STAGES = ("AB", "FITNET", "FSP", "FT")  # methods with a stage before training
 RUNS = {name: (name, "base") for name in distiller_dict} | {"CRD": ("CRD", "crd")} | DOT
 
 
@@ -34,11 +35,13 @@ def test_it_trains_from_the_command_line(run, teacher, tool, tmp_path, monkeypat
         "EXPERIMENT.DEVICE", "cpu", "DATASET.TRAIN_FRACTION", "0.03", "SOLVER.EPOCHS", "1", "SOLVER.BATCH_SIZE", "16",
         "SOLVER.TRAINER", trainer, "DISTILLER.TYPE", method, "DISTILLER.TEACHER", "resnet14",
         "DISTILLER.TEACHER_CKPT", teacher, "CRD.NCE.K", "16", "DCGD.GROUPS", "configs/digits/groups.json",
+        *(word for stage in STAGES for word in (f"{stage}.INIT_EPOCHS", "1")),
     )  # fmt: skip
     (metrics,) = tmp_path.rglob("metrics.csv")
     with metrics.open() as file:
-        (row,) = csv.DictReader(file)
-    terms = {name: float(value) for name, value in row.items() if name.startswith("loss/")}
+        *before, row = csv.DictReader(file)
+    assert len(before) == (method in STAGES)
+    terms = {name: float(value) for name, value in row.items() if name.startswith("loss/") and value}
     assert float(row["train_loss"]) == pytest.approx(sum(terms.values()), rel=1e-4)
     counts = {"NONE": 1, "SIMKD": 1, "SEMCKD": 3, "SRRL": 3, "AB": 1, "FSP": 1, "MLKD": 4}
     counts |= {"DCGD": 4, "DCGD_CE": 3, "DCGD_KD": 4, "DCGD_DKD": 4}

@@ -11,7 +11,7 @@ import torch
 from yacs.config import CfgNode as CN
 
 from mdistiller.dataset.batch import VIEWS
-from mdistiller.distillers import Distiller, Vanilla, distiller_dict, method_defaults
+from mdistiller.distillers import Distiller, distiller_dict, method_defaults
 from mdistiller.engine.split_update import TASK_LOSSES
 from mdistiller.models import cifar_model_dict
 from mdistiller.models.parameters import flat_parameters
@@ -140,7 +140,7 @@ def test_the_losses_depend_on_the_teacher(name):
             assert first[key] == second[key]
         else:
             assert first[key] != second[key], key
-    assert (set(first) <= {"ce", "loss_ce"}) == issubclass(distiller_dict[name], Vanilla)
+    assert (set(first) <= {"ce", "loss_ce"}) == (not distiller_dict[name].distills)  # AB and FSP: in a stage alone
 
 
 @EVERY_METHOD
@@ -186,3 +186,24 @@ def test_eval_mode_returns_logits(name):
     with torch.no_grad():
         logits = distiller(image=batch()["image"])
     assert logits.shape == (4, 100) and logits.isfinite().all()
+
+
+@EVERY_METHOD
+def test_a_stage_trains_what_it_says_and_its_losses_depend_on_the_teacher(name):
+    """In its stages before training, if a method has some; they leave nothing behind but what they have trained."""
+    distiller, other = build(name), build(name, teacher_seed=5)
+    required = {key: p.requires_grad for key, p in distiller.named_parameters()}
+    for stage, of_other in zip(distiller.stages(), other.stages(), strict=True):
+        distiller.turn_to(stage)
+        before = copies(distiller.train())
+        optimizer = torch.optim.SGD(stage.learnable, lr=0.01)
+        losses = train_step(distiller, optimizer)
+        assert losses and all(v.shape == () and v.isfinite() for v in losses.values())
+        assert all(v != of_other.losses(**batch())[key] for key, v in losses.items())
+        trained = {key for key, p in distiller.named_parameters() if id(p) in set(map(id, stage.parameters))}
+        moved = set(changed(before, distiller.state_dict()))
+        assert trained <= moved and all(p.grad.isfinite().all() for p in stage.parameters)
+        assert all(key in trained or key.endswith(("running_mean", "running_var", "tracked")) for key in moved)
+        assert not any(key.startswith("teacher.") for key in moved)
+    distiller.turn_to(None)
+    assert {key: p.requires_grad for key, p in distiller.named_parameters()} == required
