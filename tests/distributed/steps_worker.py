@@ -26,20 +26,20 @@ from tests._networks import NanGradient
 
 
 def spoil(trainer, rank, step, what):
-    """On this rank, in this step from 1, put NaN into the value ("loss") or the gradient ("gradient") of loss_kd."""
+    """On this rank, in this step from 1, put NaN into the value or the gradient of its (non-target) distillation loss."""
     if trainer.ranks.rank != rank:
         return
-    forward, calls = trainer.distiller.forward_train, []
+    forward, calls = trainer.distiller._forward_of_step, []
 
-    def forward_train(**batch):
+    def forward_of_step(**batch):
         calls.append(1)
         logits, losses = forward(**batch)
         if len(calls) == step:
-            kd = losses["loss_kd"]
-            losses["loss_kd"] = kd * torch.nan if what == "loss" else NanGradient.apply(kd)
+            name = "loss_kd" if "loss_kd" in losses else "loss_nckd"
+            losses[name] = losses[name] * torch.nan if what == "loss" else NanGradient.apply(losses[name])
         return logits, losses
 
-    trainer.distiller.forward_train = forward_train
+    trainer.distiller._forward_of_step = forward_of_step
 
 
 def steps(teacher, case, folder):
