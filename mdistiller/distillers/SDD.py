@@ -46,7 +46,8 @@ def region_logits(
         weight, bias: (C, D) and (C,), of the classifier.
         scales: see `pooled_regions`.
     """
-    return F.linear(pooled_regions(last_map, scales).transpose(1, 2), weight, bias).transpose(1, 2)
+    logits = torch.einsum("cd,bdr->bcr", weight, pooled_regions(last_map, scales))
+    return logits if bias is None else logits + bias[:, None]
 
 
 def region_weights(regions_teacher: Tensor, target: Tensor) -> Tensor:
