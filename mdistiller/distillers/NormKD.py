@@ -88,7 +88,7 @@ DEFAULTS = CN(
     {
         # The temperature of logits whose deviation is 1.
         "TEMPERATURE_NORM": 2.0,
-        # Over DKD in place of KD; what follows is for DKD alone. The weights in LOSS apply to both: DKD's own are 1 and 1.
+        # Over DKD in place of KD, with ALPHA, BETA and WARMUP. LOSS weighs both forms; DKD's own weights are 1 and 1.
         "DKD": False,
         "ALPHA": 4.0,
         "BETA": 5.0,

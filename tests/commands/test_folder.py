@@ -252,7 +252,7 @@ def test_a_method_that_reads_labels_by_mistake_fails(teacher, data, tmp_path) ->
         trainer.train()
 
 
-@pytest.mark.parametrize("method", ["AT", "SP", "REVIEWKD", "RKD", "FITNET", "DCGD_KD"])
+@pytest.mark.parametrize("method", ["AT", "SP", "REVIEWKD", "RKD", "FITNET", "DIST", "NormKD", "DCGD_KD"])
 def test_other_methods_train_without_labels(teacher, data, tmp_path, method) -> None:
     weights = distiller_dict[method].label_weights(CFG)
     off = [word for key in weights for word in (key, 0)]
