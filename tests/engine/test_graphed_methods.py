@@ -110,16 +110,17 @@ class PlainSGD:
 
     @torch.no_grad()
     def step(self):
-        (group,) = self.param_groups
-        for p in group["params"]:
-            if p.grad is not None:
-                momentum = self.own.state[p]["momentum_buffer"]
-                momentum.mul_(group["momentum"]).add_(p.grad + group["weight_decay"] * p)
-                p.sub_(group["lr"] * momentum)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = self.own.state[p]["momentum_buffer"]
+                    momentum.mul_(group["momentum"]).add_(p.grad + group["weight_decay"] * p)
+                    p.sub_(group["lr"] * momentum)
 
     def zero_grad(self, set_to_none=True):
-        for p in self.param_groups[0]["params"]:
-            p.grad = None
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
 
 @pytest.fixture
@@ -162,7 +163,8 @@ def test_the_step_is_one_function_for_all_epochs(case, files, whole_graphs):
         rows[name] = []
         for now in (1, 2, 3):
             epoch.fill_(now)
-            rates[0].fill_(0.001 / now)
+            for rate in rates:
+                rate.fill_(0.001 / now)
             names, sums, norms = function(batches[-1], epoch)
             rows[name].append(torch.cat([sums, norms]))
         with torch.no_grad():
