@@ -16,7 +16,7 @@ from ._base import Distiller, Losses, register
 from ._logits import Temperature, check_logits, logit_stand, softened
 from ._precision import full_precision
 
-# The formula has an image's value in [0, inf), however the powers are chosen; beyond these, floats hold none of them.
+# Of the powers of probabilities; floats do not hold those of larger ones.
 EXPONENT = interval(-100, 100, "[]")
 
 
@@ -34,11 +34,11 @@ def ab_divergence(
         loss = mean_B[ -1/(a b) * sum_C( p^a q^b - a/(a + b) p^(a + b) - b/(a + b) q^(a + b) ) ],   softmax(z / T)
 
     and its limits where a, b or a + b is 0: (1, 0) is KL(p || q), (0, 1) is KL(q || p), (1/2, 1/2) is twice the squared
-    Euclidean distance of sqrt(p) and sqrt(q), (0, 0) is half the squared difference of the log-probabilities. It has no
-    factor T^2. Nothing cancels where a, b or the difference between p and q is small.
+    Euclidean distance of sqrt(p) and sqrt(q), (0, 0) is half that of log p and log q. It has no factor T^2. Nothing
+    cancels where a, b or the difference between p and q is small.
 
-    For a > 0 and b >= 0, a class that a teacher logit of -inf masks out contributes q^(a + b) / (a (a + b)), which for KL
-    makes no difference. For a <= 0 the divergence from a teacher that excludes a class is infinite, or as large as
+    For a > 0 and b >= 0, a class that a teacher logit of -inf masks out contributes q^(a + b) / (a (a + b)), which for
+    KL makes no difference. For a <= 0 the divergence from a teacher that excludes a class is infinite, or as large as
     floats are, as that of the reverse KL is.
 
     Args:
@@ -55,7 +55,7 @@ def ab_divergence(
     Raises:
         ValueError: the shapes differ, or T <= 0.
 
-    Reference: Wang et al. 2025, arXiv 2505.04560, definition 3.1; Cichocki et al. 2011, Entropy 13, 134-170.
+    Reference: Wang et al. 2025, arXiv 2505.04560; Cichocki et al. 2011, Entropy 13, 134-170.
     """
     check_logits(logits_student, logits_teacher, temperature)
     log_q, log_p = (
@@ -95,7 +95,7 @@ def _terms(log_p: Tensor, log_q: Tensor, a: float, b: float) -> Tensor:
     return torch.where(near, close, far)
 
 
-# Below |a d| = 0.02 the series of 6 terms has a relative error of 1e-12, and the fractions lose at most two digits above.
+# Below |a d| = 0.02 the series of 6 terms has a relative error of 1e-12; above, the fractions lose two digits at most.
 _NEAR, _ORDER = 0.02, 6
 
 
@@ -119,8 +119,8 @@ def _power_difference(log_p: Tensor, log_q: Tensor, x: float) -> Tensor:
 class ABKD(Distiller):
     """Cross-entropy with the labels and KD_WEIGHT * `ab_divergence` with the teacher.
 
-    The authors' training script for images is not published. The default weights are KD's 0.1 and, as the divergence has
-    no factor T^2, 0.9 T^2 at T = 4; ALPHA and BETA are those of a pinned row.
+    The authors' training script for images is not published. The default weights are KD's 0.1 and, as the divergence
+    has no factor T^2, 0.9 T^2 at T = 4; ALPHA and BETA are not the authors' either.
     """
 
     teacher_outputs = ("logits",)

@@ -90,7 +90,7 @@ def curriculum_temperature(theta: Tensor, factor: float | Tensor, start: float, 
     Returns:
         theta's shape; without a unit, as a temperature is.
 
-    Reference: Li et al. 2023, arXiv 2211.16231, equations 4 to 6.
+    Reference: Li et al. 2023, arXiv 2211.16231, section 3.
     """
     fixed = theta.detach()
     return start + span * torch.sigmoid(fixed + factor * (theta - fixed))
@@ -104,7 +104,7 @@ class CTKD(Distiller):
         factor(epoch) = LAMBDA_MIN + (LAMBDA_MAX - LAMBDA_MIN) * (1 + cos(pi min(epoch, LOOPS) / LOOPS)) / 2
 
     `global_T` (1,) starts at 1, so at T = 15.62; its gradient is multiplied by the factor. T is logged each epoch. The
-    weights of CTKD.BASE KD are LOSS.CE_WEIGHT and LOSS.KD_WEIGHT; those of DKD, and its warm-up, are in the section DKD.
+    weights of CTKD.BASE KD are LOSS.CE_WEIGHT and LOSS.KD_WEIGHT; DKD's, and its warm-up, are in the section DKD.
 
     `global_T` has the optimizer's learning rate and momentum, and the weight decay WEIGHT_DECAY. The authors' code
     decays it with all other parameters, which pulls T to the middle of its range.

@@ -32,9 +32,9 @@ def ldrld_loss(
         local = ( sum_{a < b} w_ab KL_{a, b} + KL_{0 .. k-1} ) / (k (k - 1) / 2 + 1)
         w_ab = 2 exp(-0.05 (a + b + 2)) / (1.5 + b - a)
 
-    0 to k - 1 are the student's k largest logits in falling order, of equal ones the first class first; their choice has
-    no gradient. Each KL is between the distributions over the classes that it names alone, and rest is the KL over the
-    other C - k classes. With C <= k classes all of them are ranked, and rest is 0.
+    0 to k - 1 are the student's k largest logits in falling order, of equal ones the first class first; their choice
+    has no gradient. Each KL is between the distributions over the classes that it names alone, and rest is the KL over
+    the other C - k classes. With C <= k classes all of them are ranked, and rest is 0.
 
     A class that a teacher logit of -inf masks out contributes 0, and so does a KL all of whose classes are masked out.
     Where only the student's logit is -inf, the loss is infinite.
@@ -91,7 +91,7 @@ def _group_kl(student: Tensor, teacher: Tensor) -> Tensor:
     },
 )  # fmt: skip
 class LDRLD(Distiller):
-    """Cross-entropy with the labels and `ldrld_loss` with the teacher. The defaults are those of resnet32x4, resnet8x4."""
+    """Cross-entropy with the labels and `ldrld_loss` with the teacher; the defaults are of resnet32x4, resnet8x4."""
 
     teacher_outputs = ("logits",)
     soft_labels = True

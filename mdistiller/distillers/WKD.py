@@ -68,7 +68,7 @@ def target_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) 
         logits_teacher: (B, C); not detached here.
         target: (B,) int64, the labels y.
 
-    Reference: Lv et al. 2024, arXiv 2412.08139, equation 5.
+    Reference: Lv et al. 2024, arXiv 2412.08139, section 3.1.
     """
     log_student, log_teacher = (
         F.log_softmax(logits, dim=1).gather(1, target[:, None]) for logits in (logits_student, logits_teacher)
@@ -95,9 +95,9 @@ def transport_loss(
     p = softmax(z / T) over the other classes. The gradient passes through all iterations. They do not converge: the
     value depends on their number, as in the authors' code.
 
-    All images share one K: a label has weight 0 in u and v, and so takes no part. This takes 2 `iterations` + 1 products
-    of (B, C) with (C, C). Of two classes only one is not the label, and the gradient is 0. An image whose other classes
-    the teacher masks out with -inf has the value 0.
+    All images share one K: a label has weight 0 in u and v, and so takes no part. This takes 2 `iterations` + 1
+    products of (B, C) with (C, C). Of two classes only one is not the label, and nothing is to be moved. An image whose
+    other classes the teacher masks out with -inf has the value 0.
 
     Args:
         logits_student: (B, C), C >= 2, before softmax.
@@ -114,7 +114,7 @@ def transport_loss(
     Raises:
         ValueError: the shapes differ, T <= 0, or C < 2.
 
-    Reference: Lv et al. 2024, arXiv 2412.08139, equations 4 and 5; Cuturi 2013, arXiv 1306.0895.
+    Reference: Lv et al. 2024, arXiv 2412.08139, section 3.1; Cuturi 2013, arXiv 1306.0895.
     """
     check_logits(logits_student, logits_teacher, temperature)
     classes = logits_student.shape[1]
@@ -175,7 +175,7 @@ def gaussian_loss(
     Raises:
         ValueError: the shapes differ.
 
-    Reference: Lv et al. 2024, arXiv 2412.08139, equation 8.
+    Reference: Lv et al. 2024, arXiv 2412.08139, section 3.2.
     """
     if feat_student.shape != feat_teacher.shape:
         raise ValueError(f"maps {tuple(feat_student.shape)} and {tuple(feat_teacher.shape)} differ in shape")
@@ -210,22 +210,22 @@ class WKD(Distiller):
         loss_kd = target + f(epoch) * WKD_LOGIT_WEIGHT * transport      (L)
                 + f(epoch) * WKD_FEAT_WEIGHT * gaussian                 (F)
 
-    by `target_loss`, `transport_loss` and `gaussian_loss`. f is 1 up to epoch COSINE_DECAY_EPOCH, then falls by a cosine
-    to 0 at the last epoch; it does not weigh the target term. A weight of 0 leaves its part out. Of both weights 0 only
-    the target term remains, and a warning says so.
+    by `target_loss`, `transport_loss` and `gaussian_loss`. f is 1 up to epoch COSINE_DECAY_EPOCH, then falls by a
+    cosine to 0 at the last epoch; it does not weigh the target term. A weight of 0 leaves its part out. If both are 0,
+    only the target term remains, and a warning says so.
 
-    L: the distances between classes are those of the teacher's classifier rows (COST_MATRIX fc), or those of a file, such
-    as `class_distances` computes them for the paper's figures. F: the student's map HINT_LAYER, counted in both networks'
-    lists, from the deepest if negative, goes through a regressor to the teacher's; a pair in DISTILLER.PAIRS, [[student's
-    map, teacher's map]], replaces it.
+    L: the distances between classes are those of the teacher's classifier rows (COST_MATRIX fc), or those of a file;
+    `grouping.class_distances` computes the paper's. F: the student's map HINT_LAYER, counted in both networks' lists,
+    from the deepest if negative, goes through a regressor to the teacher's; a pair in DISTILLER.PAIRS, [[student's map,
+    teacher's map]], replaces it.
 
     Args:
         image_size: of the run; without it WKD.INPUT_SIZE counts, [] for the data set's.
         epochs: of the run; without it SOLVER.EPOCHS.
 
     Raises:
-        UserError: the teacher tells no classifier, the file does not hold distances of its classes, there is no such map
-            (see `FitNet`), or DISTILLER.PAIRS is set without WKD-F.
+        UserError: the teacher tells no classifier, the file does not hold distances of its classes, there is no such
+            map (see `FitNet`), or DISTILLER.PAIRS is set without WKD-F.
 
     Reference: Lv et al. 2024, arXiv 2412.08139.
     """

@@ -265,7 +265,8 @@ def hint_layers(
     """
     pairs = configured_pairs(cfg, *counts)
     if len(pairs) > 1:
-        raise UserError(f"{method} compares one pair of maps, DISTILLER.PAIRS names {len(pairs)}: {cfg.DISTILLER.PAIRS}")
+        given = cfg.DISTILLER.PAIRS
+        raise UserError(f"{method} compares one pair of maps, DISTILLER.PAIRS names {len(pairs)}: {given}")
     if pairs:
         return pairs[0]
     layer, count = cfg[method].HINT_LAYER, min(counts)

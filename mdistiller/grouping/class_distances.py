@@ -23,8 +23,8 @@ def class_distances(features: Tensor, targets: Tensor, per_class: int = 256) -> 
 
         D_ij = 1 - <K_i, K_j> / (|K_i| |K_j|),   K_i = H X_i X_i' H,   H = 1 - 1 / b
 
-    X_i (b, D) are the features of the first b images of class i: as many as the smallest class has, or `per_class`. CKA
-    compares paired images. Here it pairs the n-th image of one class with the n-th of the other, as the paper does. D is
+    X_i (b, D) are the features of the first b images of class i: as many as the smallest class has, `per_class` at
+    most. CKA compares paired images; here it pairs the n-th image of one class with the n-th of the other. D is
     symmetric, from 0, on the diagonal, to 1. A class all of whose features are equal has distance 1 to all others.
 
     It takes C b^2 D operations and C b^2 numbers of memory.

@@ -86,7 +86,7 @@ def test_rows_of_maps(row):
 
 @pytest.mark.parametrize(
     "batch, classes, temperature, smoothing, iterations",
-    [(1, 2, 4.0, 0.05, 10), (3, 3, 1.0, 0.05, 10), (4, 10, 8.0, 0.05, 3), (2, 30, 2.0, 0.5, 1), (2, 10, 1.0, 0.001, 10)],
+    [(1, 2, 4.0, 0.05, 10), (3, 3, 1.0, 0.05, 10), (4, 10, 8.0, 0.05, 3), (2, 30, 2.0, 0.5, 1), (2, 9, 1.0, 1e-3, 10)],
 )
 def test_transport_agrees_with_the_naive_form(batch, classes, temperature, smoothing, iterations):
     s, t = 2 * normal(batch, classes), 3 * normal(batch, classes, seed=1)
@@ -168,7 +168,9 @@ def test_masked_classes():
     assert loss.isfinite() and s.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("shape, grid", [((1, 1, 1, 1), 1), ((2, 3, 4, 4), 1), ((2, 3, 4, 4), 2), ((1, 2, 5, 3), 2), ((1, 2, 2, 2), 2)])
+@pytest.mark.parametrize(
+    "shape, grid", [((1, 1, 1, 1), 1), ((2, 3, 4, 4), 1), ((2, 3, 4, 4), 2), ((1, 2, 5, 3), 2), ((1, 2, 2, 2), 2)]
+)
 def test_gaussians_agree_with_the_naive_form(shape, grid):
     rest = 4.0, grid
     check_agrees(
@@ -237,7 +239,9 @@ def test_only_the_weighted_parts_run(settings, outputs):
     assert method.label_weights(CN({"WKD": method.own})) == (None if settings != FEAT else ("WKD.LOSS.CE_WEIGHT",))
 
 
-@pytest.mark.parametrize("epoch, factor", [(1, 1), (150, 1), (195, 0.5), (240, 0), (165, (1 + math.cos(math.pi / 6)) / 2)])
+@pytest.mark.parametrize(
+    "epoch, factor", [(1, 1), (150, 1), (195, 0.5), (240, 0), (165, (1 + math.cos(math.pi / 6)) / 2)]
+)
 def test_both_weights_fall_by_a_cosine_and_the_target_term_stays(epoch, factor):
     for settings in (LOGIT, FEAT):
         method = build(*settings).double()
@@ -300,9 +304,9 @@ def test_chosen_maps():
     method = build(*FEAT, "DISTILLER.PAIRS", [[1, 2]])
     assert (method.layer_s, method.layer_t) == (1, 2) and method.frozen["teacher"] == ("feats[2]",)
     assert method(**batch())[1]["loss_kd"].isfinite()
-    with pytest.raises(UserError, match="DISTILLER.PAIRS is for WKD-F"):
+    with pytest.raises(UserError, match=r"DISTILLER\.PAIRS is for WKD-F"):
         build(*LOGIT, "DISTILLER.PAIRS", [[1, 2]])
-    with pytest.raises(UserError, match="WKD.HINT_LAYER is 9"):
+    with pytest.raises(UserError, match=r"WKD\.HINT_LAYER is 9"):
         build(*FEAT, "WKD.HINT_LAYER", 9)
 
 

@@ -55,5 +55,5 @@ def test_files(tmp_path, name):
 def test_refusals(tmp_path):
     with pytest.raises(UserError, match="class 1 has 1 images"):
         class_distances(torch.randn(3, 2), torch.tensor([0, 0, 1]))
-    with pytest.raises(UserError, match="not as 'd.csv'"):
+    with pytest.raises(UserError, match=r"not as 'd\.csv'"):
         save_distances(tmp_path / "d.csv", torch.zeros(2, 2))
