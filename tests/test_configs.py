@@ -23,12 +23,15 @@ def test_a_config_opens_with_the_command_that_runs_it(path):
     assert first == f"# python tools/train.py --cfg {path}"
 
 
-def loaders(info, count=2):
+def loaders(info, augment, count=2):
     generator = torch.Generator().manual_seed(0)
     size = (count, info.image_size, info.image_size, 3)
     images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
     data = ImageArray(images, torch.arange(count) % info.num_classes, (0.5,) * 3, (0.25,) * 3)
-    return data.loader(count, 0, train=True), data.loader(count, 0, train=False)
+    data = data.augmented(augment, info.image_size) if augment else data
+    train = data.loader(count, 0, train=True)
+    train.augmentation = augment
+    return train, data.loader(count, 0, train=False)
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -47,7 +50,7 @@ def test_a_config_builds_and_takes_a_step(path, monkeypatch):
     needed = method.needs_teacher
     teacher = build_network(cfg.DISTILLER.TEACHER, info.num_classes, info.image_size) if needed else None
     distiller = method.from_run(student, teacher, cfg, replace(RunFacts.of(cfg), num_data=2))
-    trainer = trainer_dict[cfg.SOLVER.TRAINER]("none", distiller, *loaders(info), cfg)
+    trainer = trainer_dict[cfg.SOLVER.TRAINER]("none", distiller, *loaders(info, cfg.DATASET.AUGMENT), cfg)
     before = {name: p.detach().clone() for name, p in distiller.named_parameters() if p.requires_grad}
     trainer.distiller.train()
     meters = Meters()

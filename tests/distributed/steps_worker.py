@@ -13,8 +13,8 @@ import sys
 import torch
 import torch.nn as nn
 
-from mdistiller.dataset.batch import VIEWS
 from mdistiller.dataset import get_dataset
+from mdistiller.dataset.batch import VIEWS
 from mdistiller.distillers import RunFacts
 from mdistiller.distributed.ranks import joined_ranks
 from mdistiller.engine.build import build_distiller
