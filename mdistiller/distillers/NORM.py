@@ -180,7 +180,7 @@ DEFAULTS = CN(
 )
 
 RANGES = {
-    "N": whole(1),
+    "N": whole(1, 256),  # the layers have N times the teacher's channels
     "LOGIT_SCALE": NOT_NEGATIVE,
     "TEMPERATURE": TEMPERATURE,
     "STAGES": list_of(whole(1)),
