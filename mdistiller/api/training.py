@@ -30,6 +30,7 @@ from ..engine.runtime.signals import Stopped
 from ..engine.trainer import BaseTrainer, trainer_dict
 from ..errors import UserError
 from ..experiments.runs import read_epochs
+from ..models.copies import copy_without_hooks
 from ..paths import expanded
 from .loaders import INDEX, batch_size_of, count_of, first_batch, image_size_of, prepared, telling
 from .networks import (
@@ -240,12 +241,15 @@ def _result(trainer: BaseTrainer, given: Given, folder: Path | None) -> Result:
     if ema is not None:
         load_model_weights(ema.network, trainer.log_path / "student_best_ema")
     best = trainer.state.best_acc
+    alone = main is distiller.student
+    average = None if ema is None else released(ema.network, given) if alone else ema.network
     with torch.no_grad():
         return Result(
-            student=released(main, given if main is distiller.student else None),
+            # What is deployed around the student reads its maps, by hooks that the caller's network will lose.
+            student=released(main, given) if alone else copy_without_hooks(main),
             accuracy=next(iter(best.values())),
             history=[{**row, "epoch": int(row["epoch"])} for row in read_epochs(trainer.log_path)],
-            ema=None if ema is None else released(ema.network, given),
+            ema=average,
             ema_accuracy=best.get("ema"),
             folder=folder,
             marks=found_weights(trainer.log_path / "student_best")[1],
