@@ -44,7 +44,7 @@ def fsp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
     """Mean squared difference of the networks' `flow` from each map to the next, summed over these steps.
 
     Args:
-        g_s, g_t: the maps of student and teacher, from shallow to deep, two or more; map i has as many channels in both.
+        g_s, g_t: the maps of student and teacher, from shallow to deep, two or more; map i has equal channels in both.
 
     Returns:
         () >= 0, the student's dtype; float32 for half precision.
