@@ -69,7 +69,7 @@ MODES = {
     "DeepKD": (("SOLVER.TRAINER", "deepkd"), 1),
     "aligned": (("SOLVER.TRAINER", "aligned"), 1),
     "DOT, CRD": (("SOLVER.TRAINER", "crd_dot", "DISTILLER.TYPE", "CRD"), 1),
-    "FitNet's first stage": (("DISTILLER.TYPE", "FITNET", "FITNET.INIT_EPOCHS", "1"), 1),
+    "FitNet": (("DISTILLER.TYPE", "FITNET"), 1),
     "skip, EMA, clipped": (("SOLVER.NAN_POLICY", "skip", "SOLVER.EMA", "0.9", "SOLVER.CLIP_GRAD_NORM", "1.0"), 1),
     "bf16": (("SOLVER.AMP", "bf16"), 1),
     "teacher cache": (("DISTILLER.TEACHER_CACHE", "{files}/cache"), 2),  # before and after it is read

@@ -49,8 +49,9 @@ def trainer_for(folder: Path, method: str, teacher: str, student: str, *override
     return build_trainer(load_cfg(REPOSITORY / "configs/digits/vanilla.yaml", given))
 
 
-def step_waits(gpu: FakeGPU, trainer: BaseTrainer, steps: int = 3) -> list[Wait]:
-    """Take the first `steps` of an epoch; the waits after the first ones."""
+def step_waits(gpu: FakeGPU, trainer: BaseTrainer, steps: int = 3, epoch: int = 1) -> list[Wait]:
+    """Take the first `steps` of an epoch, of a stage before training if it is below 1; the waits after the first ones."""
+    trainer._turn_to(epoch)
     trainer.distiller.train()
     trainer.train_loader.set_epoch(1)
     meters = Meters()

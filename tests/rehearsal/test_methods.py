@@ -30,7 +30,6 @@ def test_no_step_waits(name, teacher, tmp_path):
 @pytest.mark.parametrize(
     "name, settings",
     [
-        ("FITNET", ("FITNET.INIT_EPOCHS", 1)),
         ("CRD", ("CRD.MODE", "relax")),
         ("KDSVD", ("KDSVD.AXIS", "channels")),
         ("REVIEWKD", ("REVIEWKD.STU_PREACT", True)),
@@ -45,6 +44,16 @@ def test_no_step_waits_in_the_other_forms_of_a_method(name, settings, tmp_path):
     with FakeGPU() as gpu:
         waits = step_waits(gpu, trainer_for(tmp_path, name, "resnet14", "resnet8", *settings))
     assert {wait.place for wait in waits} == set(STEP.get(name, ())), "\n".join(map(str, waits))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "FT" else pytest.mark.slow) for name in ("AB", "FITNET", "FSP", "FT")]
+)
+def test_no_step_of_a_stage_before_training_waits(name, tmp_path):
+    with FakeGPU() as gpu:
+        trainer = trainer_for(tmp_path, name, "resnet14", "resnet8", f"{name}.INIT_EPOCHS", 1)
+        waits = step_waits(gpu, trainer, epoch=0)
+    assert trainer.distiller.stage is not None and waits == [], "\n".join(map(str, waits))
 
 
 @pytest.fixture
