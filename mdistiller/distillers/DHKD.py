@@ -31,9 +31,9 @@ def dhkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: Tempe
 
         loss = T^2 * mean_B[ sum_C( ln 0.5 - (ln sigma(d) + ln(1 - sigma(d))) / 2 ) ],   d = (z_s - z_t) / T
 
-    with sigma(d) held in [1e-8, 1 - 1e-8]. A term is KL((1/2, 1/2) || (sigma(d), 1 - sigma(d))) = ln cosh(d / 2), and is
-    computed as log1p(2 sinh(d / 4)^2), which neither cancels for a small d nor overflows. Its gradient is tanh(d / 2) / 2,
-    and 0 where the clamp holds sigma: where |z_s - z_t| > 18.42 T, a term is constant.
+    with sigma(d) held in [1e-8, 1 - 1e-8]. A term is KL((1/2, 1/2) || (sigma(d), 1 - sigma(d))) = ln cosh(d / 2). It is
+    computed as log1p(2 sinh(d / 4)^2), which neither cancels for a small d nor overflows. Its gradient is
+    tanh(d / 2) / 2, and 0 where the clamp holds sigma: where |z_s - z_t| > 18.42 T, a term is constant.
 
     A class that is masked out by a teacher logit of -inf contributes 0.
 
@@ -86,8 +86,8 @@ HEADS = {"linear": linear_head, "nonlinear": nonlinear_head}
 class DHKD(Distiller):
     """Cross-entropy of the student's own head, and `dhkd_loss` of a second head on its pooled feature.
 
-    The second head, linear or with a hidden layer (HEAD), is used in training alone: the deployed network is the student.
-    From epoch STOP_EPOCH on the weight of `dhkd_loss` is 0; STOP_EPOCH 0: never. The paper's gradient alignment is
+    The second head, linear or with a hidden layer (HEAD), is used in training alone: the student is deployed. From
+    epoch STOP_EPOCH on the weight of `dhkd_loss` is 0; STOP_EPOCH 0: never. The paper's gradient alignment is
     SOLVER.TRAINER aligned.
     """
 

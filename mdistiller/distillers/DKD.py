@@ -67,8 +67,8 @@ def dkd_loss(
 class DKD(Distiller):
     """Cross-entropy with the labels and `dkd_loss` with the teacher.
 
-    The weight of `dkd_loss` grows linearly over the first WARMUP epochs. Decoupled, so do ALPHA and BETA, the weights of
-    the two parts of `decoupled_losses`.
+    The weight of `dkd_loss` grows linearly over the first WARMUP epochs. Decoupled, it has the two parts of
+    `decoupled_losses`, with ALPHA and BETA, which grow likewise.
     """
 
     teacher_outputs = ("logits",)

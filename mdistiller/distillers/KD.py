@@ -55,7 +55,7 @@ def kd_loss(
 class KD(Distiller):
     """Cross-entropy with the labels and `kd_loss` with the teacher.
 
-    Decoupled, it has the two parts of `decoupled_losses` with weight 1 in place of `kd_loss`, and KD_WEIGHT has no effect.
+    Decoupled, it has the two parts of `decoupled_losses`, of weight 1, in place of `kd_loss`; KD_WEIGHT has no effect.
     """
 
     teacher_outputs = ("logits",)

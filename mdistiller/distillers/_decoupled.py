@@ -52,8 +52,8 @@ def decoupled_losses(
 
     w = 1; with `by_doubt`, w = mean_B[ 1 - p_t(y) ], how little the teacher is sure of the targets. That is a factor of
     the mean over the batch, as in the released code, and without a gradient. Over several ranks it is that of the whole
-    batch. KL(p_t || p_s) of one image is tckd + (1 - p_t(y)) * nckd (DKD's equation 6), so that for equal p_t(y) the sum
-    is `kd_loss`.
+    batch. KL(p_t || p_s) of one image is tckd + (1 - p_t(y)) * nckd (DKD's equation 6), so that where p_t(y) is equal
+    for all images, the sum is `kd_loss`.
 
     What DKD says of masked classes, far logits and two classes (`dkd_loss`) is true of both parts.
 

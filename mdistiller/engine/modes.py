@@ -164,10 +164,10 @@ def _unlike(name: str, key: str, off: Any, example: Any, **more: Any) -> Mode:
     return Mode(name, lambda run: setting(run.cfg, key) != off, f"{key} {{cfg.{key}}}", {key: example, **more})
 
 
-def _trainer(name: str, rule: type[SumUpdate], trainer: str) -> Mode:
-    """The mode that a trainer's update rule is."""
+def _trainer(name: str, rule: type[SumUpdate], trainer: str = "") -> Mode:
+    """The mode that a trainer's update rule is; without its name, a trait of several rules."""
     holds: Callable[[Setup], bool] = lambda run: issubclass(run.update, rule)  # noqa: E731
-    return Mode(name, holds, "{trainer} (SOLVER.TRAINER)", {"SOLVER.TRAINER": trainer})
+    return Mode(name, holds, "{trainer} (SOLVER.TRAINER)", {"SOLVER.TRAINER": trainer} if trainer else {})
 
 
 MODES = (
@@ -268,8 +268,8 @@ TRAITS = (
         lambda run: run.cfg.SOLVER.TYPE in optimizer_dict and run.cfg.SOLVER.TYPE not in run.update.optimizers,
         "SOLVER.TYPE {cfg.SOLVER.TYPE}",
     ),
-    Side("trainers of several momenta", lambda run: issubclass(run.update, MomentaUpdate), "{trainer} (SOLVER.TRAINER)"),
-    Side("trainers of several gradients", lambda run: issubclass(run.update, SplitUpdate), "{trainer} (SOLVER.TRAINER)"),
+    _trainer("trainers of several momenta", MomentaUpdate),
+    _trainer("trainers of several gradients", SplitUpdate),
     Side(
         "`MOMENTUM` and `DEEPKD.DELTA_*` too large",
         lambda run: bool(run.unfit_delta),
@@ -373,7 +373,8 @@ RULES = (
         "set SOLVER.AMP bf16 or fp16-teacher",
     ),
     Rule(
-        "optimizers of one gradient", "trainers of several momenta", "it has a form of SGD alone", "set SOLVER.TYPE SGD",
+        "optimizers of one gradient", "trainers of several momenta", "it has a form of SGD alone",
+        "set SOLVER.TYPE SGD",
     ),
     Rule(
         "`MOMENTUM` and `DOT.DELTA` too large", "DOT", "MOMENTUM minus and plus DELTA must both be in [0, 1)",

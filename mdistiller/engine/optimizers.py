@@ -53,7 +53,7 @@ def dot_sgd(groups: list[Group], solver: CN) -> DistillationOrientedTrainer:
 
 @deepkd_optimizer_dict.register("SGD")
 def deepkd_sgd(groups: list[Group], solver: CN) -> DeepKDOptimizer:
-    """DeepKD with MOMENTUM plus DELTA_TOG for the task, DELTA_TCG for the target and DELTA_NCG for the other classes."""
+    """DeepKD with MOMENTUM plus DELTA_TOG for the task, DELTA_TCG for the target, DELTA_NCG for the other classes."""
     own = solver.DEEPKD
     names = {"momentum": own.DELTA_TOG, "momentum_target": own.DELTA_TCG, "momentum_others": own.DELTA_NCG}
     momenta = {name: solver.MOMENTUM + delta for name, delta in names.items()}

@@ -19,7 +19,7 @@ class KeptGradients:
         self._kept: dict[str, dict[Tensor, Tensor]] = {}
 
     def take(self, kind: str, params: Sequence[Tensor]) -> None:
-        """Keep the gradients of `params` as those of `kind`, added to what is kept already, and set `p.grad` to None."""
+        """Keep the gradients of `params` as those of `kind`, added to what is kept, and set `p.grad` to None."""
         own = self._kept.setdefault(kind, {})
         for p in params:
             if p.grad is not None:
@@ -40,8 +40,8 @@ class KeptGradients:
 class SplitOptimizer(Optimizer):
     """An optimizer of several gradients of each parameter, with a momentum buffer for each.
 
-    After the backward pass of each loss but the task's, `kept.take(kind, params)` takes its gradients. Those of the task
-    loss stay in `p.grad`. Then `step()` changes the parameters; zero is a gradient, None is not.
+    After the backward pass of each loss but the task's, `kept.take(kind, params)` takes its gradients. Those of the
+    task loss stay in `p.grad`. Then `step()` changes the parameters; zero is a gradient, None is not.
 
     Attributes:
         kinds: the keys of the buffers in an optimizer's state.

@@ -135,8 +135,8 @@ class AlignedUpdate(SplitUpdate):
 
     The inner product and the norm are over all trained parameters together, so that what one of the gradients does not
     reach counts as zero in it. Where the gradients disagree, c < 0, the component of g_kd along g_task is taken out: it
-    is then perpendicular to g_task. The optimizer takes g as any gradient, so that every SOLVER.TYPE, clipping, fp16 and
-    micro-batches work: these add up the gradients of the whole batch first, and ranks average them.
+    is then perpendicular to g_task. The optimizer takes g as any gradient, so that every SOLVER.TYPE, clipping, fp16
+    and micro-batches work: these add up the gradients of the whole batch first, and ranks average them.
 
     Reference: Yang et al. 2024, arXiv 2411.08937, section 3.3.
     """

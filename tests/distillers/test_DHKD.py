@@ -47,7 +47,7 @@ def test_a_temperature_for_each_image():
 
 
 def test_by_hand():
-    """T 2: sigma 3/4 for a difference of 2 ln 3, ln 0.5 - (ln 3/4 + ln 1/4) / 2 = ln(2 / sqrt 3); two such, one equal."""
+    """T 2: sigma 3/4 for a difference of 2 ln 3: ln 0.5 - (ln 3/4 + ln 1/4) / 2 = ln(2 / sqrt 3). Two of three."""
     far = 2 * math.log(3)
     s = torch.tensor([[far, 0.0, 5.0]], dtype=torch.float64, requires_grad=True)
     t = torch.tensor([[0.0, far, 5.0]], dtype=torch.float64)
@@ -124,11 +124,14 @@ def test_the_second_head_is_trained_and_not_deployed(head, count):
     assert method.deployments() == {"student": method.student}
     logits, losses = method(**BATCH, epoch=1)
     assert torch.equal(logits, method.student(BATCH["image"])[0])
-    of_kd = torch.autograd.grad(losses["loss_kd"], [*method.student.fc.parameters()], retain_graph=True, allow_unused=True)
-    of_ce = torch.autograd.grad(losses["loss_ce"], [*method.head.parameters()], retain_graph=True, allow_unused=True)
+    crossed = {"loss_kd": method.student.fc, "loss_ce": method.head}
+    of_kd, of_ce = (
+        torch.autograd.grad(losses[name], [*other.parameters()], retain_graph=True, allow_unused=True)
+        for name, other in crossed.items()
+    )
     assert {*of_kd, *of_ce} == {None}, "each head learns from its own loss"
     sum(losses.values()).backward()
-    trained = [p for entry in method.get_learnable_parameters() for p in ([entry] if isinstance(entry, nn.Parameter) else [])]
+    trained = method.get_learnable_parameters()
     assert len(trained) == len([*method.student.parameters(), *method.head.parameters()])
     assert all(p.grad is not None for p in trained)
 

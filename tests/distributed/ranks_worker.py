@@ -18,7 +18,7 @@ from mdistiller.engine.runtime.seeds import seed_everything
 from mdistiller.engine.trainer import trainer_dict
 
 # Methods under the trainers that take gradients apart.
-SPLIT = [("KD", "dot"), ("CRD", "crd_dot"), ("KD", "deepkd"), ("DKD", "deepkd"), ("KD", "aligned")]
+SPLIT = [("KD", "dot"), ("CRD", "crd_dot"), ("KD", "deepkd"), ("DKD", "deepkd"), ("KD", "aligned"), ("DHKD", "aligned")]
 
 
 def gradients(method, trainer_name, teacher, groups, branches="auto"):

@@ -26,7 +26,7 @@ from tests._networks import NanGradient
 
 
 def spoil(trainer, rank, step, what):
-    """On this rank, in this step from 1, put NaN into the value or the gradient of its (non-target) distillation loss."""
+    """On this rank, in this step from 1, put NaN into the value or the gradient of a distillation loss."""
     if trainer.ranks.rank != rank:
         return
     forward, calls = trainer.distiller._forward_of_step, []

@@ -103,8 +103,8 @@ def test_two_steps_by_hand(released, second):
     optimizer = DeepKDOptimizer(
         [p], lr=0.5, momentum=0.5, momentum_target=0.25, momentum_others=0.75, weight_decay=1.0, released=released
     )
-    # First: 1 - 1/2 - 1/2 = 0, v_target 1 + 0, then 0 - 1/2. Second, intended: v_task 3/2, -0.5 - 0.75 = -1.25; v_others
-    # 7/4, -2.125; v_target 1/4 + 1 - 2.125 = -0.875, -1.6875. Released: v_task 5/4, -1.125; -2; -0.75; -1.625.
+    # First: 1 - 1/2 - 1/2 = 0, v_target 1 + 0, then 0 - 1/2. Second, intended: v_task 3/2, -0.5 - 0.75 = -1.25;
+    # v_others 7/4, -2.125; v_target 1/4 + 1 - 2.125 = -0.875, -1.6875. Released: v_task 5/4, -1.125; -2; -0.75; -1.625.
     for after in (-0.5, second):
         for kind in (OTHERS, TARGET):
             p.grad = torch.ones(1, dtype=torch.float64)

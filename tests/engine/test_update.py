@@ -108,7 +108,10 @@ class Heated(nn.Module):
         return terms
 
 
-RULES = {"SGD": (SumUpdate, {}), "AdamW": (SumUpdate, {"TYPE": "AdamW"}), "DOT": (DotUpdate, {}), "aligned": (AlignedUpdate, {})}
+RULES = {
+    "SGD": (SumUpdate, {}), "AdamW": (SumUpdate, {"TYPE": "AdamW"}), "DOT": (DotUpdate, {}),
+    "aligned": (AlignedUpdate, {}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])

@@ -34,8 +34,8 @@ SETTINGS = {
 METHOD = {"chosen pairs of maps": "AT"}
 # Those that change the step most.
 OF_STEPS = (
-    "DOT", "DeepKD", "aligned gradients", "steps skipped at NaN", "fp16, micro-batches, clipping, EMA", "teacher cache in memory",
-    "teacher cache in files",
+    "DOT", "DeepKD", "aligned gradients", "steps skipped at NaN", "fp16, micro-batches, clipping, EMA",
+    "teacher cache in memory", "teacher cache in files",
 )  # fmt: skip
 
 
