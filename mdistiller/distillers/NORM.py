@@ -219,10 +219,10 @@ class NORM(Distiller):
         self.logit_scale, self.temperature = own.LOGIT_SCALE, own.TEMPERATURE
         self.ce_loss_weight, self.kd_loss_weight = own.LOSS.CE_WEIGHT, own.LOSS.KD_WEIGHT
         self.feat_loss_weight = own.LOSS.FEAT_WEIGHT
-        self.weight_stages, self.stage_weights = list(own.STAGES), list(own.STAGE_WEIGHTS)
-        if len(self.stage_weights) != len(self.weight_stages) + 1 or self.weight_stages != sorted(set(self.weight_stages)):
+        self.bounds, self.stage_weights = list(own.STAGES), list(own.STAGE_WEIGHTS)
+        if len(self.stage_weights) != len(self.bounds) + 1 or self.bounds != sorted(set(self.bounds)):
             raise UserError(
-                f"NORM.STAGES {self.weight_stages} must be growing epochs, and NORM.STAGE_WEIGHTS one weight more than those, "
+                f"NORM.STAGES {self.bounds} must be growing epochs, and NORM.STAGE_WEIGHTS one weight more than those, "
                 f"not {self.stage_weights}"
             )
         if not self.kd_loss_weight:
@@ -272,7 +272,7 @@ class NORM(Distiller):
         logits_student, expanded = self._deployed[0].widened(image)  # type: ignore[union-attr]
         logits_teacher, features_teacher = self.teacher_forward(image)
         scaled = scaled_logits(logits_student, self.logit_scale)
-        weight = self.feat_loss_weight * stage_weight(kwargs["epoch"], self.weight_stages, self.stage_weights)
+        weight = self.feat_loss_weight * stage_weight(kwargs["epoch"], self.bounds, self.stage_weights)
         losses = {
             "loss_ce": self.ce_loss_weight * self.cross_entropy(scaled, target, **kwargs),
             "loss_feat": weight * norm_loss(expanded, features_teacher["last_map"]),

@@ -127,7 +127,7 @@ def one_against_others(logits: Tensor, one: Tensor, left_out: Tensor | None = No
 
 
 def _filled(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`logits` with zeros in rows of -inf alone, whose softmax and its gradient are NaN, and (B, 1) which rows are so."""
+    """`logits` with zeros in rows of -inf alone, whose softmax and gradient are NaN; and (B, 1), which rows are so."""
     empty = (logits == -torch.inf).all(dim=1, keepdim=True)
     return logits.masked_fill(empty, 0), empty
 

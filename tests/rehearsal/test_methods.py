@@ -47,7 +47,8 @@ def test_no_step_waits_in_the_other_forms_of_a_method(name, settings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "FT" else pytest.mark.slow) for name in ("AB", "FITNET", "FSP", "FT")]
+    "name",
+    [pytest.param(name, marks=() if name == "FT" else pytest.mark.slow) for name in ("AB", "FITNET", "FSP", "FT")],
 )
 def test_no_step_of_a_stage_before_training_waits(name, tmp_path):
     with FakeGPU() as gpu:
