@@ -102,11 +102,11 @@ class CAT_KD(Distiller):
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits, features_s = self.student(image)
         _, features_t = self.teacher_forward(image)
-        maps = [
+        maps_s, maps_t = (
             class_maps(features["last_map"], classifier.weight, self.resolution)
             for features, classifier in zip((features_s, features_t), self.classifiers)
-        ]
+        )
         return logits, {
             "loss_CE": self.ce_loss_weight * self.cross_entropy(logits, target, **kwargs),
-            "loss_CAT": self.cat_loss_weight * cat_loss(*maps, self.normalize),
+            "loss_CAT": self.cat_loss_weight * cat_loss(maps_s, maps_t, self.normalize),
         }

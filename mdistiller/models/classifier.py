@@ -47,6 +47,8 @@ class PointwiseLinear(nn.Linear):
     A copy of it is a plain linear layer with parameters of its own.
     """
 
+    _conv: nn.Conv2d
+
     def __init__(self, conv: nn.Conv2d) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = conv.in_channels, conv.out_channels
