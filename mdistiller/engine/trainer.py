@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -336,7 +337,7 @@ class BaseTrainer:
         steps = len(self.train_loader)
         lr = learning_rate(epoch, self.cfg, steps - 1, steps)
         metrics = self._of_device(metrics)
-        own = {name: float(value) for name, value in self.distiller.metrics().items()}
+        own = self._own_metrics()
         metrics |= {f"method/{name}": value for name, value in own.items()}
         if self.ranks.first:
             self.log(lr, epoch, metrics)
@@ -352,6 +353,11 @@ class BaseTrainer:
             f"{''.join(f'{name} {value:.4g}, ' for name, value in own.items())}"
             f"{metrics['epoch_seconds']:.1f} s, {metrics['images_per_second']:.0f} images/s"
         )
+
+    def _own_metrics(self) -> dict[str, float]:
+        """The method's own numbers, by name."""
+        own = self.distiller.metrics()
+        return dict(zip(own, torch.cat([value.reshape(1) for value in own.values()]).tolist())) if own else {}
 
     def train_iter(
         self,

@@ -41,6 +41,7 @@ EPOCH = {
     f"{_ENGINE}/meters.py over": "reads the number of images of all ranks",
     f"{_ENGINE}/meters.py means": "reads the epoch's means",
     f"{_ENGINE}/scores.py evaluate": "reads each head's score",
+    f"{_ENGINE}/trainer.py _own_metrics": "reads what the method logs, such as CTKD's temperature",
     "mdistiller/models/tensor_groups.py all_finite": "looks for NaN in what is saved",
     f"{_ENGINE}/files/checkpoint.py save_checkpoint": "saves",
     f"{_ENGINE}/update.py state_dict": "reads fp16's scale, to save it",

@@ -30,6 +30,8 @@ def test_no_step_waits(name, teacher, tmp_path):
 @pytest.mark.parametrize(
     "name, settings",
     [
+        ("CTKD", ("CTKD.BASE", "DKD")),
+        ("WKD", ("WKD.LOSS.WKD_LOGIT_WEIGHT", 200.0, "WKD.LOSS.WKD_FEAT_WEIGHT", 0.08)),
         ("CRD", ("CRD.MODE", "relax")),
         ("KDSVD", ("KDSVD.AXIS", "channels")),
         ("REVIEWKD", ("REVIEWKD.STU_PREACT", True)),
