@@ -26,7 +26,7 @@ from .test_compile import graphs  # noqa: F401
 
 MIXED = ("DATASET.MIXUP", "0.8", "DATASET.CUTMIX", "1.0")
 ALL = (*MIXED, "DATASET.ERASING", "0.3", "SOLVER.LABEL_SMOOTHING", "0.1")
-READ_LABELS = {"CRD", "DKD", "DCGD_DKD", "NKD", "RLD", "SDD_DKD", "SDD_KD", "SDD_NKD"}
+READ_LABELS = {"CRD", "DKD", "DCGD_DKD", "NKD", "RLD", "SDD_DKD", "SDD_KD", "SDD_NKD", "WKD"}
 TWO_VIEWS = {name for name, method in distiller_dict.items() if "image_weak" in method.needs_batch}
 TASK = ("ce", "loss_ce", "loss_CE", "loss_multi_ce")
 
