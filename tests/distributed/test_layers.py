@@ -9,14 +9,14 @@ METHODS = {
     name: case(32, "DISTILLER.TYPE", name, *more, steps=5, still=still)
     for name, still, more in (
         ("SEMCKD", True, ("SOLVER.LR", "0.001", "SEMCKD.LOSS.FEAT_WEIGHT", "1.0")),
-        ("SIMKD", True, ("DISTILLER.STUDENT", "wrn_16_1")),
+        ("SIMKD", True, ("DISTILLER.STUDENT", "MobileNetV2")),
         ("NORM", True, ("NORM.N", "2")),
     )
 } | {
     # BatchNorms over both ranks give one process's steps in training mode, also those that the student's trunk shares.
-    "synchronised": case(32, "DISTILLER.TYPE", "SIMKD", "SOLVER.SYNC_BN", "True", steps=4),
+    "synchronised": case(32, "DISTILLER.TYPE", "SIMKD", "SOLVER.SYNC_BN", "True", steps=2),
     "synchronised, WRN": case(
-        32, "DISTILLER.TYPE", "NORM", "NORM.N", "2", "DISTILLER.STUDENT", "wrn_16_1", "SOLVER.SYNC_BN", "True", steps=4
+        32, "DISTILLER.TYPE", "NORM", "NORM.N", "2", "DISTILLER.STUDENT", "wrn_16_1", "SOLVER.SYNC_BN", "True", steps=2
     ),
 }
 
