@@ -141,7 +141,7 @@ class FT(FeatureDistiller):
 
     def train(self, mode: bool = True) -> FT:
         super().train(mode)
-        if self.stage is None:
+        if self.stage_on is None:
             self.paraphraser.eval()
         return self
 

@@ -140,7 +140,7 @@ class Distiller(nn.Module):
         self._runners: dict[str, Callable[[Tensor], Any]] = {}
         self._compiled: CompiledForward | None = None
         # The stage before training that is on, and the parameters whose requires_grad it has changed.
-        self.stage: Stage | None = None
+        self.stage_on: Stage | None = None
         self._set_aside: list[nn.Parameter] = []
         self._in_step = False
         self._output_checked = False
@@ -174,8 +174,8 @@ class Distiller(nn.Module):
     def train(self, mode: bool = True) -> Distiller:
         """Training mode for everything but the frozen networks, see `evaluated`; in a stage, for what it trains."""
         super().train(mode)
-        if mode and self.stage is not None:
-            train_layers(self, set(map(id, self.stage.parameters)))
+        if mode and self.stage_on is not None:
+            train_layers(self, set(map(id, self.stage_on.parameters)))
         for name in self.evaluated:
             self.get_submodule(name).eval()
         return self
@@ -212,7 +212,7 @@ class Distiller(nn.Module):
         others = [] if stage is None else [p for p in self.parameters() if p.requires_grad != (id(p) in trained)]
         for p in others:
             p.requires_grad_(not p.requires_grad)
-        self.stage, self._set_aside = stage, others
+        self.stage_on, self._set_aside = stage, others
         self._compiled, self._output_checked = None, False
 
     @classmethod
@@ -265,8 +265,8 @@ class Distiller(nn.Module):
 
     def _trained_by(self) -> Callable[..., Any]:
         """What a step calls: the losses of the stage, or `forward_train`, or `forward_decoupled`."""
-        if self.stage is not None:
-            return self.stage.losses
+        if self.stage_on is not None:
+            return self.stage_on.losses
         if self._decoupled_top is not None:
             return partial(self.forward_decoupled, top=self._decoupled_top)
         return self.forward_train
@@ -431,16 +431,16 @@ class Distiller(nn.Module):
         if not self.training:
             return self.forward_test(kwargs["image"])
         compiled = self._compiled
-        if compiled is not None and compiled.takes(kwargs) and (self.stage is not None or self.settled()):
+        if compiled is not None and compiled.takes(kwargs) and (self.stage_on is not None or self.settled()):
             output = compiled(kwargs)
         else:
             output = self._trained_by()(**kwargs)
-        if self.stage is not None:
+        if self.stage_on is not None:
             output = kwargs["image"].new_zeros(len(kwargs["target"]), 1), output
         if not self._output_checked:
             _check_output(type(self).__name__, output, kwargs["target"])
             self._output_checked = True
-        if not self._in_step and self.stage is None:
+        if not self._in_step and self.stage_on is None:
             with torch.no_grad():
                 self.after_step()
         return output

@@ -168,7 +168,7 @@ def _named(tensors: Iterable[Tensor], hidden: Iterable[tuple[Tensor, str]]) -> l
 
 def _trained(distiller: Distiller) -> Iterable[nn.Parameter | Group]:
     """What the method says is trained now."""
-    return distiller.get_learnable_parameters() if distiller.stage is None else distiller.stage.learnable
+    return distiller.get_learnable_parameters() if distiller.stage_on is None else distiller.stage_on.learnable
 
 
 def _learnable_ids(distiller: Distiller) -> set[int]:
@@ -221,13 +221,14 @@ def only_scores(distiller: Distiller) -> bool:
 
 def _check_stages(distiller: Distiller) -> None:
     """Each stage before training has a name of its own, and trains parameters of the method's modules."""
-    method, names = type(distiller).__name__, [stage.name for stage in distiller.stages()]
+    stages = distiller.stages()
+    method, names = type(distiller).__name__, [stage.name for stage in stages]
     if len(set(names)) < len(names) or not all(names):
         raise UserError(f"{method}.stages() names its stages {', '.join(map(repr, names))}; give each its own name")
     own, frozen = set(map(id, distiller.parameters())), dict[int, str]()
     for name in distiller.frozen:
         frozen |= {id(p): key for key, p in distiller.get_submodule(name).named_parameters(prefix=name)}
-    for stage in distiller.stages():
+    for stage in stages:
         parameters = stage.parameters
         if not parameters:
             raise UserError(f"{method}: the stage {stage.name!r} has no parameters to train")

@@ -180,7 +180,7 @@ class Step:
     def _apply(self, norm: Tensor) -> None:
         """Change what a sound step changes: the parameters, the method's own state, the EMA."""
         self.update.step(norm)
-        if self.distiller.stage is None:
+        if self.distiller.stage_on is None:
             with torch.no_grad():
                 self.distiller.after_step()
         if self.ema is not None:

@@ -8,7 +8,6 @@ import torch.nn as nn
 
 from mdistiller.distillers import Distiller, Stage
 from mdistiller.distillers.contract import check_distiller
-from mdistiller.engine.ema import EMA
 from mdistiller.engine.files.checkpoint import load_checkpoint
 from mdistiller.engine.nan_watch import NonFiniteLossError
 from mdistiller.engine.trainer import DOT, BaseTrainer
@@ -75,7 +74,7 @@ def test_each_stage_trains_its_parameters_in_its_epochs(tmp_path):
     expected = [("hint", 1, hint, False, False), ("hint", 2, hint, False, False), ("norm", 1, norm, True, False)]
     expected += [("training", epoch, whole, True, True) for epoch in (1, 2)]
     assert trainer.distiller.seen == [entry for entry in expected for _ in range(STEPS)]
-    assert trainer.distiller.stage is None and trainer.phases.first == -2
+    assert trainer.distiller.stage_on is None and trainer.phases.first == -2
 
 
 def test_rows_go_on_one_axis_and_readers_get_those_of_training(tmp_path):
@@ -131,8 +130,7 @@ def test_training_is_what_it_is_without_stages_from_the_weights_that_they_leave(
     trainer.train()
     from_there = staged(tmp_path, "SOLVER.EMA", "0.9", epochs=(0, 0), name="from there")
     from_there.distiller.load_state_dict(kept[0])
-    from_there.ema = EMA(from_there.distiller.main_network(), 0.9)
-    from_there.step.ema = from_there.state.parts["ema"] = from_there.ema
+    from_there.ema.begin(from_there.distiller.main_network())
     from_there.train()
     for name in ("student_latest", "student_latest_ema"):
         one, other = (load_checkpoint(t.log_path / name)["model"] for t in (trainer, from_there))

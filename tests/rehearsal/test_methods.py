@@ -56,7 +56,7 @@ def test_no_step_of_a_stage_before_training_waits(name, tmp_path):
     with FakeGPU() as gpu:
         trainer = trainer_for(tmp_path, name, "resnet14", "resnet8", f"{name}.INIT_EPOCHS", 1)
         waits = step_waits(gpu, trainer, epoch=0)
-    assert trainer.distiller.stage is not None and waits == [], "\n".join(map(str, waits))
+    assert trainer.distiller.stage_on is not None and waits == [], "\n".join(map(str, waits))
 
 
 @pytest.fixture
