@@ -16,6 +16,7 @@ from ..models.eval_mode import eval_mode
 from ..models.parameters import Group, flat_parameters
 from ..models.returned import described, returned
 from ._base import Distiller, logits_of
+from .stages import leaves_of
 
 
 def check_distiller(distiller: nn.Module) -> None:
@@ -105,7 +106,7 @@ def check_losses(distiller: Distiller, losses: Iterable[Tensor]) -> None:
     Raises:
         UserError: naming it; or no loss depends on any parameter.
     """
-    method, leaves = type(distiller).__name__, _leaves(losses)
+    method, leaves = type(distiller).__name__, leaves_of(losses)
     if not leaves:
         raise UserError(
             f"{method}: no loss depends on a parameter that requires a gradient, so that nothing would be trained; "
@@ -119,20 +120,6 @@ def check_losses(distiller: Distiller, losses: Iterable[Tensor]) -> None:
             f"{method}: a loss depends on {names}, which no module of the method has, so that they would be neither "
             f"trained nor saved. {_OWNED}"
         )
-
-
-def _leaves(losses: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors that get a gradient from the losses' backward pass."""
-    nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-    seen, leaves = set(nodes), []
-    while nodes:
-        node = nodes.pop()
-        if node.name().endswith("AccumulateGrad"):
-            leaves.append(node.variable)
-        before = {one for one, _ in node.next_functions if one is not None} - seen
-        seen |= before
-        nodes += before
-    return leaves
 
 
 def _hidden(distiller: Distiller) -> list[tuple[Tensor, str]]:

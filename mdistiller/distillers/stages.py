@@ -54,15 +54,25 @@ def parameters_behind(
         maps: the features by name -> those that count.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    parameters = [p for p in network.parameters() if p.requires_grad]
     like = next(network.parameters())
     with eval_mode(network), torch.enable_grad():
         _, features = network(like.new_zeros(1, 3, *size))
-        total = torch.stack([own.sum() for own in maps(features)]).sum()
-        if not (parameters and total.requires_grad):
-            return []
-        slopes = torch.autograd.grad(total, parameters, allow_unused=True)
-    return [p for p, slope in zip(parameters, slopes) if slope is not None]
+    found = set(map(id, leaves_of(maps(features))))
+    return [p for p in network.parameters() if id(p) in found]
+
+
+def leaves_of(losses: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors that get a gradient from the losses' backward pass."""
+    nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    seen, leaves = set(nodes), []
+    while nodes:
+        node = nodes.pop()
+        if node.name().endswith("AccumulateGrad"):
+            leaves.append(node.variable)
+        before = {one for one, _ in node.next_functions if one is not None} - seen
+        seen |= before
+        nodes += before
+    return leaves
 
 
 def train_layers(module: nn.Module, trained: set[int]) -> None:

@@ -50,7 +50,7 @@ def trainer_for(folder: Path, method: str, teacher: str, student: str, *override
 
 
 def step_waits(gpu: FakeGPU, trainer: BaseTrainer, steps: int = 3, epoch: int = 1) -> list[Wait]:
-    """Take the first `steps` of an epoch, of a stage before training if below 1; the waits after the first ones."""
+    """Take the first `steps` of an epoch, below 1 of a stage before training; the waits after the first ones."""
     trainer._turn_to(epoch)
     trainer.distiller.train()
     trainer.train_loader.set_epoch(1)
