@@ -14,7 +14,7 @@ from ..models.cost import count_parameters
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, TEMPERATURE, one_of, whole
 from ._base import Distiller, Losses, register
-from ._feature_maps import probe_pair
+from ._feature_maps import probe, probe_pair
 from ._logits import Temperature, check_logits, softened, tempered_mean
 from ._precision import full_precision
 
@@ -91,19 +91,20 @@ class DHKD(Distiller):
     SOLVER.TRAINER aligned.
     """
 
-    needs_run = ("image_size", "num_classes")
+    needs_run = ("image_size",)
     teacher_outputs = ("logits",)
     soft_labels = True
     # No `label_weight`: without labels, nothing would train the head that is deployed.
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int, num_classes: int) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int) -> None:
         super().__init__(student, teacher)
         self.temperature = cfg.DHKD.TEMPERATURE
         self.stop_epoch = cfg.DHKD.STOP_EPOCH
         self.ce_loss_weight = cfg.DHKD.LOSS.CE_WEIGHT
         self.kd_loss_weight = cfg.DHKD.LOSS.KD_WEIGHT
         features, _ = probe_pair(student, teacher, image_size)
-        self.head = HEADS[cfg.DHKD.HEAD](features["pooled_feat"].shape[1], num_classes)
+        logits, _ = probe(student, (image_size, image_size))
+        self.head = HEADS[cfg.DHKD.HEAD](features["pooled_feat"].shape[1], logits.shape[1])
 
     def get_learnable_parameters(self) -> list[nn.Parameter | Group]:
         return [*super().get_learnable_parameters(), *self.head.parameters()]

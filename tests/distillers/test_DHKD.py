@@ -111,7 +111,7 @@ def build(**options):
     nets = [cifar_model_dict["resnet8"][0](num_classes=10) for _ in range(2)]
     cfg = CN({"DHKD": method_defaults["DHKD"].clone()})
     cfg.merge_from_list([x for option in options.items() for x in option])
-    return DHKD(*nets, cfg, image_size=32, num_classes=10).train()
+    return DHKD(*nets, cfg, image_size=32).train()
 
 
 BATCH = {"image": torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), "target": torch.arange(4)}

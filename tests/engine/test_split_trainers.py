@@ -13,7 +13,7 @@ from mdistiller.engine.files.checkpoint import load_checkpoint
 from mdistiller.engine.trainer import Aligned, BaseTrainer, DeepKD
 from mdistiller.models.cost import network_cost
 
-from .._networks import CLASSES, Net
+from .._networks import Net
 from ._recorder import recording  # noqa: F401
 from ._runs import STEPS, Interrupted, rows_of, student_of, trainer_of
 
@@ -30,7 +30,7 @@ def method_of(method: type[Distiller], *overrides: str) -> Distiller:
     student, teacher = Net(), Net()
     cfg = CFG.clone()
     cfg.merge_from_list(list(overrides))
-    facts = {name: {"image_size": 8, "num_classes": CLASSES}[name] for name in method.needs_run}
+    facts = {name: {"image_size": 8}[name] for name in method.needs_run}
     return method(student, teacher, cfg, **facts)
 
 
