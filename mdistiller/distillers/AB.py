@@ -94,7 +94,7 @@ class AB(Distiller):
         return count_parameters(self.connectors)
 
     def stages(self) -> tuple[Stage, ...]:
-        trunk = parameters_behind(self.student, self.image_size, lambda features: self.pairs(features, features)[0])
+        trunk = parameters_behind(self.student, self.image_size, self.pairs.of_student)
         learnable = [*trunk, *self.connectors.parameters()]
         return (Stage("boundaries", self.init_epochs, learnable, self.boundaries),)
 

@@ -102,7 +102,7 @@ class FSP(Distiller):
         self.reads_only("teacher", self.pairs.outputs)
 
     def stages(self) -> tuple[Stage, ...]:
-        trunk = parameters_behind(self.student, self.image_size, lambda features: self.pairs(features, features)[0])
+        trunk = parameters_behind(self.student, self.image_size, self.pairs.of_student)
         return (Stage("flow", self.init_epochs, trunk, self.flows),)
 
     def flows(self, image: Tensor, target: Tensor, **kwargs: Any) -> Losses:

@@ -213,10 +213,13 @@ class MapPairs:
                 raise UserError(f"{method} compares feature maps, but {network_name(network)} returns no {kind!r}")
         return features[0][self.kinds[0]], features[1][self.kinds[1]]
 
+    def of_student(self, features: Features) -> list[Tensor]:
+        """The student's maps, one for every pair, from shallow to deep."""
+        return [features[self.kinds[0]][i] for i, _ in self.indices]
+
     def __call__(self, features_s: Features, features_t: Features) -> tuple[list[Tensor], list[Tensor]]:
         """The student's maps and the teacher's, one of each for every pair, from shallow to deep."""
-        maps_s, maps_t = features_s[self.kinds[0]], features_t[self.kinds[1]]
-        return [maps_s[i] for i, _ in self.indices], [maps_t[j] for _, j in self.indices]
+        return self.of_student(features_s), [features_t[self.kinds[1]][j] for _, j in self.indices]
 
 
 def configured_pairs(cfg: CN, count_s: int, count_t: int) -> list[tuple[int, int]]:
