@@ -120,11 +120,12 @@ class NormNetwork(nn.Module):
 
     def merged(self) -> MergedNormNetwork:
         """The network with one convolution in the place of the two; its other layers are this network's."""
-        (conv1, bn1), (conv2, bn2) = self.expand, self.contract  # type: ignore[misc]
+        layers: list[Any] = [*self.expand.children(), *self.contract.children()]
+        conv1, bn1, conv2, bn2 = layers
         (s1, t1), (s2, t2) = _affine(bn1), _affine(bn2)
         w1, w2 = (conv.weight.detach().double().flatten(1) for conv in (conv1, conv2))
         residual = s2[:, None] * (w2 @ (s1[:, None] * w1))
-        own = nn.Conv2d(*conv1.weight.shape[1:2], len(conv2.weight), 1).to(conv1.weight)
+        own = nn.Conv2d(conv1.in_channels, conv2.out_channels, 1).to(conv1.weight)
         with torch.no_grad():
             own.weight.copy_((torch.eye(len(residual)).to(residual) + residual)[..., None, None])
             own.bias.copy_(s2 * (w2 @ t1) + t2)  # type: ignore[union-attr]
@@ -269,7 +270,8 @@ class NORM(Distiller):
         return count_parameters(self.expand) + count_parameters(self.contract)
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, expanded = self._deployed[0].widened(image)  # type: ignore[union-attr]
+        network: Any = self._deployed[0]
+        logits_student, expanded = network.widened(image)
         logits_teacher, features_teacher = self.teacher_forward(image)
         scaled = scaled_logits(logits_student, self.logit_scale)
         weight = self.feat_loss_weight * stage_weight(kwargs["epoch"], self.bounds, self.stage_weights)
