@@ -136,8 +136,9 @@ class MLKD(Distiller):
     ) -> tuple[Tensor, Losses]:
         weak, strong = self.student(image_weak)[0], self.student(image_strong)[0]
         logits = weak, self.teacher_forward(image_weak)[0], strong, self.teacher_forward(image_strong)[0]
-        whole = (gather_batch(of_rank) for of_rank in logits)
-        kd, cc, bc = mlkd_loss(*whole, self.temperature, self.logit_stand, self.as_released)
+        weak_s, weak_t, strong_s, strong_t = map(gather_batch, logits)
+        settings = self.temperature, self.logit_stand, self.as_released
+        kd, cc, bc = mlkd_loss(weak_s, weak_t, strong_s, strong_t, *settings)
         loss_ce = self.cross_entropy(weak, target, **kwargs) + self.cross_entropy(strong, target, **kwargs)
         return weak, {
             "loss_ce": self.ce_loss_weight * loss_ce,

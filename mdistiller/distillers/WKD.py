@@ -294,7 +294,8 @@ class WKD(Distiller):
     def distances(self) -> Tensor:
         """D' (C, C), of the teacher as it is now."""
         with torch.no_grad():
-            own = classifier_distances(self._classifier[0].weight) if hasattr(self, "_classifier") else self._distances
+            of_classifier = hasattr(self, "_classifier")
+            own = classifier_distances(self._classifier[0].weight) if of_classifier else self.get_buffer("_distances")
             return sharpened(own, self.own.COST_MATRIX_SHARPEN)
 
     def _logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor, factor: float | Tensor) -> Tensor:
