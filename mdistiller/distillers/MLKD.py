@@ -135,10 +135,11 @@ class MLKD(Distiller):
         self, image_weak: Tensor, image_strong: Tensor, target: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Losses]:
         weak, strong = self.student(image_weak)[0], self.student(image_strong)[0]
-        logits = weak, self.teacher_forward(image_weak)[0], strong, self.teacher_forward(image_strong)[0]
-        weak_s, weak_t, strong_s, strong_t = map(gather_batch, logits)
-        settings = self.temperature, self.logit_stand, self.as_released
-        kd, cc, bc = mlkd_loss(weak_s, weak_t, strong_s, strong_t, *settings)
+        teachers = self.teacher_forward(image_weak)[0], self.teacher_forward(image_strong)[0]
+        kd, cc, bc = mlkd_loss(
+            gather_batch(weak), gather_batch(teachers[0]), gather_batch(strong), gather_batch(teachers[1]),
+            self.temperature, self.logit_stand, self.as_released,
+        )  # fmt: skip
         loss_ce = self.cross_entropy(weak, target, **kwargs) + self.cross_entropy(strong, target, **kwargs)
         return weak, {
             "loss_ce": self.ce_loss_weight * loss_ce,
