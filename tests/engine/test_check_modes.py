@@ -35,7 +35,7 @@ IN_FILES = "DISTILLER.TEACHER_CACHE c DISTILLER.TEACHER_CACHE_DEVICE host"
 
 # Overrides, method, update rule, ranks, loader: what is refused, and the two sides that the line names.
 REFUSED = [
-    ("EXPERIMENT.LOGIT_STAND True", RKD, SumUpdate, 1, None, "EXPERIMENT.LOGIT_STAND True", "RKD, which softens no logits"),
+    ("EXPERIMENT.LOGIT_STAND True", RKD, SumUpdate, 1, None, "EXPERIMENT.LOGIT_STAND True", "RKD, which softens no"),
     ("SOLVER.BATCH_SIZE 63", KD, SumUpdate, 2, None, "SOLVER.BATCH_SIZE 63", "2 processes"),
     ("SOLVER.ACCUMULATE 33", KD, SumUpdate, 2, None, "SOLVER.ACCUMULATE 33", "more than the 32 images"),
     ("SOLVER.ACCUMULATE 2", RKD, SumUpdate, 1, None, "SOLVER.ACCUMULATE 2", "RKD, which compares the images"),
