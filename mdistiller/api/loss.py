@@ -16,6 +16,8 @@ from ..dataset.labels import as_labels, check_labels
 from ..distillers import Distiller, RunFacts, distiller_dict
 from ..distillers.contract import learnable_parameters
 from ..engine.cfg import cfg_of
+from ..engine.modes import check_modes
+from ..engine.update import SumUpdate
 from ..errors import UserError
 from ..models.parameters import flat_parameters
 from .loaders import image_size_of
@@ -185,6 +187,7 @@ def distiller(
         mean=tuple(cfg.DATASET.MEAN) or None, std=tuple(cfg.DATASET.STD) or None,
     )  # fmt: skip
     built = method_of(cfg, student, teacher, facts)
+    check_modes(cfg, built, SumUpdate, world=1)
     built.smooth_labels(cfg.SOLVER.LABEL_SMOOTHING)
     device = next(built.student.parameters()).device
     return Loss(built.to(device).train(), student, teacher, _drawing(cfg, name, targets))

@@ -39,7 +39,7 @@ _DECIDED = {
 # What a loss alone reads; the rest is of the training loop.
 _OF_LOSS = (
     "DISTILLER.PAIRS", "DISTILLER.TEACHER_FEATS", "DISTILLER.STUDENT_FEATS", "SOLVER.EPOCHS", "SOLVER.LABEL_SMOOTHING",
-    "EXPERIMENT.SEED",
+    "EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND",
 )  # fmt: skip
 
 

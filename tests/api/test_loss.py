@@ -100,6 +100,8 @@ def test_facts_that_a_method_needs_are_keywords():
         ({"student": "resnet8", "teacher": "resnet14"}, "give num_classes=C"),
         ({"temperature": 0}, "KD.TEMPERATURE must be"),
         ({"teacher": None}, "no teacher is given"),
+        ({"method": "DIST", "logit_stand": True}, "EXPERIMENT.LOGIT_STAND True does not go with DIST"),
+        ({"pairs": [[1, 1]]}, "DISTILLER.PAIRS [[1, 1]] does not go with KD"),
     ],
 )
 def test_bad_input_is_a_user_error_of_one_line(settings, words):
@@ -114,3 +116,12 @@ def test_labels_are_checked():
     distiller = mdistiller.distiller("KD", net(), net(8), example=images)
     with pytest.raises(UserError, match=r"labels\.long\(\)"):
         distiller(images, labels.float())
+
+
+def test_logits_may_be_standardised():
+    images, labels = batch()
+    student, teacher = net(), net(8)
+    _, terms = mdistiller.distiller("KD", student, teacher, example=images, logit_stand=True)(images, labels)
+    logits = student(images), teacher(images)
+    scaled = [(z - z.mean(1, keepdim=True)) / (1e-7 + z.std(1, keepdim=True)) for z in logits]
+    assert terms["loss_kd"].item() == pytest.approx(0.9 * kd_loss(*scaled, 4).item(), rel=1e-5)
