@@ -9,7 +9,7 @@ METHODS = {
     name: case(32, "DISTILLER.TYPE", name, *more, steps=5, still=still)
     for name, still, more in (
         ("SEMCKD", True, ("SOLVER.LR", "0.001", "SEMCKD.LOSS.FEAT_WEIGHT", "1.0")),
-        ("SIMKD", True, ("DISTILLER.STUDENT", "MobileNetV2")),
+        ("SIMKD", True, ("DISTILLER.STUDENT", "wrn_16_1")),
         ("NORM", True, ("NORM.N", "2")),
     )
 } | {
