@@ -26,7 +26,7 @@ def command(processes, *arguments):
     return [sys.executable, *ranks, *map(str, arguments)]
 
 
-def finish(started, seconds=240):
+def finish(started, seconds=900):
     output, _ = started.communicate(timeout=seconds)
     return started.returncode, output
 

@@ -21,7 +21,7 @@ def run(processes, teacher, cases, folder):
     out = folder / f"of_{processes}"
     worker = ["tests/distributed/steps_worker.py", str(teacher), json.dumps(cases), str(out)]
     done = subprocess.run(
-        [sys.executable, *ranks, *worker], cwd=REPOSITORY, env=ENVIRONMENT, text=True, timeout=240,
+        [sys.executable, *ranks, *worker], cwd=REPOSITORY, env=ENVIRONMENT, text=True, timeout=900,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
