@@ -17,6 +17,7 @@ from ._logits import (
     check_two_classes,
     logit_stand,
     one_against_others,
+    soft_cross_entropy,
     softened,
     tempered_mean,
 )
@@ -65,19 +66,13 @@ def nkd_loss(
     networks = logits_student, logits_teacher
     log_p_s, log_p_t = (_of_target(softened(z, 1.0, logit_stand), target) for z in networks)
     log_n_s, log_n_t = (one_against_others(softened(z, temperature, logit_stand), target)[1] for z in networks)
-    of_target = _cross_entropy(log_p_s, log_p_t)
-    return of_target.mean() + gamma * tempered_mean(_cross_entropy(log_n_s, log_n_t), temperature)
+    of_target = soft_cross_entropy(log_p_s, log_p_t)
+    return of_target.mean() + gamma * tempered_mean(soft_cross_entropy(log_n_s, log_n_t), temperature)
 
 
 def _of_target(logits: Tensor, target: Tensor) -> Tensor:
     """log p(y) as (B, 1)."""
     return F.log_softmax(logits, dim=1).gather(1, target.unsqueeze(1))
-
-
-def _cross_entropy(log_student: Tensor, log_teacher: Tensor) -> Tensor:
-    """-sum_C p_t log p_s (B,); 0 where p_t is 0, even if log p_s is -inf."""
-    p = log_teacher.exp()
-    return -(p * log_student.masked_fill(p == 0, 0)).sum(dim=1)
 
 
 @register(

@@ -14,7 +14,15 @@ from yacs.config import CfgNode as CN
 from ..ranges import Range, whole
 from ._base import Distiller, Losses, register, warm_up
 from ._last_map import cell_means, last_map_classifier
-from ._logits import check_logits, check_two_classes, kl_divergence, logit_stand, one_against_others, softened
+from ._logits import (
+    check_logits,
+    check_two_classes,
+    kl_divergence,
+    logit_stand,
+    one_against_others,
+    soft_cross_entropy,
+    softened,
+)
 from ._precision import full_precision
 from .registration import declare_defaults
 
@@ -182,14 +190,8 @@ def sdd_nkd_loss(
         plain, soft = (_by_region(softened(regions, t, logit_stand)) for t in (1.0, temperature))
         of_target.append(one_against_others(plain, labels)[0][:, :1])
         others.append(F.log_softmax(soft, dim=1) if keep_target else one_against_others(soft, labels)[1])
-    values = _cross_entropy(*of_target) + gamma * temperature**2 * _cross_entropy(*others)
+    values = soft_cross_entropy(*of_target) + gamma * temperature**2 * soft_cross_entropy(*others)
     return (region_weights(regions_teacher, target).flatten() * values).mean()
-
-
-def _cross_entropy(log_student: Tensor, log_teacher: Tensor) -> Tensor:
-    """-sum_C p_t log p_s (B,); 0 where p_t is 0, even if log p_s is -inf."""
-    p = log_teacher.exp()
-    return -(p * log_student.masked_fill(p == 0, 0)).sum(dim=1)
 
 
 def _by_region(logits: Tensor) -> Tensor:

@@ -163,6 +163,16 @@ def kl_divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
     return (p * log_ratio).sum(dim=1)
 
 
+def soft_cross_entropy(log_student: Tensor, log_teacher: Tensor) -> Tensor:
+    """-sum_C p_t log p_s of each image, (B,); 0 where p_t is 0, even if log p_s is -inf.
+
+    Args:
+        log_student, log_teacher: (B, C) log-probabilities.
+    """
+    p = log_teacher.exp()
+    return -(p * log_student.masked_fill(p == 0, 0)).sum(dim=1)
+
+
 def tempered_mean(values: Tensor, temperature: Temperature) -> Tensor:
     """mean_B[ T^2 * values ] (): the factor keeps the gradient's scale as T grows.
 
