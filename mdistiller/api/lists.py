@@ -23,8 +23,8 @@ def list_methods(pattern: str = "*") -> list[str]:
 
     Example:
         >>> import mdistiller
-        >>> mdistiller.list_methods("*kd")
-        ['DCGD_DKD', 'DCGD_KD', 'DKD', 'KD', 'REVIEWKD', 'RKD']
+        >>> mdistiller.list_methods("dcgd*")
+        ['DCGD', 'DCGD_CE', 'DCGD_DKD', 'DCGD_KD']
     """
     return matching(distiller_dict, pattern)
 

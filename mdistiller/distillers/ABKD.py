@@ -12,7 +12,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE, interval
-from ._base import Distiller, Losses, register
+from ._base import LogitDistiller, register
 from ._logits import Temperature, check_logits, logit_stand, softened
 from ._precision import full_precision
 
@@ -116,7 +116,7 @@ def _power_difference(log_p: Tensor, log_q: Tensor, x: float) -> Tensor:
         "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.KD_WEIGHT": NOT_NEGATIVE,
     },
 )  # fmt: skip
-class ABKD(Distiller):
+class ABKD(LogitDistiller):
     """Cross-entropy with the labels and KD_WEIGHT * `ab_divergence` with the teacher.
 
     The authors' training script for images is not published. The default weights are KD's 0.1 and, as the divergence
@@ -124,7 +124,6 @@ class ABKD(Distiller):
     """
 
     teacher_outputs = ("logits",)
-    soft_labels = True
     label_weight = "LOSS.CE_WEIGHT"
     standardizes_logits = True
 
@@ -135,11 +134,6 @@ class ABKD(Distiller):
         self.kd_loss_weight = cfg.ABKD.LOSS.KD_WEIGHT
         self.logit_stand = logit_stand(cfg)
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, _ = self.student(image)
-        logits_teacher, _ = self.teacher_forward(image)
-        rest = self.alpha, self.beta, self.temperature, self.logit_stand
-        return logits_student, {
-            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": self.kd_loss_weight * ab_divergence(logits_student, logits_teacher, *rest),
-        }
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
+        settings = self.alpha, self.beta, self.temperature, self.logit_stand
+        return self.kd_loss_weight * ab_divergence(logits_student, logits_teacher, *settings)

@@ -13,7 +13,7 @@ from yacs.config import CfgNode as CN
 from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, TEMPERATURE, interval, whole
 from ..registry import Registry
-from ._base import Distiller, Losses, cosine_fall, register, warm_up
+from ._base import Distiller, LogitDistiller, cosine_fall, register, warm_up
 from ._logits import logit_stand
 from .DKD import dkd_loss
 from .KD import kd_loss
@@ -97,7 +97,7 @@ def curriculum_temperature(theta: Tensor, factor: float | Tensor, start: float, 
 
 
 @register("CTKD", DEFAULTS, ranges=RANGES)
-class CTKD(Distiller):
+class CTKD(LogitDistiller):
     """KD or DKD at a temperature that is trained to make the loss harder, more so from epoch to epoch.
 
         T = T_START + T_RANGE * sigmoid(global_T)
@@ -116,7 +116,6 @@ class CTKD(Distiller):
     """
 
     teacher_outputs = ("logits",)
-    soft_labels = True
     standardizes_logits = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
@@ -160,12 +159,6 @@ class CTKD(Distiller):
     def metrics(self) -> dict[str, Tensor]:
         return {"temperature": self.temperature(self.loops).detach()}
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, _ = self.student(image)
-        logits_teacher, _ = self.teacher_forward(image)
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
         epoch = kwargs["epoch"]
-        loss_kd = self.soft_loss(logits_student, logits_teacher, target, self.temperature(epoch), epoch)
-        return logits_student, {
-            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": loss_kd,
-        }
+        return self.soft_loss(logits_student, logits_teacher, target, self.temperature(epoch), epoch)

@@ -11,7 +11,7 @@ from yacs.config import CfgNode as CN
 
 from ..distributed.gather import gather_batch
 from ..ranges import NOT_NEGATIVE, TEMPERATURE
-from ._base import Distiller, Losses, register
+from ._base import LogitDistiller, register
 from ._logits import check_logits, softened
 from ._precision import full_precision
 
@@ -72,7 +72,7 @@ def _correlations(a: Tensor, b: Tensor, dim: int) -> Tensor:
         "LOSS.KD_WEIGHT": NOT_NEGATIVE,
     },
 )
-class DIST(Distiller):
+class DIST(LogitDistiller):
     """Cross-entropy with the labels and `dist_loss` with the teacher.
 
     The paper's beta and gamma of 2 are KD_WEIGHT here.
@@ -80,7 +80,6 @@ class DIST(Distiller):
 
     compares_images = True
     teacher_outputs = ("logits",)
-    soft_labels = True
     label_weight = "LOSS.CE_WEIGHT"
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
@@ -91,11 +90,6 @@ class DIST(Distiller):
         self.ce_loss_weight = cfg.DIST.LOSS.CE_WEIGHT
         self.kd_loss_weight = cfg.DIST.LOSS.KD_WEIGHT
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, _ = self.student(image)
-        logits_teacher, _ = self.teacher_forward(image)
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
         logits = gather_batch(logits_student), gather_batch(logits_teacher)
-        return logits_student, {
-            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": self.kd_loss_weight * dist_loss(*logits, self.tau, self.beta, self.gamma),
-        }
+        return self.kd_loss_weight * dist_loss(*logits, self.tau, self.beta, self.gamma)

@@ -9,7 +9,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE, whole
-from ._base import Distiller, Losses, register, warm_up
+from ._base import LogitDistiller, Losses, register, warm_up
 from ._decoupled import decoupled_losses, decoupled_parts
 from ._logits import Temperature, logit_stand, tempered_mean
 from ._precision import full_precision
@@ -64,7 +64,7 @@ def dkd_loss(
         "CE_WEIGHT": NOT_NEGATIVE, "ALPHA": NOT_NEGATIVE, "BETA": NOT_NEGATIVE, "T": TEMPERATURE, "WARMUP": whole(0),
     },
 )
-class DKD(Distiller):
+class DKD(LogitDistiller):
     """Cross-entropy with the labels and `dkd_loss` with the teacher.
 
     The weight of `dkd_loss` grows linearly over the first WARMUP epochs. Decoupled, it has the two parts of
@@ -72,7 +72,6 @@ class DKD(Distiller):
     """
 
     teacher_outputs = ("logits",)
-    soft_labels = True
     standardizes_logits = True
     reads_labels = True  # its two terms are for one target class and for the others
     decouples = True
@@ -86,15 +85,10 @@ class DKD(Distiller):
         self.warmup = cfg.DKD.WARMUP
         self.logit_stand = logit_stand(cfg)
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, _ = self.student(image)
-        logits_teacher, _ = self.teacher_forward(image)
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
         weights = self.alpha, self.beta
-        loss_dkd = dkd_loss(logits_student, logits_teacher, target, *weights, self.temperature, self.logit_stand)
-        return logits_student, {
-            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": warm_up(kwargs["epoch"], self.warmup) * loss_dkd,
-        }
+        loss = dkd_loss(logits_student, logits_teacher, target, *weights, self.temperature, self.logit_stand)
+        return warm_up(kwargs["epoch"], self.warmup) * loss
 
     def forward_decoupled(self, image: Tensor, target: Tensor, top: int = 0, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits_student, _ = self.student(image)

@@ -10,7 +10,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE
-from ._base import Distiller, Losses, register
+from ._base import LogitDistiller, Losses, register
 from ._decoupled import decoupled_losses
 from ._logits import Temperature, check_logits, kl_divergence, logit_stand, softened, tempered_mean
 from ._precision import full_precision
@@ -52,14 +52,13 @@ def kd_loss(
     CN({"TEMPERATURE": 4, "LOSS": CN({"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9})}),
     ranges={"TEMPERATURE": TEMPERATURE, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.KD_WEIGHT": NOT_NEGATIVE},
 )
-class KD(Distiller):
+class KD(LogitDistiller):
     """Cross-entropy with the labels and `kd_loss` with the teacher.
 
     Decoupled, it has the two parts of `decoupled_losses`, of weight 1, in place of `kd_loss`; KD_WEIGHT has no effect.
     """
 
     teacher_outputs = ("logits",)
-    soft_labels = True
     label_weight = "LOSS.CE_WEIGHT"
     standardizes_logits = True
     decouples = True
@@ -71,14 +70,9 @@ class KD(Distiller):
         self.kd_loss_weight = cfg.KD.LOSS.KD_WEIGHT
         self.logit_stand = logit_stand(cfg)
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, _ = self.student(image)
-        logits_teacher, _ = self.teacher_forward(image)
-        loss_kd = kd_loss(logits_student, logits_teacher, self.temperature, self.logit_stand)
-        return logits_student, {
-            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": self.kd_loss_weight * loss_kd,
-        }
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
+        loss = kd_loss(logits_student, logits_teacher, self.temperature, self.logit_stand)
+        return self.kd_loss_weight * loss
 
     def forward_decoupled(self, image: Tensor, target: Tensor, top: int = 0, **kwargs: Any) -> tuple[Tensor, Losses]:
         logits_student, _ = self.student(image)

@@ -11,7 +11,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE, whole
-from ._base import Distiller, Losses, register
+from ._base import LogitDistiller, register
 from ._logits import Temperature, check_logits, kl_divergence, logit_stand, softened, tempered_mean
 from ._precision import full_precision
 
@@ -90,11 +90,10 @@ def _group_kl(student: Tensor, teacher: Tensor) -> Tensor:
         "K": whole(1), "T": TEMPERATURE, "ALPHA": NOT_NEGATIVE, "BETA": NOT_NEGATIVE, "CE_WEIGHT": NOT_NEGATIVE,
     },
 )  # fmt: skip
-class LDRLD(Distiller):
+class LDRLD(LogitDistiller):
     """Cross-entropy with the labels and `ldrld_loss` with the teacher; the defaults are of resnet32x4, resnet8x4."""
 
     teacher_outputs = ("logits",)
-    soft_labels = True
     label_weight = "CE_WEIGHT"
     standardizes_logits = True
 
@@ -105,11 +104,6 @@ class LDRLD(Distiller):
         self.ce_loss_weight = cfg.LDRLD.CE_WEIGHT
         self.logit_stand = logit_stand(cfg)
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, _ = self.student(image)
-        logits_teacher, _ = self.teacher_forward(image)
-        rest = self.k, self.alpha, self.beta, self.temperature, self.logit_stand
-        return logits_student, {
-            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": ldrld_loss(logits_student, logits_teacher, *rest),
-        }
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
+        settings = self.k, self.alpha, self.beta, self.temperature, self.logit_stand
+        return ldrld_loss(logits_student, logits_teacher, *settings)

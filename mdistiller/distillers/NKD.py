@@ -10,7 +10,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE
-from ._base import Distiller, Losses, register
+from ._base import LogitDistiller, register
 from ._logits import (
     Temperature,
     check_logits,
@@ -85,11 +85,10 @@ def _of_target(logits: Tensor, target: Tensor) -> Tensor:
         "LOSS.KD_WEIGHT": NOT_NEGATIVE,
     },
 )
-class NKD(Distiller):
+class NKD(LogitDistiller):
     """Cross-entropy with the labels and `nkd_loss` with the teacher. The defaults are those of ImageNet."""
 
     teacher_outputs = ("logits",)
-    soft_labels = True
     standardizes_logits = True
     reads_labels = True  # its two terms are for one target class and for the others
 
@@ -101,13 +100,6 @@ class NKD(Distiller):
         self.kd_loss_weight = cfg.NKD.LOSS.KD_WEIGHT
         self.logit_stand = logit_stand(cfg)
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, _ = self.student(image)
-        logits_teacher, _ = self.teacher_forward(image)
-        loss_nkd = nkd_loss(
-            logits_student, logits_teacher, target, self.temperature, self.gamma, self.logit_stand
-        )
-        return logits_student, {
-            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": self.kd_loss_weight * loss_nkd,
-        }
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
+        settings = self.temperature, self.gamma, self.logit_stand
+        return self.kd_loss_weight * nkd_loss(logits_student, logits_teacher, target, *settings)

@@ -9,7 +9,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE, whole
-from ._base import Distiller, Losses, register, warm_up
+from ._base import LogitDistiller, register, warm_up
 from ._logits import centred_and_deviation, check_logits, check_two_classes
 from ._precision import full_precision
 from .DKD import dkd_loss
@@ -107,14 +107,13 @@ RANGES = {
 
 
 @register("NormKD", DEFAULTS, ranges=RANGES)
-class NormKD(Distiller):
+class NormKD(LogitDistiller):
     """Cross-entropy with the labels and `normkd_loss`, or, with NormKD.DKD, `normkd_dkd_loss`, with the teacher.
 
     Over DKD the weight of the loss grows linearly over the first WARMUP epochs.
     """
 
     teacher_outputs = ("logits",)
-    soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher)
@@ -134,16 +133,9 @@ class NormKD(Distiller):
         """That of the cross-entropy; None over DKD, which always needs labels."""
         return None if cfg.NormKD.DKD else ("NormKD.LOSS.CE_WEIGHT",)
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, _ = self.student(image)
-        logits_teacher, _ = self.teacher_forward(image)
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
         logits = logits_student, logits_teacher
         if self.over_dkd:
             loss_dkd = normkd_dkd_loss(*logits, target, self.alpha, self.beta, self.norm)
-            loss_kd = warm_up(kwargs["epoch"], self.warmup) * loss_dkd
-        else:
-            loss_kd = normkd_loss(*logits, self.norm)
-        return logits_student, {
-            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": self.kd_loss_weight * loss_kd,
-        }
+            return self.kd_loss_weight * warm_up(kwargs["epoch"], self.warmup) * loss_dkd
+        return self.kd_loss_weight * normkd_loss(*logits, self.norm)

@@ -11,7 +11,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE, whole
-from ._base import Distiller, Losses, register, warm_up
+from ._base import LogitDistiller, register, warm_up
 from ._logits import (
     Temperature,
     check_logits,
@@ -103,7 +103,7 @@ def _log_softmax_of(kept: Tensor, empty: Tensor, logits: Tensor) -> Tensor:
         "ALPHA_T": TEMPERATURE, "WARMUP": whole(0),
     },
 )  # fmt: skip
-class RLD(Distiller):
+class RLD(LogitDistiller):
     """Cross-entropy with the labels and `rld_loss` with the teacher.
 
     The weight of `rld_loss` grows linearly over the first WARMUP epochs. The authors standardise logits
@@ -111,7 +111,6 @@ class RLD(Distiller):
     """
 
     teacher_outputs = ("logits",)
-    soft_labels = True
     standardizes_logits = True
     reads_labels = True  # what it leaves out depends on the one label
 
@@ -125,12 +124,7 @@ class RLD(Distiller):
         self.warmup = cfg.RLD.WARMUP
         self.logit_stand = logit_stand(cfg)
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, _ = self.student(image)
-        logits_teacher, _ = self.teacher_forward(image)
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
         weights, temperatures = (self.alpha, self.beta), (self.temperature, self.alpha_temperature)
-        loss_rld = rld_loss(logits_student, logits_teacher, target, *weights, *temperatures, self.logit_stand)
-        return logits_student, {
-            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": warm_up(kwargs["epoch"], self.warmup) * loss_rld,
-        }
+        loss = rld_loss(logits_student, logits_teacher, target, *weights, *temperatures, self.logit_stand)
+        return warm_up(kwargs["epoch"], self.warmup) * loss

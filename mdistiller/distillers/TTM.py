@@ -10,7 +10,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE
-from ._base import Distiller, Losses, register
+from ._base import LogitDistiller, register
 from ._logits import check_logits, kl_divergence, logit_stand, softened
 from ._precision import full_precision
 
@@ -60,11 +60,10 @@ def powered_divergence(
     CN({"GAMMA": 0.1, "LOSS": CN({"CE_WEIGHT": 1.0, "KD_WEIGHT": 45.0})}),
     ranges={"GAMMA": TEMPERATURE, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.KD_WEIGHT": NOT_NEGATIVE},
 )
-class TTM(Distiller):
+class TTM(LogitDistiller):
     """Cross-entropy with the labels and `ttm_loss` with the teacher."""
 
     teacher_outputs = ("logits",)
-    soft_labels = True
     label_weight = "LOSS.CE_WEIGHT"
     standardizes_logits = True
 
@@ -75,11 +74,5 @@ class TTM(Distiller):
         self.kd_loss_weight = cfg.TTM.LOSS.KD_WEIGHT
         self.logit_stand = logit_stand(cfg)
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, _ = self.student(image)
-        logits_teacher, _ = self.teacher_forward(image)
-        loss_ttm = ttm_loss(logits_student, logits_teacher, self.gamma, self.logit_stand)
-        return logits_student, {
-            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": self.kd_loss_weight * loss_ttm,
-        }
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
+        return self.kd_loss_weight * ttm_loss(logits_student, logits_teacher, self.gamma, self.logit_stand)

@@ -10,7 +10,7 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE
-from ._base import Distiller, Losses, register
+from ._base import LogitDistiller, register
 from ._logits import logit_stand, softened
 from ._precision import full_precision
 from .TTM import powered_divergence
@@ -51,11 +51,10 @@ def wttm_loss(logits_student: Tensor, logits_teacher: Tensor, gamma: float, logi
     CN({"GAMMA": 0.2, "LOSS": CN({"CE_WEIGHT": 1.0, "KD_WEIGHT": 4.0})}),
     ranges={"GAMMA": TEMPERATURE, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.KD_WEIGHT": NOT_NEGATIVE},
 )
-class WTTM(Distiller):
+class WTTM(LogitDistiller):
     """Cross-entropy with the labels and `wttm_loss` with the teacher."""
 
     teacher_outputs = ("logits",)
-    soft_labels = True
     label_weight = "LOSS.CE_WEIGHT"
     standardizes_logits = True
 
@@ -66,11 +65,5 @@ class WTTM(Distiller):
         self.kd_loss_weight = cfg.WTTM.LOSS.KD_WEIGHT
         self.logit_stand = logit_stand(cfg)
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
-        logits_student, _ = self.student(image)
-        logits_teacher, _ = self.teacher_forward(image)
-        loss_wttm = wttm_loss(logits_student, logits_teacher, self.gamma, self.logit_stand)
-        return logits_student, {
-            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
-            "loss_kd": self.kd_loss_weight * loss_wttm,
-        }
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
+        return self.kd_loss_weight * wttm_loss(logits_student, logits_teacher, self.gamma, self.logit_stand)

@@ -475,6 +475,34 @@ def _check_output(name: str, output: Any, target: Tensor) -> None:
             raise TypeError(f"{name}: loss {key!r} must be a tensor, it is {type(value).__name__}")
 
 
+class LogitDistiller(Distiller):
+    """Cross-entropy with the labels and a loss between the logits of the two networks.
+
+    A subclass defines `logit_loss`, and sets `ce_loss_weight`; it declares `teacher_outputs = ("logits",)`.
+    """
+
+    soft_labels = True
+    ce_loss_weight: float
+
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
+        """The distillation loss (), with its weight.
+
+        Args:
+            logits_student, logits_teacher: (B, C).
+            target: (B,) int64.
+            kwargs: as `forward_train` has them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no logit_loss(student, teacher, target)")
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, Losses]:
+        logits_student, _ = self.student(image)
+        logits_teacher, _ = self.teacher_forward(image)
+        return logits_student, {
+            "loss_ce": self.ce_loss_weight * self.cross_entropy(logits_student, target, **kwargs),
+            "loss_kd": self.logit_loss(logits_student, logits_teacher, target, **kwargs),
+        }
+
+
 class FeatureDistiller(Distiller):
     """Cross-entropy with the labels and a loss between the features of the two networks.
 
