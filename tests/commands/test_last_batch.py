@@ -42,7 +42,8 @@ def own_trainer(method, folder, batch_size, *settings):
     words = [
         "DISTILLER.TYPE", method, "DISTILLER.STUDENT", "resnet8", "DISTILLER.TEACHER", "resnet8", "CRD.NCE.K", "4",
         "DCGD.GROUPS", "configs/digits/groups.json", "EXPERIMENT.DEVICE", "cpu", "LOG.PREFIX", str(folder),
-        "LOG.WANDB", "False", "SOLVER.EPOCHS", "2", "SOLVER.LR", "0.001", *settings,
+        "LOG.WANDB", "False", "SOLVER.EPOCHS", "2", "SOLVER.LR", "0.001", "AB.INIT_EPOCHS", "0", "FSP.INIT_EPOCHS", "0",
+        "FT.INIT_EPOCHS", "1", *settings,
     ]  # fmt: skip
     cfg = load_cfg("configs/digits/vanilla.yaml", words)
     torch.manual_seed(0)
