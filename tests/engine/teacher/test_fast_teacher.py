@@ -57,7 +57,7 @@ def test_a_method_derived_from_another_gets_all_outputs_of_the_teacher():
     class ReadsMaps(KD):
         pass
 
-    for cls, keys in ((KD, set()), (ReadsMaps, {"feats", "preact_feats", "pooled_feat"})):
+    for cls, keys in ((KD, set()), (ReadsMaps, {"feats", "preact_feats", "last_map", "pooled_feat"})):
         model = distiller(cls)
         FrozenNetworks(model, loader(), config())
         assert model.teacher_forward(torch.randn(1, 3, 32, 32))[1].keys() == keys
