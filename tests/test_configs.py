@@ -1,5 +1,6 @@
 """Every config under configs/: it says how it is run, resolves, builds, and takes a step on tiny data."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from mdistiller.dataset import ImageArray, configured_dict, info_of
 from mdistiller.distillers import RunFacts, distiller_dict
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.meters import Meters
+from mdistiller.engine.modes import check_modes
 from mdistiller.engine.trainer import trainer_dict
+from mdistiller.models import cifar_model_dict
 from mdistiller.models.sources import build_network
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,7 +37,32 @@ def loaders(info, augment, count=2):
     return train, data.loader(count, 0, train=False)
 
 
-@pytest.mark.parametrize("path", CONFIGS)
+# Folders with a config for each pair of networks, which differ in networks and numbers alone.
+ORIGINAL = ("dkd", "dot", "kd", "short")
+_FOLDER = re.compile(r"configs/cifar100/(\w+)/")
+PAIRS = [path for path in CONFIGS if (found := _FOLDER.match(path)) and found[1] not in ORIGINAL]
+
+
+def alike(path):
+    """What configs have in common: the folder, and kd_, dkd_, mlkd_ or dcgd_ where their names begin so."""
+    return re.match(r"configs/cifar100/\w+/(?:(?:dcgd|dkd|kd|mlkd)_)?", path)[0]
+
+
+def step_of(path):
+    """A slow test for all but the first of the configs that are alike."""
+    first = path not in PAIRS or path == next(other for other in PAIRS if alike(other) == alike(path))
+    return pytest.param(path, marks=() if first else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("path", PAIRS)
+def test_the_config_of_a_pair_goes_with_itself(path):
+    """Its settings are read and allowed together, and its networks exist; see the next test for a step of it."""
+    cfg = load_cfg(path)
+    check_modes(cfg, distiller_dict[cfg.DISTILLER.TYPE], trainer_dict[cfg.SOLVER.TRAINER].update_rule, world=1)
+    assert {cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER} <= cifar_model_dict.keys()
+
+
+@pytest.mark.parametrize("path", [step_of(path) for path in CONFIGS])
 def test_a_config_builds_and_takes_a_step(path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)  # configs name files relative to the repository
     overrides = ["EXPERIMENT.DEVICE", "cpu", "SOLVER.BATCH_SIZE", "2"]
