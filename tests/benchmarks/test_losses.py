@@ -17,7 +17,7 @@ def losses():
         import losses
 
         yield losses
-        for name in ("losses", "naive_losses"):
+        for name in ("losses", "naive_losses", "loss_share"):
             del sys.modules[name]
 
 
@@ -38,3 +38,18 @@ def test_crd_needs_a_twentieth_of_the_memory(losses):
 def test_rkd_in_float32_is_more_accurate_than_the_naive_form(losses):
     errors = losses.rkd_errors()
     assert errors["ours_gradient"] < errors["naive_gradient"] / 3
+
+
+@pytest.mark.parametrize("method", ["KD", "MLKD", "SIMKD", "WKD"])
+def test_the_share_of_a_loss_is_measured_between_networks_whose_outputs_are_kept(losses, method):
+    """Only SIMKD has layers of its own, whose time is told."""
+    result = losses.share(method, repeats=1, batch=4)
+    assert result["step_ms"] > 0 and result["loss_ms"] > 0
+    assert (result["layers_share"] > 0.001) == (method == "SIMKD")
+
+
+def test_every_method_with_a_teacher_has_a_share(losses):
+    assert {"KD", "CRLD", "NORM", "CTKD", "FITNET"} <= set(losses.methods())
+    assert not {"NONE", "DCGD_KD"} & set(losses.methods())
+    row = {"step_ms": 100.0, "loss_ms": 30.0, "layers_ms": 5.0, "share": 0.3, "layers_share": 0.05}
+    assert losses.share_table({"A": row}).endswith("above a tenth")
