@@ -21,6 +21,10 @@ BY_NAME = {mode.name: mode for mode in MODES}
 CLOSE = (
     "bf16", "fp16", "micro-batches", "DOT", "EMA", "steps skipped at NaN", "teacher cache", "chosen pairs of maps",
 )  # fmt: skip
+# They differ in their loss alone from KD and DKD, SDD_KD, MLKD, AB: nothing else of them has a state.
+ALIKE = (
+    "ABKD", "DIST", "LDRLD", "NKD", "NormKD", "RLD", "TTM", "WTTM", "SDD_DKD", "SDD_NKD", "CRLD", "FSP",
+)  # fmt: skip
 FROM_FILES = {"DATASET.TYPE": "small_files"}
 # What a method needs for a mode beside the mode's own settings.
 NEEDS = {
@@ -41,7 +45,9 @@ def goes_through(method, mode, folder):
     return f"{mode.name}: {found[:3]}" if found or refused(case) else ""
 
 
-@pytest.mark.parametrize("method", distiller_dict)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in distiller_dict]
+)
 def test_every_method_stops_and_resumes_in_a_mode_alone(method, folder, registered):
     assert [wrong for name in CLOSE if (wrong := goes_through(method, BY_NAME[name], folder))] == []
 
