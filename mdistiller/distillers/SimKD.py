@@ -120,6 +120,7 @@ class SimKD(Distiller):
     needs_run = ("image_size",)
     teacher_outputs = ("logits", "last_map")  # the logits too, as the classes of its classifier must be the data's
     soft_labels = True  # without a loss of the labels, mixed images are like others
+    distills = False  # and so without a task loss
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN, image_size: int | None = None) -> None:
         super().__init__(student, teacher)

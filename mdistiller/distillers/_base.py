@@ -88,7 +88,7 @@ class Distiller(nn.Module):
     teacher_outputs: tuple[str, ...] | None = None
     # The loss compares the images of a batch with each other, so SOLVER.ACCUMULATE cannot split it into micro-batches.
     compares_images: ClassVar[bool] = False
-    # False for Vanilla: it has no distillation loss, so DOT cannot train it.
+    # False for Vanilla: it has not both a task loss and a distillation loss, so DOT cannot train it.
     distills: ClassVar[bool] = True
     # It defines `forward_decoupled`, which DeepKD trains on. Not inherited by a class with a forward_train of its own.
     decouples: ClassVar[bool] = False

@@ -228,7 +228,7 @@ TRAITS = (
         "{name}, which compares no pairs of feature maps",
     ),
     Side(
-        "methods without `distills`", lambda run: not run.method.distills, "{name}, which has no distillation loss",
+        "methods without `distills`", lambda run: not run.method.distills, "{name}, which has not both kinds of loss",
     ),
     Side("methods without `decouples`", lambda run: not run.method.decouples, "{name}, which cannot be decoupled"),
     Side(

@@ -29,6 +29,7 @@ FROM_FILES = {"DATASET.TYPE": "small_files"}
 # What a method needs for a mode beside the mode's own settings.
 NEEDS = {
     ("KDSVD", "chosen pairs of maps"): {"DISTILLER.PAIRS": [[1, 1], [2, 2]]},
+    ("WKD", "chosen pairs of maps"): {"WKD.LOSS.WKD_FEAT_WEIGHT": 0.08},
     ("FSP", "chosen pairs of maps"): {"DISTILLER.PAIRS": [[1, 1], [2, 2]]},
 }
 
