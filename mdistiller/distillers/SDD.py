@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
-from ..ranges import Range, whole
+from ..ranges import WHOLE, Range, list_of, whole
 from ._base import Distiller, Losses, register, warm_up
 from ._last_map import cell_means, last_map_classifier
 from ._logits import (
@@ -208,7 +208,7 @@ declare_defaults(
     "SDD",
     CN({"M": [1, 2, 4], "NKD_WARMUP": 20, "NKD_KEEPS_TARGET": False}),
     ranges={
-        "M": Range("[1, 2] or [1, 2, 4]", lambda v: isinstance(v, (list, tuple)) and list(v) in SCALES),
+        "M": Range("[1, 2] or [1, 2, 4]", lambda v: list_of(WHOLE).holds(v) and list(v) in SCALES),
         "NKD_WARMUP": whole(0),
     },
 )
