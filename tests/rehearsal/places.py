@@ -23,6 +23,7 @@ START = {
     f"{_TEACHER}/original.py _sums": "sums the frozen weights, to see changes of them",
     f"{_TEACHER}/fold_batchnorm.py _same_function": "compares the teacher's copy with the teacher on the CPU",
     f"{_ENGINE}/files/checksum.py tensors_digest": "digests the teacher's weights",
+    "mdistiller/distillers/contract.py check_scores": "makes an image to compare them with",
     "mdistiller/distillers/contract.py check_scored": "compares scored and deployed logits",
     "mdistiller/dataset/labels.py check_labels": "checks the labels of the first batch",
     f"{_ENGINE}/parts.py _check_images": "looks for images that are not normalised",
