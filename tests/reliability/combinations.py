@@ -28,7 +28,8 @@ BASE = {
     "DATASET.ROOT": "../data", "DATASET.NUM_WORKERS": "0", "DATASET.TRAIN_FRACTION": "1.0", "DATASET.VAL_FRACTION": "0",
     "DATASET.TEST.BATCH_SIZE": "8", "DISTILLER.TEACHER": "small", "DISTILLER.TEACHER_CKPT": "../data/teacher",
     "SOLVER.EPOCHS": "2", "SOLVER.LR_DECAY_STAGES": "[1]", "LOG.TENSORBOARD_FREQ": "2",
-    "LOG.SAVE_CHECKPOINT_FREQ": "1", "LOG.SAVE_CHECKPOINT_ITERS": "0", "CRD.NCE.K": "8",
+    "LOG.SAVE_CHECKPOINT_FREQ": "1", "LOG.SAVE_CHECKPOINT_ITERS": "0", "CRD.NCE.K": "8", "AB.INIT_EPOCHS": "1",
+    "FSP.INIT_EPOCHS": "1", "FT.INIT_EPOCHS": "1",
     "DCGD.GROUPS": "../data/groups.json",
 }  # fmt: skip
 
@@ -57,6 +58,8 @@ class Anything(Distiller):
 
     compares_maps = True
     soft_labels = True
+    standardizes_logits = True
+    decouples = True
     teacher_outputs = ("logits",)
 
 
