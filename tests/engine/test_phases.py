@@ -10,8 +10,9 @@ from mdistiller.distillers import Distiller, Stage
 from mdistiller.distillers.contract import check_distiller
 from mdistiller.engine.files.checkpoint import load_checkpoint
 from mdistiller.engine.nan_watch import NonFiniteLossError
+from mdistiller.engine.split_update import DotUpdate
 from mdistiller.engine.trainer import DOT, BaseTrainer
-from mdistiller.engine.update import DotUpdate, SumUpdate
+from mdistiller.engine.update import SumUpdate
 from mdistiller.errors import UserError
 from mdistiller.experiments.runs import read_epochs
 
