@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from mdistiller.distillers import CAT_KD
 from mdistiller.distillers.CAT_KD import cat_loss, class_maps
 from mdistiller.engine.cfg import CFG
-from mdistiller.engine.update import TASK_LOSSES
+from mdistiller.engine.split_update import TASK_LOSSES
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict
 from mdistiller.models.classifier import classifier_of
