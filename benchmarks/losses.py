@@ -20,10 +20,10 @@ two cores of an AMD EPYC (Zen 4, AVX-512) with torch 2.15, 2026-11-23, nothing e
     20 ms at 1,281,167
 
 `--share`, resnet56 -> resnet20, batch 64, one thread, `--repeats 3`, torch 2.14.1, 2026-11-28, on a machine busy with
-other work: of the newer methods all losses are below 6 % of the networks' step but those with layers of their own: SEMCKD
-81 % (77 its layers), FT 6 % (its layers). SIMKD (54 %) and NORM (66 %) run the student within the network that they deploy,
-so that their rows hold the student's own passes too. WKD 0.8 %, LDRLD 0.4 %. Of the original's: REVIEWKD 52 % (48 its
-layers), CRD 16 % (16,384 negatives). On two idle threads it was not run.
+other work: of the newer methods all losses are below 6 % of the networks' step but those with layers of their own:
+SEMCKD 81 % (77 its layers), FT 6 % (its layers). SIMKD (54 %) and NORM (66 %) run the student within the network that
+they deploy, so that their rows hold the student's own passes too. WKD 0.8 %, LDRLD 0.4 %. Of the original's: REVIEWKD
+52 % (48 its layers), CRD 16 % (16,384 negatives). On two idle threads it was not run.
 
 On a machine busy with other work, where the two threads do not run in parallel, NST reached 15, CRD 8.6 and ReviewKD
 1.0; on one thread NST 66.7, CRD 18.1, OFD 9.9, KDSVD 3.0, RKD 5.2, AT 2.2, ReviewKD 1.2.
