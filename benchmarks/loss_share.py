@@ -38,9 +38,7 @@ def share(name: str, repeats: int, batch: int = 64) -> dict[str, float]:
     """Medians in ms of the step and of the loss, which alternate; of the method's own layers alone; and the shares."""
     torch.manual_seed(0)
     teacher, student = (cifar_model_dict[network][0](num_classes=100) for network in PAIR)
-    known = load_cfg("configs/cifar100/kd.yaml")
-    sections = {key: value for key, value in zip(_SETTINGS[::2], _SETTINGS[1::2]) if key.partition(".")[0] in known}
-    cfg = load_cfg("configs/cifar100/kd.yaml", [x for pair in sections.items() for x in pair])
+    cfg = load_cfg("configs/cifar100/kd.yaml", _SETTINGS)
     distiller = distiller_dict[name].from_run(copy.deepcopy(student), copy.deepcopy(teacher), cfg, _FACTS).train()
     fields = _batch(batch)
     step = _step(student, teacher.eval(), fields)
@@ -104,7 +102,10 @@ def _loss(distiller: Distiller, fields: dict[str, Any]) -> Callable[[], None]:
         for name in ("image", "image_strong"):
             with torch.no_grad():
                 kept[id(fields[name])] = _leaves(network(fields[name]), differentiable)
-        network.forward = lambda image, kept=kept: kept[id(image)]  # type: ignore[method-assign]
+        # Also of the network that shares the student's layers, where a method deploys it with more behind it.
+        deployed = (m for own in distiller.deployments().values() for m in own.modules() if type(m) is type(network))
+        for own in {network, *(deployed if differentiable else ())}:
+            own.forward = lambda image, kept=kept: kept[id(image)]  # type: ignore[method-assign]
     learnable = flat_parameters(distiller.get_learnable_parameters())
 
     def run() -> None:

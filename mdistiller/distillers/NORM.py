@@ -12,12 +12,14 @@ from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..errors import UserError
+from ..models.classifier import classified
 from ..models.cost import count_parameters
 from ..models.parameters import Group
 from ..models.trunk import Trunk, parameter_layer
 from ..ranges import NOT_NEGATIVE, TEMPERATURE, list_of, whole
 from ._base import Distiller, Losses, register
 from ._last_map import last_map_classifier
+from ._logits import centred
 from ._precision import full_precision
 from .facts import image_size_of
 from .KD import kd_loss
@@ -72,12 +74,9 @@ def scaled_logits(logits: Tensor, scale: float) -> Tensor:
     """
     if not scale:
         return logits
-    masked = logits == -torch.inf
-    count = (~masked).sum(dim=1, keepdim=True).clamp(min=1)
-    centred = logits.masked_fill(masked, 0)
-    centred = (centred - centred.sum(dim=1, keepdim=True) / count).masked_fill(masked, 0)
-    variance = centred.square().sum(dim=1, keepdim=True) / count
-    return (scale * centred / (variance + 1e-7).sqrt()).masked_fill(masked, -torch.inf)
+    own, count = centred(logits)
+    variance = own.square().sum(dim=1, keepdim=True) / count.clamp(min=1)
+    return (scale * own / (variance + 1e-7).sqrt()).masked_fill(logits == -torch.inf, -torch.inf)
 
 
 def stage_weight(epoch: int | Tensor, stages: Sequence[int], weights: Sequence[float]) -> float | Tensor:
@@ -113,7 +112,7 @@ class NormNetwork(nn.Module):
         """The logits (B, C) and the expanded map e (B, N C_t, H, W)."""
         x = read_map(self.student(image), self.norm)
         expanded = self.expand(x)
-        return classified(x + self.contract(expanded), self.norm, self.classifier), expanded
+        return ended(x + self.contract(expanded), self.norm, self.classifier), expanded
 
     def forward(self, image: Tensor) -> Tensor:
         return self.widened(image)[0]
@@ -140,7 +139,7 @@ class MergedNormNetwork(nn.Module):
         self.student, self.merged, self.norm, self.classifier = student, merged, norm, classifier
 
     def forward(self, image: Tensor) -> Tensor:
-        return classified(self.merged(read_map(self.student(image), self.norm)), self.norm, self.classifier)
+        return ended(self.merged(read_map(self.student(image), self.norm)), self.norm, self.classifier)
 
 
 def read_map(output: Any, norm: nn.Module | str | None) -> Tensor:
@@ -149,11 +148,9 @@ def read_map(output: Any, norm: nn.Module | str | None) -> Tensor:
     return features["feats"][-1] if norm else features["last_map"]
 
 
-def classified(x: Tensor, norm: nn.Module | None, classifier: Any) -> Tensor:
-    """The logits (B, C) for a map (B, D, H, W)."""
-    if norm is not None:
-        x = F.relu(norm(x))
-    return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), classifier.weight.flatten(1), classifier.bias)
+def ended(x: Tensor, norm: nn.Module | None, classifier: nn.Module) -> Tensor:
+    """The logits (B, C) for the map x' (B, D, H, W)."""
+    return classified(x if norm is None else F.relu(norm(x)), classifier)
 
 
 def _affine(bn: Any) -> tuple[Tensor, Tensor]:

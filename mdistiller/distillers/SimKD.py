@@ -12,6 +12,7 @@ from yacs.config import CfgNode as CN
 
 from ..console import network_name
 from ..errors import UserError
+from ..models.classifier import classified
 from ..models.cost import count_parameters
 from ..models.parameters import Group
 from ..models.trunk import Trunk, parameter_layer
@@ -88,9 +89,7 @@ class SimKDNetwork(nn.Module):
 
     def classify(self, projected: Tensor) -> Tensor:
         """The logits (B, C) of a projected map."""
-        weight: Any = self.classifier.weight
-        bias: Any = self.classifier.bias
-        return F.linear(F.adaptive_avg_pool2d(projected, 1).flatten(1), weight.flatten(1), bias)
+        return classified(projected, self.classifier)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, C)."""

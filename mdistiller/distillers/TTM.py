@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -66,13 +67,15 @@ class TTM(LogitDistiller):
     teacher_outputs = ("logits",)
     label_weight = "LOSS.CE_WEIGHT"
     standardizes_logits = True
+    loss: ClassVar[Callable[..., Tensor]] = staticmethod(ttm_loss)
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
         super().__init__(student, teacher)
-        self.gamma = cfg.TTM.GAMMA
-        self.ce_loss_weight = cfg.TTM.LOSS.CE_WEIGHT
-        self.kd_loss_weight = cfg.TTM.LOSS.KD_WEIGHT
+        own = cfg[self.config_section]
+        self.gamma = own.GAMMA
+        self.ce_loss_weight = own.LOSS.CE_WEIGHT
+        self.kd_loss_weight = own.LOSS.KD_WEIGHT
         self.logit_stand = logit_stand(cfg)
 
     def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
-        return self.kd_loss_weight * ttm_loss(logits_student, logits_teacher, self.gamma, self.logit_stand)
+        return self.kd_loss_weight * self.loss(logits_student, logits_teacher, self.gamma, self.logit_stand)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
 from ..ranges import NOT_NEGATIVE, TEMPERATURE
-from ._base import LogitDistiller, register
-from ._logits import logit_stand, softened
+from ._base import register
+from ._logits import softened
 from ._precision import full_precision
-from .TTM import powered_divergence
+from .TTM import TTM, powered_divergence
 
 
 @full_precision
@@ -51,19 +48,8 @@ def wttm_loss(logits_student: Tensor, logits_teacher: Tensor, gamma: float, logi
     CN({"GAMMA": 0.2, "LOSS": CN({"CE_WEIGHT": 1.0, "KD_WEIGHT": 4.0})}),
     ranges={"GAMMA": TEMPERATURE, "LOSS.CE_WEIGHT": NOT_NEGATIVE, "LOSS.KD_WEIGHT": NOT_NEGATIVE},
 )
-class WTTM(LogitDistiller):
+class WTTM(TTM):
     """Cross-entropy with the labels and `wttm_loss` with the teacher."""
 
     teacher_outputs = ("logits",)
-    label_weight = "LOSS.CE_WEIGHT"
-    standardizes_logits = True
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CN) -> None:
-        super().__init__(student, teacher)
-        self.gamma = cfg.WTTM.GAMMA
-        self.ce_loss_weight = cfg.WTTM.LOSS.CE_WEIGHT
-        self.kd_loss_weight = cfg.WTTM.LOSS.KD_WEIGHT
-        self.logit_stand = logit_stand(cfg)
-
-    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
-        return self.kd_loss_weight * wttm_loss(logits_student, logits_teacher, self.gamma, self.logit_stand)
+    loss = staticmethod(wttm_loss)

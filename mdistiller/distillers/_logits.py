@@ -70,8 +70,8 @@ def standardized(logits: Tensor) -> Tensor:
 
     Reference: Sun et al. 2024, arXiv 2403.01427, equation 14.
     """
-    centred, deviation = centred_and_deviation(logits)
-    return (centred / (deviation + 1e-7)).masked_fill(logits == -torch.inf, -torch.inf)
+    own, deviation = centred_and_deviation(logits)
+    return (own / (deviation + 1e-7)).masked_fill(logits == -torch.inf, -torch.inf)
 
 
 def centred_and_deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,15 +86,27 @@ def centred_and_deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (B, C, ...) and (B, 1, ...).
     """
+    own, count = centred(logits)
+    variance = own.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+    equal = variance == 0
+    return own, variance.masked_fill(equal, 1).sqrt().masked_fill(equal, 0)
+
+
+def centred(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """z - mean_C z of each image's logits, and the number of classes; those that -inf masks out are 0, and not counted.
+
+    Args:
+        logits: (B, C), or with more dimensions behind the classes.
+
+    Returns:
+        (B, C, ...) and (B, 1, ...) int64.
+    """
     masked = logits == -torch.inf
     count = (~masked).sum(dim=1, keepdim=True)
     # From the largest logit: the mean of equal numbers is rounded, that of zeros is not.
     below = (logits - logits.detach().amax(dim=1, keepdim=True)).masked_fill(masked, 0)
     mean = below.sum(dim=1, keepdim=True) / count.clamp(min=1)
-    centred = (below - mean).masked_fill(masked, 0)
-    variance = centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
-    equal = variance == 0
-    return centred, variance.masked_fill(equal, 1).sqrt().masked_fill(equal, 0)
+    return (below - mean).masked_fill(masked, 0), count
 
 
 def one_against_others(logits: Tensor, one: Tensor, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..console import network_name
 from ..errors import UserError
+from ._staged import global_pool
 
 
 def classifier_of(network: nn.Module) -> nn.Linear:
@@ -39,6 +41,11 @@ def classifier_of(network: nn.Module) -> nn.Linear:
             "one, such as a ResNet, or let its get_classifier() return it"
         )
     return layer
+
+
+def classified(last_map: Tensor, classifier: Any) -> Tensor:
+    """The logits (B, C) that a linear layer, or a 1x1 convolution, gives for the mean of a map (B, D, H, W)."""
+    return F.linear(global_pool(last_map), classifier.weight.flatten(1), classifier.bias)
 
 
 class PointwiseLinear(nn.Linear):

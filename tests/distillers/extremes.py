@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -85,3 +86,21 @@ def kl(log_teacher: list[Tensor], log_student: list[Tensor]) -> Tensor:
     """A sum over the classes to which the teacher gives some probability."""
     terms = [t.exp() * (t - s) for t, s in zip(log_teacher, log_student) if t.exp() > 0]
     return sum(terms, torch.zeros((), dtype=torch.float64))
+
+
+# The teacher's logits (B, C), for losses of two views.
+OF_BOTH_VIEWS = pytest.mark.parametrize(
+    "teacher",
+    [
+        torch.tensor([[1e4, -1e4, 0], [-1e4, 0, 1e4]]),
+        torch.zeros(2, 3),
+        masked(2, 3, classes=[(0, 1), (1, 1)]).float(),
+    ],
+    ids=["far apart", "constant", "a class unused"],
+)
+
+
+def students_of(teacher: Tensor) -> list[Tensor]:
+    """Leaves: a student with the teacher's logits of the other image, and one that is certain of other classes."""
+    known = teacher.nan_to_num(neginf=0.0)
+    return [logits.requires_grad_() for logits in (known.flip(0).clone(), -1e4 * known.sign())]

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from yacs.config import CfgNode as CN
 
 from mdistiller.distillers import NORM, method_defaults
-from mdistiller.distillers.contract import check_distiller, check_scores
+from mdistiller.distillers.contract import check_scores
 from mdistiller.distillers.NORM import norm_loss, scaled_logits, stage_weight
 from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict
 from mdistiller.models.cost import network_cost
 
 from .._networks import TwoMaps
-from . import tensor_rows
+from . import by_hand, tensor_rows
+from .by_hand import batch, network
 from .checks import check_agrees, check_precision, masked, normal
 
 CIFAR = ([10, 20, 180, 210], [0.1, 0.5, 1.0, 0.5, 0.1])
@@ -100,21 +100,8 @@ def test_the_weight_of_an_epoch(lists):
     assert stage_weight(3, [], [0.7]) == 0.7
 
 
-def network(name, classes=10, seed=0):
-    torch.manual_seed(seed)
-    return cifar_model_dict[name][0](num_classes=classes)
-
-
 def built(student, teacher, **own):
-    cfg = CN({"NORM": method_defaults["NORM"].clone()})
-    cfg.merge_from_list([x for key, value in own.items() for x in (f"NORM.{key}", value)])
-    distiller = NORM(student, teacher, cfg, 32)
-    check_distiller(distiller)
-    return distiller.train()
-
-
-def batch(images=4, epoch=1):
-    return {"image": normal(images, 3, 32, 32).float(), "target": torch.arange(images) % 10, "epoch": epoch}
+    return by_hand.built(NORM, student, teacher, **own)
 
 
 def disturbed(distiller):

@@ -6,19 +6,20 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from yacs.config import CfgNode as CN
 
-from mdistiller.distillers import SimKD, method_defaults
-from mdistiller.distillers.contract import check_distiller, check_scores, learnable_parameters, not_averaged
+from mdistiller.distillers import SimKD
+from mdistiller.distillers.contract import check_scores, learnable_parameters, not_averaged
 from mdistiller.distillers.SimKD import projector, simkd_loss
 from mdistiller.engine.cfg import load_cfg
 from mdistiller.engine.modes import check_modes
 from mdistiller.engine.update import SumUpdate
 from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict, tiny_imagenet_model_dict
+from mdistiller.models import tiny_imagenet_model_dict
 from mdistiller.models.cost import network_cost
 
 from .._networks import TwoMaps
+from . import by_hand
+from .by_hand import batch, network
 from .checks import check_agrees, check_precision, normal
 
 
@@ -65,21 +66,8 @@ def test_the_projector_is_three_convolutions():
     assert not any(isinstance(layer, nn.Conv2d) and layer.bias is not None for layer in layers)
 
 
-def network(name, classes=10, seed=0):
-    torch.manual_seed(seed)
-    return cifar_model_dict[name][0](num_classes=classes)
-
-
 def built(student, teacher, **own):
-    cfg = CN({"SIMKD": method_defaults["SIMKD"].clone()})
-    cfg.merge_from_list([x for key, value in own.items() for x in (f"SIMKD.{key}", value)])
-    distiller = SimKD(student, teacher, cfg, 32)
-    check_distiller(distiller)
-    return distiller.train()
-
-
-def batch(images=4, size=32):
-    return {"image": normal(images, 3, size, size).float(), "target": torch.arange(images) % 10, "epoch": 1}
+    return by_hand.built(SimKD, student, teacher, **own)
 
 
 STUDENTS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from mdistiller.errors import UserError
 from .. import _golden
 from ..distillers.test_new_golden import batch, build, close
 from ._small import config, network
-from .test_dot import give, noise, parameter
+from .test_dot import check_resumed, give, noise, parameter
 
 WHICH = pytest.mark.parametrize("released", [False, True], ids=["intended", "released"])
 
@@ -151,17 +150,7 @@ def test_groups_keep_their_own_values():
 
 
 def test_a_resumed_optimizer_takes_bitwise_equal_steps():
-    params, optimizer = two_groups()
-    for number in range(2):
-        step(params, optimizer, number)
-    again, resumed = two_groups()
-    for p, q in zip(again, params):
-        p.data.copy_(q.data)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for number in range(2, 4):
-        step(params, optimizer, number)
-        step(again, resumed, number)
-    assert all(torch.equal(p, q) for p, q in zip(params, again))
+    check_resumed(two_groups, step)
 
 
 @pytest.mark.parametrize("values", [{"lr": -1}, {"momentum": -0.1}, {"momentum_target": torch.nan}])

@@ -83,7 +83,13 @@ def test_groups_keep_their_own_values():
         torch.testing.assert_close(p.data, value, rtol=1e-13, atol=1e-13)
 
 
-def test_a_resumed_optimizer_takes_bitwise_equal_steps():
+def check_resumed(two_groups, step):
+    """An optimizer that takes up the state of another one takes bitwise equal steps; returns it.
+
+    Args:
+        two_groups: -> its parameters and the optimizer.
+        step: (parameters, optimizer, number of the step): takes one.
+    """
     params, optimizer = two_groups()
     for number in range(2):
         step(params, optimizer, number)
@@ -95,6 +101,11 @@ def test_a_resumed_optimizer_takes_bitwise_equal_steps():
         step(params, optimizer, number)
         step(again, resumed, number)
     assert all(torch.equal(p, q) for p, q in zip(params, again))
+    return resumed
+
+
+def test_a_resumed_optimizer_takes_bitwise_equal_steps():
+    resumed = check_resumed(two_groups, step)
     copy.deepcopy(resumed).step_kd()  # a copy works too
 
 
