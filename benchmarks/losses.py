@@ -19,11 +19,11 @@ two cores of an AMD EPYC (Zen 4, AVX-512) with torch 2.15, 2026-11-23, nothing e
     CRD sampling, 64 x 16384: 17 ms in this process, 14 ms in a separate one at 50,000 samples (target 15), 25 ms and
     20 ms at 1,281,167
 
-`--share`, resnet56 -> resnet20, batch 64, one thread, `--repeats 3`, torch 2.14.1, 2026-11-28, on a machine busy with
-other work: of the newer methods all losses are below 6 % of the networks' step but those with layers of their own:
-SEMCKD 81 % (77 its layers), FT 6 % (its layers). SIMKD (54 %) and NORM (66 %) run the student within the network that
-they deploy, so that their rows hold the student's own passes too. WKD 0.8 %, LDRLD 0.4 %. Of the original's: REVIEWKD
-52 % (48 its layers), CRD 16 % (16,384 negatives). On two idle threads it was not run.
+`--share`, resnet56 -> resnet20, batch 64, one thread, torch 2.14.1, 2026-11-28, on a machine busy with other work
+(`--repeats 3`; NORM and SIMKD with 2): of the newer methods every loss is below 6 % of the networks' step, layers of
+its own left out. SEMCKD takes 81 % (its layers 77), NORM 8 % (7), FT 6 % (all of it), SIMKD 2 % (2); SDD_NKD 6 %,
+SDD_DKD 3 %, ICKD 2 %, WKD 0.8 %, LDRLD 0.4 %. Of the original's, REVIEWKD takes 52 % (its layers 48), CRD 16 %
+(16,384 negatives). On two idle threads it was not run.
 
 On a machine busy with other work, where the two threads do not run in parallel, NST reached 15, CRD 8.6 and ReviewKD
 1.0; on one thread NST 66.7, CRD 18.1, OFD 9.9, KDSVD 3.0, RKD 5.2, AT 2.2, ReviewKD 1.2.
