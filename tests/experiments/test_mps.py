@@ -31,7 +31,8 @@ case "$command" in
     "$0" serve < /dev/null &
     echo $! > "$pipes/nvidia-cuda-mps-control.pid";;
 serve)
-    while read -r command < "$pipes/control"; do
+    while [ -p "$pipes/control" ]; do
+        read -r command < "$pipes/control" || continue  # a writer that was ended before it wrote
         [ ! -f "${0%/*}/deaf" ] || continue
         [ "$command" != quit ] || break
     done
