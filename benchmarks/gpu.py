@@ -11,7 +11,7 @@ training has in addition the time that the stages before it did not need. It tak
 CIFAR-100 or the published teacher, the trainings that need them are skipped by name, and the other stages take noise,
 or an untrained teacher.
 
-Not yet run on a GPU.
+The limits are those that the stages needed on an NVIDIA H200 with torch 2.11, 2026-11-28 (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).resolve().parent
 PAIR = "resnet56-resnet20"
 METHODS = ("KD", "DKD", "CRD", "REVIEWKD", "NST", "DCGD_KD")
-# The modes of every method come first, then those that say less, then those that compile for half a minute each.
+# The modes of every method come first, then those that KD alone takes, then those that compile for half a minute each.
 MODES = ("eager", "graph", "bf16, graph")
 MORE_MODES = ("teacher cache in memory", "bf16, teacher cache in memory", "bf16, eager", "NCHW, eager", "fp16")
-COMPILED = ("compile, graph", "bf16, compile, graph", "compile, eager")
+COMPILED = ("bf16, compile, graph", "compile, graph", "bf16, compile, teacher cache in memory, graph")
 PROCESSES_OF_TESTS = min(8, max(1, usable_cpus() // 2))
 # The stages that run step.py.
 STEPS = ("step", "modes", "compiled")
@@ -101,7 +101,7 @@ def _step(name: str, methods: tuple[str, ...], modes: tuple[str, ...], *more: st
         if args.quick:
             small = ["--pairs", "resnet14-resnet8", "--batch", "4", "--steps", "1", "--rounds", "1"]
             return _script("step.py", args, *words, *small, "--methods", "KD", "--modes", "eager", "graph")
-        sizes = ["--pairs", PAIR, "--steps", "40", "--rounds", "3"]
+        sizes = ["--pairs", PAIR, "--steps", "40", "--rounds", "3", "--threads", str(min(8, usable_cpus()))]
         return _script("step.py", args, *words, *sizes, "--methods", *methods, "--modes", *modes)
 
     return command
@@ -121,12 +121,12 @@ def _train(args: argparse.Namespace) -> list[str]:
 # In this order. The limits, and a few seconds to end each stage, are eight minutes.
 STAGES = (
     Stage("machine", 15, _machine),
-    Stage("tests", 75, _tests),
-    Stage("step", 60, _step("step", METHODS, MODES)),
-    Stage("profile", 20, _profile),
-    Stage("modes", 25, _step("modes", METHODS, MORE_MODES)),
-    Stage("compiled", 60, _step("compiled", METHODS, COMPILED, "--apart")),
-    Stage("train", 195, _train, takes_left_over=True, grace=13),  # checkpoints are saved, a daemon is ended
+    Stage("tests", 125, _tests),
+    Stage("step", 75, _step("step", METHODS, MODES)),
+    Stage("profile", 25, _profile),
+    Stage("modes", 30, _step("modes", METHODS[:1], MORE_MODES, "--apart")),
+    Stage("compiled", 80, _step("compiled", METHODS, COMPILED, "--apart")),
+    Stage("train", 100, _train, takes_left_over=True, grace=13),  # checkpoints are saved, a daemon is ended
 )
 
 

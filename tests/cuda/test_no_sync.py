@@ -28,7 +28,7 @@ def test_no_step_waits_for_the_gpu(
     method: str, graph: dict[str, str], device: torch.device, shared: Path, registered: None
 ) -> None:
     """The short last batch neither. torch names the place in its error."""
-    free = no_waiting(device) if method not in WAITS else nullcontext()
+    refused = device if method not in WAITS else torch.device("cpu")
     with within(shared / f"{method} {next(iter(graph.values()))} waits"):
         trainer = built(method, {**graph, "SOLVER.EMA": 0.9, "SOLVER.CLIP_GRAD_NORM": 1.0}, device)
         trainer.distiller.train()
@@ -36,7 +36,7 @@ def test_no_step_waits_for_the_gpu(
         for epoch in (1, 2, 3):
             trainer.train_loader.set_epoch(epoch)
             for number, batch in enumerate(trainer.train_loader, start=1):
-                with free if epoch > 1 and number > FIRST else nullcontext():
+                with no_waiting(refused) if epoch > 1 and number > FIRST else nullcontext():
                     adjust_learning_rate(epoch, trainer.cfg, trainer.optimizer, number - 1, STEPS)
                     fields = trainer.prepare_batch(batch, epoch)
                     trainer.train_iter(fields, epoch, meters, recent, number, measure=True)

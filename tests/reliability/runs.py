@@ -289,9 +289,14 @@ def unequal(a: Any, b: Any, where: str = "") -> list[str]:
             return [where]
         return [place for i, (x, y) in enumerate(zip(a, b)) for place in unequal(x, y, f"{where}/{i}")]
     if isinstance(a, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        same = a.dtype == b.dtype and a.shape == b.shape and _bytes(a) == _bytes(b)
         return [] if same else [where]
     return [] if a == b else [where]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    """A tensor's bits, wherever it lies; NaN equals NaN."""
+    return tensor.cpu().numpy().tobytes()
 
 
 def write_teacher(path: Path) -> None:
