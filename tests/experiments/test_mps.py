@@ -32,7 +32,7 @@ case "$command" in
     echo $! > "$pipes/nvidia-cuda-mps-control.pid";;
 serve)
     while [ -p "$pipes/control" ]; do
-        read -r command < "$pipes/control" || continue  # a writer that was ended before it wrote
+        read -r command < "$pipes/control" || continue  # no line: the last writer closes late, or one was ended
         [ ! -f "${0%/*}/deaf" ] || continue
         [ "$command" != quit ] || break
     done
