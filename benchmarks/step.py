@@ -144,7 +144,7 @@ def classic_trainer(cfg: CN, num_data: int) -> ClassicTrainer:
 
 
 def use_data(root: str) -> str:
-    """Read CIFAR-100 once for all runners; if it is not in `root`, use noise of its size. Returns what it is, in words."""
+    """CIFAR-100, read once for all runners; noise of its size if it is not in `root`. Returns in words what it is."""
     if (Path(root).expanduser() / "cifar-100-python" / "train").is_file():
         dataset_dict["cifar100"] = replace(dataset_dict["cifar100"], read=cache(dataset_dict["cifar100"].read))
         return f"CIFAR-100 in {root}"

@@ -13,7 +13,8 @@ from yacs.config import CfgNode as CN
 from ..errors import UserError
 from ..ranges import NOT_NEGATIVE, whole
 from ._base import Distiller, Losses, register
-from ._last_map import cell_means, last_map_classifier
+from ._last_map import last_map_classifier
+from ._pooling import average_pool
 from ._precision import full_precision
 
 
@@ -28,7 +29,7 @@ def class_maps(last_map: Tensor, weight: Tensor, resolution: int) -> Tensor:
         weight: (C, D), of the classifier.
         resolution: r.
     """
-    return torch.einsum("cd,bdhw->bchw", weight, cell_means(last_map, resolution))
+    return torch.einsum("cd,bdhw->bchw", weight, average_pool(last_map, (resolution, resolution)))
 
 
 @full_precision

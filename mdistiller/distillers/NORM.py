@@ -20,6 +20,7 @@ from ..ranges import NOT_NEGATIVE, TEMPERATURE, list_of, whole
 from ._base import Distiller, Losses, register
 from ._last_map import last_map_classifier
 from ._logits import centred
+from ._pooling import average_pool
 from ._precision import full_precision
 from .facts import image_size_of
 from .KD import kd_loss
@@ -53,8 +54,7 @@ def norm_loss(expanded: Tensor, f_t: Tensor) -> Tensor:
         shapes = f"the expanded student's {tuple(expanded.shape)}, the teacher's {tuple(f_t.shape)}"
         raise ValueError(f"NORM needs maps of as many images, and N times the channels: {shapes}")
     size = min(expanded.shape[-2], f_t.shape[-2]), min(expanded.shape[-1], f_t.shape[-1])
-    if expanded.shape[-2:] != size:
-        expanded = F.adaptive_avg_pool2d(expanded, size)
+    expanded = average_pool(expanded, size)
     if f_t.shape[-2:] != size:
         f_t = F.adaptive_max_pool2d(f_t, size)
     slices = expanded.unflatten(1, (-1, channels))

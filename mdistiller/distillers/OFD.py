@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
@@ -22,6 +21,7 @@ from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, ODD
 from ._base import FeatureDistiller, Features, register
 from ._feature_maps import MapPairs
+from ._pooling import average_pool
 from ._precision import full_precision
 
 
@@ -183,9 +183,8 @@ class OFD(FeatureDistiller):
         g_s = self.connectors(maps_s)
         loss = g_s[0].new_zeros(())
         for f_s, f_t, margin in zip(g_s, maps_t, self.margins):
-            if f_t.shape[-2:] != f_s.shape[-2:]:
-                f_t = F.adaptive_avg_pool2d(f_t, f_s.shape[-2:])
-            loss = loss / 2 + feat_loss(f_s, f_t, margin)
+            height, width = f_s.shape[-2:]
+            loss = loss / 2 + feat_loss(f_s, average_pool(f_t, (height, width)), margin)
         return loss
 
 

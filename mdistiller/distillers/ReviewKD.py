@@ -17,6 +17,7 @@ from ..models.parameters import Group
 from ..ranges import NOT_NEGATIVE, list_of, whole
 from ._base import Distiller, Features, Losses, register, warm_up
 from ._feature_maps import MapPairs, probe_pair
+from ._pooling import average_pool
 from ._precision import full_precision
 from .facts import image_size_of
 
@@ -58,7 +59,7 @@ def _context_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     loss, weight, total = F.mse_loss(f_s, f_t), 1.0, 1.0
     for size in (4, 2, 1):
         if size < height:
-            pooled = F.adaptive_avg_pool2d(pooled if nested else diff, size)
+            pooled = average_pool(pooled if nested else diff, (size, size))
             weight /= 2
             total += weight
             loss = loss + weight * pooled.square().mean()

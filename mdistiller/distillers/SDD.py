@@ -13,7 +13,7 @@ from yacs.config import CfgNode as CN
 
 from ..ranges import WHOLE, Range, list_of, whole
 from ._base import Distiller, Losses, register, warm_up
-from ._last_map import cell_means, last_map_classifier
+from ._last_map import last_map_classifier
 from ._logits import (
     check_logits,
     check_two_classes,
@@ -23,6 +23,7 @@ from ._logits import (
     soft_cross_entropy,
     softened,
 )
+from ._pooling import average_pool
 from ._precision import full_precision
 from .registration import declare_defaults
 
@@ -33,13 +34,13 @@ def pooled_regions(last_map: Tensor, scales: Sequence[int] = (1, 2, 4)) -> Tenso
     """The means of a map's regions: (B, D, H, W) -> (B, D, R), R = 5 for the scales [1, 2], 21 for [1, 2, 4].
 
     In this order: the whole map, its 2x2 regions row by row, its 4x4 regions row by row. The 4x4 are adaptive averages
-    (`cell_means`); the 2x2 and the whole map are means of these, also for [1, 2], as in the released code. So where 4
+    (`average_pool`); the 2x2 and the whole map are means of these, also for [1, 2], as in the released code. So where 4
     does not divide the map's size, a 2x2 region is not the adaptive average of the map itself.
 
     Args:
         scales: [1, 2] or [1, 2, 4].
     """
-    fine = cell_means(last_map, 4)
+    fine = average_pool(last_map, (4, 4))
     maps = {1: F.avg_pool2d(fine, 4), 2: F.avg_pool2d(fine, 2), 4: fine}
     return torch.cat([maps[n].flatten(2) for n in scales], dim=2)
 

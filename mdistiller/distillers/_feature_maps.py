@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..models.eval_mode import eval_mode
 from ..models.returned import FORM, ReturnedFeatures, described
 from ._base import Features
+from ._pooling import average_pool
 from .facts import image_size_of
 
 # The next step for maps that a method cannot compare.
@@ -353,7 +354,7 @@ class ResizedReg(ConvReg):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_student, H, W) -> (B, C_teacher, H', W')."""
-        x = _pooled_to(x, (min(x.shape[-2], self.size[0]), min(x.shape[-1], self.size[1])))
+        x = average_pool(x, (min(x.shape[-2], self.size[0]), min(x.shape[-1], self.size[1])))
         if x.shape[-2:] != self.size:
             x = F.interpolate(x, self.size, mode="bilinear", align_corners=False)
         return super().forward(x)
@@ -379,8 +380,4 @@ def regressor(s_shape: Sequence[int], t_shape: Sequence[int], use_relu: bool = T
 def align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool two maps (B, C, H, W) to the smaller height and the smaller width of the two."""
     size = min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1])
-    return _pooled_to(a, size), _pooled_to(b, size)
-
-
-def _pooled_to(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
+    return average_pool(a, size), average_pool(b, size)

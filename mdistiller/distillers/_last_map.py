@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode as CN
 
@@ -111,20 +110,3 @@ def _gives(classifier: nn.Linear, pooled: Tensor, logits: Tensor) -> bool:
 
 def _near(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).abs().max() <= 1e-3 * other.abs().max())
-
-
-def cell_means(x: Tensor, n: int) -> Tensor:
-    """A map in n x n cells, the mean of each: (B, D, H, W) -> (B, D, n, n), as `adaptive_avg_pool2d`.
-
-    Cell (i, j) has rows floor(i H / n) to ceil((i + 1) H / n), so that cells overlap where n does not divide H, and
-    repeat where the map is smaller. Unlike CUDA's adaptive pooling, it has deterministic gradients.
-    """
-    height, width = x.shape[2:]
-    if height % n == 0 and width % n == 0:
-        return F.avg_pool2d(x, (height // n, width // n))
-    rows = torch.stack([x[:, :, a:b].mean(2) for a, b in _cells(height, n)], dim=2)
-    return torch.stack([rows[:, :, :, a:b].mean(3) for a, b in _cells(width, n)], dim=3)
-
-
-def _cells(size: int, n: int) -> list[tuple[int, int]]:
-    return [(i * size // n, -(-(i + 1) * size // n)) for i in range(n)]

@@ -10,7 +10,6 @@ from torch.autograd import gradcheck
 from yacs.config import CfgNode as CN
 
 from mdistiller.distillers import distiller_dict, method_defaults
-from mdistiller.distillers._last_map import cell_means
 from mdistiller.distillers._logits import standardized
 from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.KD import kd_loss
@@ -97,15 +96,6 @@ def test_by_hand():
     assert sdd_dkd_loss(s, p.log(), y, 1.0, 8.0, 1.0).item() == pytest.approx(3 * kl / 2, rel=1e-12)
     nkd = (1 * 3 / 4 + 2 * 1 / 4) * math.log(2) / 2
     assert sdd_nkd_loss(s, p.log(), y, 1.0, 8.0).item() == pytest.approx(nkd, rel=1e-12)
-
-
-@pytest.mark.parametrize("height, width, n", [(8, 8, 4), (7, 7, 4), (7, 5, 2), (2, 2, 4), (1, 1, 4), (4, 4, 4)])
-def test_cells_are_adaptive_averages(height, width, n):
-    x = normal(2, 3, height, width).requires_grad_()
-    own, wanted = cell_means(x, n), torch.nn.functional.adaptive_avg_pool2d(x, n)
-    torch.testing.assert_close(own, wanted)
-    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (own, wanted)]
-    torch.testing.assert_close(*gradients)
 
 
 def naive_regions(x, scales):
