@@ -57,7 +57,7 @@ REFUSED = [
     (MIXUP, KD, DeepKDUpdate, 1, None, MIXUP, "DeepKD (SOLVER.TRAINER)"),
     (CUTMIX, KD, DeepKDUpdate, 1, None, CUTMIX, "DeepKD (SOLVER.TRAINER)"),
     (NO_CE, KD, DeepKDUpdate, 1, UNLABELLED, NO_LABELS, "DeepKD (SOLVER.TRAINER)"),
-    ("", Vanilla, AlignedUpdate, 1, None, "aligned gradients (SOLVER.TRAINER)", "Vanilla, which has no distillation"),
+    ("", Vanilla, AlignedUpdate, 1, None, "aligned gradients (SOLVER.TRAINER)", "Vanilla, which has not both"),
     ("DISTILLER.TEACHER_CACHE c", Vanilla, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "Vanilla, which has no"),
     ("DISTILLER.TEACHER_CACHE c", OFD, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "OFD, which runs its"),
     ("DISTILLER.TEACHER_CACHE c", ReviewKD, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "reads preact_feats of"),
