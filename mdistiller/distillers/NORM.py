@@ -20,7 +20,7 @@ from ..ranges import NOT_NEGATIVE, TEMPERATURE, list_of, whole
 from ._base import Distiller, Losses, register
 from ._last_map import last_map_classifier
 from ._logits import centred
-from ._pooling import average_pool
+from ._pooling import pool_larger
 from ._precision import full_precision
 from .facts import image_size_of
 from .KD import kd_loss
@@ -53,10 +53,9 @@ def norm_loss(expanded: Tensor, f_t: Tensor) -> Tensor:
     if len(expanded) != len(f_t) or expanded.shape[1] % channels:
         shapes = f"the expanded student's {tuple(expanded.shape)}, the teacher's {tuple(f_t.shape)}"
         raise ValueError(f"NORM needs maps of as many images, and N times the channels: {shapes}")
-    size = min(expanded.shape[-2], f_t.shape[-2]), min(expanded.shape[-1], f_t.shape[-1])
-    expanded = average_pool(expanded, size)
-    if f_t.shape[-2:] != size:
-        f_t = F.adaptive_max_pool2d(f_t, size)
+    expanded = pool_larger(expanded, f_t.shape[-2:])
+    if f_t.shape[-2:] != expanded.shape[-2:]:
+        f_t = F.adaptive_max_pool2d(f_t, expanded.shape[-2:])
     slices = expanded.unflatten(1, (-1, channels))
     return slices.shape[1] * (slices - f_t.unsqueeze(1)).square().mean()
 

@@ -20,7 +20,7 @@ from ..ranges import NOT_NEGATIVE, whole
 from ._base import Distiller, Losses, register
 from ._feature_maps import align, probe_pair, require_maps
 from ._last_map import last_map_classifier
-from ._pooling import average_pool
+from ._pooling import pool_larger
 from ._precision import full_precision
 from .facts import image_size_of
 
@@ -84,9 +84,7 @@ class SimKDNetwork(nn.Module):
 
     def project(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> the projected map (B, C_t, H_s, W_s)."""
-        f_s = self.student(image)[1]["feats"][-1]
-        size = min(f_s.shape[-2], self.size[0]), min(f_s.shape[-1], self.size[1])
-        return self.transfer(average_pool(f_s, size))
+        return self.transfer(pool_larger(self.student(image)[1]["feats"][-1], self.size))
 
     def classify(self, projected: Tensor) -> Tensor:
         """The logits (B, C) of a projected map."""

@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..models.eval_mode import eval_mode
 from ..models.returned import FORM, ReturnedFeatures, described
 from ._base import Features
-from ._pooling import average_pool
+from ._pooling import pool_larger
 from .facts import image_size_of
 
 # The next step for maps that a method cannot compare.
@@ -354,7 +354,7 @@ class ResizedReg(ConvReg):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_student, H, W) -> (B, C_teacher, H', W')."""
-        x = average_pool(x, (min(x.shape[-2], self.size[0]), min(x.shape[-1], self.size[1])))
+        x = pool_larger(x, self.size)
         if x.shape[-2:] != self.size:
             x = F.interpolate(x, self.size, mode="bilinear", align_corners=False)
         return super().forward(x)
@@ -379,5 +379,4 @@ def regressor(s_shape: Sequence[int], t_shape: Sequence[int], use_relu: bool = T
 
 def align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool two maps (B, C, H, W) to the smaller height and the smaller width of the two."""
-    size = min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1])
-    return average_pool(a, size), average_pool(b, size)
+    return pool_larger(a, b.shape[-2:]), pool_larger(b, a.shape[-2:])

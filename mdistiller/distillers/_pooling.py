@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,11 @@ def average_pool(x: Tensor, size: tuple[int, int]) -> Tensor:
         return F.avg_pool2d(x, (height // rows, width // columns))
     x = torch.stack([x[:, :, a:b].mean(2) for a, b in _cells(height, rows)], dim=2)
     return torch.stack([x[:, :, :, a:b].mean(3) for a, b in _cells(width, columns)], dim=3)
+
+
+def pool_larger(x: Tensor, size: Sequence[int]) -> Tensor:
+    """`average_pool` to the height and the width of `size`, each where the map's own is larger."""
+    return average_pool(x, (min(x.shape[-2], size[0]), min(x.shape[-1], size[1])))
 
 
 def _cells(size: int, n: int) -> list[tuple[int, int]]:

@@ -34,6 +34,7 @@ class Views(KD):
 IN_FILES = "DISTILLER.TEACHER_CACHE c DISTILLER.TEACHER_CACHE_DEVICE host"
 
 # Overrides, method, update rule, ranks, loader: what is refused, and the two sides that the line names.
+ALIGNED = "aligned gradients (SOLVER.TRAINER)"
 REFUSED = [
     ("EXPERIMENT.LOGIT_STAND True", RKD, SumUpdate, 1, None, "EXPERIMENT.LOGIT_STAND True", "RKD, which softens no"),
     ("SOLVER.BATCH_SIZE 63", KD, SumUpdate, 2, None, "SOLVER.BATCH_SIZE 63", "2 processes"),
@@ -57,7 +58,7 @@ REFUSED = [
     (MIXUP, KD, DeepKDUpdate, 1, None, MIXUP, "DeepKD (SOLVER.TRAINER)"),
     (CUTMIX, KD, DeepKDUpdate, 1, None, CUTMIX, "DeepKD (SOLVER.TRAINER)"),
     (NO_CE, KD, DeepKDUpdate, 1, UNLABELLED, NO_LABELS, "DeepKD (SOLVER.TRAINER)"),
-    ("", Vanilla, AlignedUpdate, 1, None, "aligned gradients (SOLVER.TRAINER)", "Vanilla, which has not both"),
+    ("", Vanilla, AlignedUpdate, 1, None, ALIGNED, "Vanilla, which has not both kinds of loss"),
     ("DISTILLER.TEACHER_CACHE c", Vanilla, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "Vanilla, which has no"),
     ("DISTILLER.TEACHER_CACHE c", OFD, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "OFD, which runs its"),
     ("DISTILLER.TEACHER_CACHE c", ReviewKD, SumUpdate, 1, FINITE, "DISTILLER.TEACHER_CACHE c", "reads preact_feats of"),
